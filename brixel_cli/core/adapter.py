@@ -1,0 +1,83 @@
+"""What is common to both adapters, and the one place that chooses between them.
+
+An adapter maps the student's image and the four maps of its frozen backbone to the sharp map:
+images (B, 3, H, W) and four maps (B, D, h, w) -> (B, D, factor * h, factor * w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from brixel_cli.recipe import AdapterConfig
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of (B, C, H, W) to `size` (height, width), align_corners=False."""
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class Adapter(nn.Module):
+    """Base of both adapters: the learned difference, plus the enlarged last backbone map.
+
+    Args:
+        embed_dim: channels D of the backbone's maps.
+        factor: output grid over token grid: 2, 4 or 8.
+        config: options of the recipe's `adapter` section.
+    """
+
+    def __init__(self, embed_dim: int, factor: int, config: AdapterConfig):
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.factor = factor
+        self.config = config
+
+    def difference(self, images: Tensor, maps: Sequence[Tensor], middle: tuple[int, int], fine: tuple[int, int]) -> Tensor:
+        """The learned part (B, D, *fine); `middle` is half of `fine`, both (height, width) of a grid."""
+        raise TypeError(f"{type(self).__name__} defines no difference")
+
+    def forward(self, images: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Sharp map (B, D, factor * h, factor * w).
+
+        Args:
+            images: normalised images (B, 3, H, W), as the backbone saw them.
+            maps: four backbone maps (B, D, h, w), the last block's last.
+        """
+        h, w = maps[-1].shape[-2:]
+        fine = (self.factor * h, self.factor * w)
+        middle = (fine[0] // 2, fine[1] // 2)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+            maps = [map_.contiguous(memory_format=torch.channels_last) for map_ in maps]
+        return self.difference(images, maps, middle, fine) + self.residual(maps[-1], fine)
+
+    def residual(self, last_map: Tensor, fine: tuple[int, int]) -> Tensor:
+        """The last backbone map (B, D, h, w) on the output grid: what the student is without its learned part."""
+        if self.config.residual == "half_grid":
+            h, w = last_map.shape[-2:]
+            last_map = resize(last_map, (max(h // 2, 1), max(w // 2, 1)))
+        return resize(last_map, fine)
+
+    def run(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """Call a block, recomputing its activations in the backward pass where the recipe says so."""
+        if self.config.checkpointing and torch.is_grad_enabled():
+            output: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+            return output
+        return block(*inputs)
+
+
+def build_adapter(embed_dim: int, factor: int, config: AdapterConfig) -> Adapter:
+    """The adapter that the recipe asks for, with fresh weights; its output starts out equal to its residual."""
+    from brixel_cli.core.deformable import DeformableAdapter
+    from brixel_cli.core.fusion import FusionAdapter
+
+    kinds = {"fusion": FusionAdapter, "deformable": DeformableAdapter}
+    adapter = kinds[config.kind](embed_dim, factor, config)
+    return adapter.to(memory_format=torch.channels_last) if config.channels_last else adapter

@@ -1,0 +1,199 @@
+"""Frozen vision transformers from timm: the teacher, and the trunk of the student. The only importer of timm.
+
+Names and behaviour follow timm's feature interface, https://huggingface.co/docs/timm/feature_extraction.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from brixel_cli.errors import SizeError, UsageError, WeightsError
+
+
+def quarter_indices(depth: int) -> list[int]:
+    """0-based blocks whose outputs feed the adapter: the quarters of the depth, the last block always in.
+
+    Source: the method's four intermediate maps; depth 12 -> 3, 6, 9, 11.
+    """
+    if depth < 4:
+        raise UsageError(f"The adapter reads four blocks of the backbone; this one has {depth}.")
+    return [depth // 4, depth // 2, 3 * depth // 4, depth - 1]
+
+
+def check_size(height: int, width: int, patch_size: int) -> None:
+    """Raise a SizeError that names the nearest sizes that fit, unless both sides are multiples of the patch."""
+    if height % patch_size == 0 and width % patch_size == 0 and height and width:
+        return
+
+    def around(side: int) -> str:
+        below, above = side // patch_size * patch_size, -(-side // patch_size) * patch_size
+        return str(above) if below in (0, above) else f"{below} or {above}"
+
+    raise SizeError(
+        f"Image size {height}x{width} does not fit patch size {patch_size}: height and width must be multiples of it. "
+        f"Nearest that fit: height {around(height)}, width {around(width)}."
+    )
+
+
+class Backbone(nn.Module):
+    """A frozen timm ViT that yields dense maps; always in eval mode, never trained, never in a checkpoint.
+
+    Attributes:
+        name: timm model name.
+        embed_dim: channels D of every map.
+        patch_size: side of a patch in pixels.
+        layer_indices: 0-based blocks of `intermediate_maps`.
+        mean, std: per-channel statistics by which an RGB image in [0, 1] is normalised.
+        weights: where the weights came from: `pretrained`, `random` or a path.
+    """
+
+    def __init__(self, name: str, vit: nn.Module, weights: str):
+        super().__init__()
+        trunk: Any = vit
+        self.name = name
+        self.weights = weights
+        self.embed_dim: int = trunk.embed_dim
+        self.patch_size: int = trunk.patch_embed.patch_size[0]
+        self.layer_indices = quarter_indices(len(trunk.blocks))
+        config = timm.data.resolve_model_data_config(vit)
+        self.mean: tuple[float, ...] = tuple(config["mean"])
+        self.std: tuple[float, ...] = tuple(config["std"])
+        trunk.prune_intermediate_layers(self.layer_indices[-1:], prune_head=True)
+        self.vit = trunk.eval().requires_grad_(False)
+        self._sha256: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        dtype: torch.dtype = next(self.vit.parameters()).dtype
+        return dtype
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 over names and values of the weights; the same however and in whatever file they were stored."""
+        if self._sha256 is None:
+            digest = hashlib.sha256()
+            for key, tensor in sorted(self.vit.state_dict().items()):
+                digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            self._sha256 = digest.hexdigest()
+        return self._sha256
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in eval mode, whatever the module around this one does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def _maps(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        check_size(images.shape[-2], images.shape[-1], self.patch_size)
+        maps: list[Tensor] = self.vit.forward_intermediates(
+            images.to(self.dtype), indices=list(indices), norm=True, intermediates_only=True, output_fmt="NCHW"
+        )
+        return [map_.float() for map_ in maps]
+
+    def intermediate_maps(self, images: Tensor) -> list[Tensor]:
+        """Four maps (B, D, h, w), float32, each through the final norm, prefix tokens dropped; the last block's last.
+
+        Args:
+            images: normalised images (B, 3, H, W); H and W multiples of the patch size.
+
+        Raises:
+            SizeError: H or W is not a multiple of the patch size.
+        """
+        return self._maps(images, self.layer_indices)
+
+    def last_map(self, images: Tensor) -> Tensor:
+        """The last block's map (B, D, H / patch, W / patch), float32, through the final norm.
+
+        Raises:
+            SizeError: H or W is not a multiple of the patch size.
+        """
+        return self._maps(images, self.layer_indices[-1:])[0]
+
+    forward = last_map
+
+
+def load_backbone(name: str, weights: str = "pretrained", dtype: str = "float32", device: str = "cpu") -> Backbone:
+    """Build a frozen backbone by timm name.
+
+    Args:
+        name: timm model name, with or without the tag of its weights.
+        weights: `pretrained` (downloaded once from the hub), `random` (seeded by torch's global generator), or the
+            path of a .safetensors or .pth file in timm's own or in the original DINO layout.
+        dtype: `float32` or `bfloat16`, the format in which the weights are held.
+        device: where the weights go; `meta` builds the shapes only.
+
+    Raises:
+        UsageError: timm has no such model, or it is no ViT with patch tokens.
+        WeightsError: the weights cannot be downloaded, read, or matched with the model.
+    """
+    _check_name(name)
+    options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True}
+    random = weights == "random" or device == "meta"
+    default_dtype = torch.get_default_dtype()
+    try:
+        # Random weights are drawn in their final format: the largest models would not fit in memory twice.
+        if random and dtype == "bfloat16":
+            torch.set_default_dtype(torch.bfloat16)
+        if device == "meta":
+            with torch.device("meta"):
+                vit = timm.create_model(name, **options)
+        elif random:
+            vit = timm.create_model(name, **options)
+        else:
+            vit = _create_with_weights(name, weights, options)
+    except TypeError as error:
+        raise UsageError(f"{name} takes no variable image size, which brixel needs: {error}") from error
+    finally:
+        torch.set_default_dtype(default_dtype)
+    if not hasattr(vit, "forward_intermediates") or not hasattr(vit, "blocks"):
+        raise UsageError(f"{name} is no ViT with patch tokens. Names that are: timm.list_models('vit_*').")
+    backbone = Backbone(name, vit, weights)
+    if dtype == "bfloat16" and not random:
+        _ = backbone.sha256  # of the weights as they were stored, before they are rounded
+    return backbone.to(device=device, dtype=getattr(torch, dtype))
+
+
+def _check_name(name: str) -> None:
+    if timm.is_model(name.partition(".")[0]):
+        tags = timm.list_pretrained(name.partition(".")[0] + ".*")
+        if "." in name and name not in tags:
+            raise UsageError(f"timm has no weights {name}. It has: {', '.join(tags) or 'none for this model'}.")
+        return
+    close = difflib.get_close_matches(name.partition(".")[0], timm.list_models("vit_*"), n=3)
+    hint = f"Did you mean {' or '.join(close)}?" if close else "Names: timm.list_models('vit_*')."
+    raise UsageError(f"timm has no model {name}. {hint}")
+
+
+def _create_with_weights(name: str, weights: str, options: dict[str, Any]) -> nn.Module:
+    overlay: dict[str, Any] = {}
+    if weights != "pretrained":
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise WeightsError(f"No backbone weights at {path}. Give 'pretrained', 'random' or the path of a file.")
+        if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
+            raise WeightsError(f"{path}: backbone weights must be .safetensors or .pth, not {path.suffix or 'this'}.")
+        overlay = {"file": str(path)}
+    try:
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    except Exception as error:  # timm, torch, safetensors and the hub each raise their own kinds here
+        if overlay:
+            raise WeightsError(f"{weights} does not hold weights of {name}: {_first_lines(error)}") from error
+        raise WeightsError(
+            f"The weights of {name} could not be had from the hub: {_first_lines(error)}\n"
+            "Check the network, or download them elsewhere and give the file: "
+            "--set backbone.weights=PATH (.safetensors or .pth)."
+        ) from error
+
+
+def _first_lines(error: BaseException, count: int = 4) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: " + " ".join(line[:300] for line in lines[:count])

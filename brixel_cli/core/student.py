@@ -1,0 +1,196 @@
+"""The student: a frozen backbone with a trained adapter; how it is stored, and how it is loaded again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from brixel_cli.core.adapter import Adapter, build_adapter
+from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.weights import ReleasedStudent, check_keys, import_released, load_pth, load_tensors, save_tensors
+from brixel_cli.errors import UsageError, WeightsError
+from brixel_cli.recipe import AdapterConfig
+
+FORMAT = "brixel-student-1"
+FILE_NAME = "student.safetensors"
+RELEASED_BACKBONES = {
+    384: "vit_small_patch16_dinov3.lvd1689m",
+    768: "vit_base_patch16_dinov3.lvd1689m",
+    1024: "vit_large_patch16_dinov3.lvd1689m",
+    1280: "vit_huge_plus_patch16_dinov3.lvd1689m",
+}
+
+
+class Student(nn.Module):
+    """Frozen backbone and adapter as one model: normalised images in, sharp maps out.
+
+    Attributes:
+        backbone: the frozen `Backbone`.
+        adapter: the trained `Adapter`.
+        released: what an import of released weights kept and skipped; None for weights of our own.
+    """
+
+    def __init__(self, backbone: Backbone, adapter: Adapter):
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = adapter
+        self.released: ReleasedStudent | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Sharp maps (B, D, factor * H / patch, factor * W / patch), float32.
+
+        Args:
+            images: (B, 3, H, W), normalised by `backbone.mean` and `backbone.std`; H, W multiples of the patch size.
+
+        Raises:
+            SizeError: H or W is not a multiple of the patch size.
+        """
+        output: Tensor = self.adapter(images, self.backbone.intermediate_maps(images)).float()
+        return output
+
+
+@dataclass(frozen=True)
+class StudentCard:
+    """What a student's file says of itself, besides its weights."""
+
+    backbone: str
+    backbone_weights: str
+    backbone_sha256: str
+    embed_dim: int
+    factor: int
+    adapter: AdapterConfig
+    step: int
+
+    def to_metadata(self) -> dict[str, str]:
+        """As safetensors metadata: strings by strings."""
+        fields = dataclasses.asdict(self) | {"adapter": self.adapter.model_dump()}
+        return {"format": FORMAT, "card": json.dumps(fields, sort_keys=True)}
+
+    @staticmethod
+    def from_metadata(metadata: dict[str, str], path: Path) -> StudentCard:
+        """Read back; raises WeightsError where the file is not a student of a version we know."""
+        if metadata.get("format") != FORMAT:
+            raise WeightsError(f"{path} is no brixel student of format {FORMAT}: {metadata.get('format', 'unmarked')}.")
+        try:
+            fields: dict[str, Any] = json.loads(metadata["card"])
+            adapter = AdapterConfig.model_validate_json(json.dumps(fields.pop("adapter")))
+            return StudentCard(adapter=adapter, **fields)
+        except (KeyError, TypeError, ValueError, ValidationError) as error:
+            raise WeightsError(f"{path}: its description of the student cannot be read: {error}") from error
+
+
+def save_student(path: Path, adapter_state: dict[str, Tensor], card: StudentCard) -> None:
+    """Write the adapter's weights (never the backbone's) and its card, atomically."""
+    save_tensors(path, adapter_state, card.to_metadata())
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter as found in a file: ours, or translated from a released one, whose `card` is then inferred."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    card: StudentCard
+    released: ReleasedStudent | None
+
+    def build(self) -> Adapter:
+        """The adapter with its stored weights.
+
+        Raises:
+            WeightsError: the stored tensors do not fit the stored description.
+        """
+        adapter = build_adapter(self.card.embed_dim, self.card.factor, self.card.adapter)
+        check_keys(adapter.state_dict(), self.tensors, str(self.path))
+        adapter.load_state_dict(self.tensors)
+        return adapter
+
+
+def read_adapter(reference: str) -> StoredAdapter:
+    """Read an adapter from a run folder, a .safetensors of ours, a released .pth, or a hub id (`user/name`).
+
+    Raises:
+        WeightsError: nothing is there, or it cannot be read.
+    """
+    path = _locate(reference)
+    if path.suffix in (".pth", ".pt"):
+        released = import_released(load_pth(path), str(path))
+        config = AdapterConfig(kind="deformable", residual="half_grid")
+        name = RELEASED_BACKBONES.get(released.embed_dim, "")
+        card = StudentCard(name, "pretrained", "", released.embed_dim, 4, config, 0)
+        return StoredAdapter(path, released.tensors, card, released)
+    tensors, metadata = load_tensors(path)
+    return StoredAdapter(path, tensors, StudentCard.from_metadata(metadata, path), None)
+
+
+def _locate(reference: str) -> Path:
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        if not (path / FILE_NAME).is_file():
+            raise WeightsError(f"{path} holds no {FILE_NAME}: no validation has taken place in that run yet.")
+        return path / FILE_NAME
+    if path.is_file():
+        return path
+    if reference.count("/") != 1 or path.suffix in (".safetensors", ".pth", ".pt") or reference[0] in "./~":
+        raise WeightsError(
+            f"No student at {reference}. Give a run folder, a .safetensors of brixel, a released .pth, or a hub id."
+        )
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(reference, FILE_NAME))
+    except Exception as error:  # the hub's client raises many kinds: network, rights, absence
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(f"No folder {reference} here, and no {FILE_NAME} from the hub: {reason}") from error
+
+
+def load_student(
+    checkpoint: str | Path,
+    *,
+    backbone: str | None = None,
+    backbone_weights: str | Path | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> Student:
+    """Load a student, ready for inference.
+
+    Args:
+        checkpoint: a run folder, a .safetensors of brixel, a released .pth, or a hub id (`user/name`).
+        backbone: timm model name; needed only where the file does not know it.
+        backbone_weights: `pretrained` or the path of the backbone's weights; default: as in training.
+        device: where the student goes.
+        dtype: `float32` or `bfloat16`, the format of the weights held; the maps are float32 in either.
+
+    Returns:
+        The student in eval mode, all parameters frozen.
+
+    Raises:
+        WeightsError: the files cannot be had or read, or do not belong together.
+        UsageError: the backbone is not known, neither from the file nor from the arguments.
+    """
+    stored = read_adapter(str(checkpoint))
+    card = stored.card
+    name = backbone or card.backbone
+    if not name:
+        raise UsageError(f"{stored.path} does not say which backbone it belongs to (D = {card.embed_dim}): give backbone=.")
+    if backbone and card.backbone and backbone.partition(".")[0] != card.backbone.partition(".")[0] and not stored.released:
+        raise WeightsError(f"{stored.path} was trained on {card.backbone}, not on {backbone}.")
+    trunk = load_backbone(name, str(backbone_weights or card.backbone_weights), dtype=dtype, device=device)
+    if trunk.embed_dim != card.embed_dim:
+        raise WeightsError(f"{stored.path} has width {card.embed_dim}, the backbone {name} has {trunk.embed_dim}.")
+    if card.backbone_sha256 and trunk.sha256 != card.backbone_sha256:
+        raise WeightsError(
+            f"The weights of {name} ({trunk.weights}) are not those that {stored.path} was trained on: "
+            f"SHA-256 {trunk.sha256[:16]}..., expected {card.backbone_sha256[:16]}.... Give backbone_weights=."
+        )
+    student = Student(trunk, stored.build().to(device))
+    student.released = stored.released
+    if dtype == "bfloat16":
+        student.adapter.to(torch.bfloat16)
+    return student.eval().requires_grad_(False)

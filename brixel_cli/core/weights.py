@@ -1,0 +1,207 @@
+"""Tensors on disk: safetensors written atomically, and the import of the authors' released checkpoints.
+
+Nothing here unpickles arbitrary objects: .pth files are read with torch's `weights_only`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from brixel_cli.errors import WeightsError
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and string metadata as safetensors; a reader sees the old file or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial, dict(metadata))
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a .safetensors file: tensors on the CPU, and its metadata.
+
+    Raises:
+        WeightsError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+    """Raise a WeightsError naming every missing, unknown or misshapen key of `found`; nothing is skipped silently."""
+    faults = [f"missing: {key}" for key in expected if key not in found]
+    faults += [f"unknown: {key}" for key in found if key not in expected]
+    faults += [
+        f"misshapen: {key} is {tuple(found[key].shape)}, expected {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in found and found[key].shape != tensor.shape
+    ]
+    if faults:
+        listed = "\n".join(f"  {fault}" for fault in faults[:20])
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise WeightsError(f"{where} does not fit: {len(faults)} of its keys are wrong.\n{listed}{more}")
+
+
+def load_pth(path: Path) -> dict[str, Tensor]:
+    """Read a flat state dict from a .pth file on the CPU, without unpickling arbitrary objects.
+
+    Raises:
+        WeightsError: the file is missing, damaged, holds other objects than tensors, or is no flat state dict.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(f"{path} cannot be read as a state dict of plain tensors: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} is no flat state dict of tensors, as the released checkpoints are.")
+    return state
+
+
+@dataclass(frozen=True)
+class ReleasedStudent:
+    """A released checkpoint, translated.
+
+    Attributes:
+        tensors: the live tensors under the names of `DeformableAdapter`.
+        embed_dim: channels D of the backbone it belongs to.
+        skipped: names of the dead tensors, those that never reach the output, left out.
+        num_skipped_parameters: trainable numbers in them.
+        num_live_parameters: trainable numbers that were kept.
+    """
+
+    tensors: dict[str, Tensor]
+    embed_dim: int
+    skipped: tuple[str, ...]
+    num_skipped_parameters: int
+    num_live_parameters: int
+
+    @property
+    def summary(self) -> str:
+        """One sentence on what was kept and what was skipped."""
+        total = self.num_live_parameters + self.num_skipped_parameters
+        return (
+            f"{len(self.tensors)} tensors taken ({self.num_live_parameters:,} parameters); {len(self.skipped)} skipped "
+            f"that never reach the output ({self.num_skipped_parameters:,} parameters, "
+            f"{self.num_skipped_parameters / total:.0%}): {', '.join(_families(self.skipped))}"
+        )
+
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _wb(name: str, *shape: int, bias: tuple[int, ...] | None = None) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": shape, f"{name}.bias": bias or shape[:1]}
+
+
+def _batch_norm(name: str, channels: int) -> dict[str, tuple[int, ...]]:
+    return _wb(name, channels) | {
+        f"{name}.running_mean": (channels,),
+        f"{name}.running_var": (channels,),
+        f"{name}.num_batches_tracked": (),
+    }
+
+
+_DEAD_PREFIXES = (
+    "adapter.spm.conv3.", "adapter.spm.conv4.", "adapter.spm.fc3.", "adapter.spm.fc4.",
+    "adapter.up.", "adapter.norm2.", "adapter.norm3.", "adapter.norm4.", "adapter.guide_proj.0.",
+)  # fmt: skip
+
+
+def _live_layout(dim: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the live tensors of a released checkpoint with D = dim."""
+    spm = "adapter.spm"
+    layout: dict[str, tuple[int, ...]] = {"adapter.level_embed": (3, dim)}
+    for conv, norm, in_channels in (("stem.0", "stem.1", 3), ("stem.3", "stem.4", 64), ("stem.6", "stem.7", 64)):
+        layout |= {f"{spm}.{conv}.weight": (64, in_channels, 3, 3)} | _batch_norm(f"{spm}.{norm}", 64)
+    layout |= {f"{spm}.conv2.0.weight": (128, 64, 3, 3)} | _batch_norm(f"{spm}.conv2.1", 128)
+    layout |= _wb(f"{spm}.fc1", dim, 64, 1, 1) | _wb(f"{spm}.fc2", dim, 128, 1, 1)
+    for extractor in _EXTRACTORS:
+        for norm in ("query_norm", "feat_norm", "ffn_norm"):
+            layout |= _wb(f"{extractor}.{norm}", dim)
+        layout |= _wb(f"{extractor}.attn.sampling_offsets", 128, dim) | _wb(f"{extractor}.attn.attention_weights", 64, dim)
+        layout |= _wb(f"{extractor}.attn.value_proj", dim // 2, dim) | _wb(f"{extractor}.attn.output_proj", dim, dim // 2)
+        layout |= _wb(f"{extractor}.ffn.fc1", dim // 4, dim) | _wb(f"{extractor}.ffn.fc2", dim, dim // 4)
+        layout |= _wb(f"{extractor}.ffn.dwconv.dwconv", dim // 4, 1, 3, 3)
+    layout |= _wb("adapter.norm1", dim) | _wb("head.align_in", 64, dim, 1, 1)
+    for block in range(3):
+        trunk = f"head.trunk.{block}.block"
+        layout |= _wb(f"{trunk}.0.ln", 64) | _wb(f"{trunk}.1", 64, 1, 3, 3)
+        layout |= _wb(f"{trunk}.3", 64, 64, 1, 1) | _wb(f"{trunk}.5", 64, 64, 1, 1)
+    return layout | _wb("head.mix", 64, 16, 3, 3) | _wb("head.head_norm.ln", 64) | _wb("head.out_conv", dim, 64, 1, 1)
+
+
+_EXTRACTORS = {
+    "adapter.interactions.0.extractor": "extractors.0.0",
+    "adapter.interactions.1.extractor": "extractors.1.0",
+    "adapter.interactions.2.extractor": "extractors.2.0",
+    "adapter.interactions.3.extractor": "extractors.3.0",
+    "adapter.interactions.3.extra_extractors.0": "extractors.3.1",
+    "adapter.interactions.3.extra_extractors.1": "extractors.3.2",
+}
+
+_RENAMES = {
+    **{f"{released}.": f"{ours}." for released, ours in _EXTRACTORS.items()},
+    ".ffn.dwconv.dwconv.": ".ffn.depthwise.",
+    "adapter.spm.": "",
+    "adapter.norm1.": "norm.",
+    "adapter.level_embed": "level_embed",
+    ".block.0.ln.": ".norm.",
+    ".block.1.": ".depthwise.",
+    ".block.3.": ".expand.",
+    ".block.5.": ".project.",
+    "head.head_norm.ln.": "head.norm.",
+    "head.out_conv.": "head.out.",
+}
+
+
+def import_released(state: Mapping[str, Tensor], where: str = "The checkpoint") -> ReleasedStudent:
+    """Translate the authors' released state dict (213 keys) to the names of `DeformableAdapter`.
+
+    Args:
+        state: the flat state dict of adapter and head.
+        where: what to call the checkpoint in errors.
+
+    Raises:
+        WeightsError: a live key is missing, misshapen or unknown; nothing but the dead branches is skipped.
+    """
+    level_embed = state.get("adapter.level_embed")
+    if level_embed is None or level_embed.ndim != 2:
+        raise WeightsError(f"{where} is no released BRIXEL checkpoint: it has no key adapter.level_embed of shape (3, D).")
+    dim = level_embed.shape[1]
+    skipped = tuple(key for key in state if key.startswith(_DEAD_PREFIXES))
+    live = {key: tensor for key, tensor in state.items() if key not in skipped}
+    expected = {key: torch.empty(shape, device="meta") for key, shape in _live_layout(dim).items()}
+    check_keys(expected, live, where)
+    tensors = {}
+    for key, tensor in live.items():
+        for old, new in _RENAMES.items():
+            key = key.replace(old, new)
+        tensors[key] = tensor[0].clone() if key == "level_embed" else tensor
+    dead_rows = 2 * dim  # of adapter.level_embed, for the strides that are left out
+    return ReleasedStudent(
+        tensors=tensors,
+        embed_dim=dim,
+        skipped=(*skipped, "adapter.level_embed[1:]"),
+        num_skipped_parameters=dead_rows + sum(state[key].numel() for key in skipped if not key.endswith(_BUFFERS)),
+        num_live_parameters=sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(_BUFFERS)),
+    )
+
+
+def _families(keys: tuple[str, ...]) -> list[str]:
+    """The dead branches by name, without a line for each tensor."""
+    return list(dict.fromkeys(".".join(key.split(".")[: 3 if ".spm." in key else 2]) for key in keys))

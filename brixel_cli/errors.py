@@ -1,0 +1,21 @@
+"""Faults that the user can mend. Everything else keeps its traceback: it is ours to mend."""
+
+
+class BrixelError(Exception):
+    """Something the user can put right: the message says what, where, and what to do next. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(BrixelError):
+    """A wrong option, recipe or argument, found before any work was done. Exit code 2."""
+
+    exit_code = 2
+
+
+class WeightsError(BrixelError):
+    """Weights that cannot be had, read, or matched with the model they are meant for."""
+
+
+class SizeError(BrixelError, ValueError):
+    """An image or grid size that the model cannot take."""

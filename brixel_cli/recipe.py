@@ -1,0 +1,238 @@
+"""Every knob of a distillation, typed, with its unit. How a recipe file is read is in `recipe_files.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Frozen, and closed: a key that is not listed is a fault, never silently dropped."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class BackboneConfig(Section):
+    name: str
+    """timm model name, with or without the tag of its weights, e.g. `vit_small_patch14_dinov2.lvd142m`."""
+    weights: str = "pretrained"
+    """`pretrained` (from the hub), `random` (cost and shape tests only), or a path to .safetensors or .pth."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format in which the frozen weights are held; bfloat16 halves their memory."""
+
+
+class FusionConfig(Section):
+    width: PositiveInt = 192
+    """Channels on the token grid and on the middle grid."""
+    fine_width: PositiveInt = 128
+    """Channels on the output grid."""
+    blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)] = [2, 3, 3]
+    """Number of convolutional blocks on the token, middle and output grid."""
+
+
+class DeformableConfig(Section):
+    num_heads: PositiveInt = 16
+    """Attention heads; half the embedding width must be a multiple of it."""
+    num_points: PositiveInt = 4
+    """Sampling points for each query and head."""
+    extractors: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=4, max_length=4)] = [1, 1, 1, 3]
+    """Number of extractors for each of the four backbone maps."""
+    head_width: Annotated[int, Field(gt=0, multiple_of=4)] = 64
+    """Channels of the convolutional head."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Probability of dropping an extractor's feed-forward branch for a sample, in training."""
+
+
+class AdapterConfig(Section):
+    kind: Literal["fusion", "deformable"] = "fusion"
+    """`fusion`: convolutions, the cheaper one. `deformable`: the paper's."""
+    residual: Literal["direct", "half_grid"] = "direct"
+    """How the backbone's last map is enlarged: straight to the output grid, or through half the token grid (released)."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    channels_last: bool = True
+    """Memory layout of the convolutions; the faster one on CPU and on recent GPUs."""
+    fusion: FusionConfig = FusionConfig()
+    """Read when `kind` is `fusion`."""
+    deformable: DeformableConfig = DeformableConfig()
+    """Read when `kind` is `deformable`."""
+
+
+class DataConfig(Section):
+    images: str = "photos"
+    """Folder of training photographs, searched recursively."""
+    val_images: str | None = None
+    """Folder of held-out photographs; null: hold out a share of `images`."""
+    val_fraction: Fraction = 0.05
+    """Share of `images` held out, chosen by file name, when `val_images` is null."""
+    max_val_images: PositiveInt = 64
+    """At most so many held-out photographs are looked at in a validation."""
+    min_side: PositiveInt | None = None
+    """Photographs with a shorter side than this (pixels) are skipped; null: the teacher's own short side."""
+
+
+class ViewConfig(Section):
+    teacher_size: PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] = 1024
+    """Input of the teacher in pixels: one side, or [height, width]."""
+    factor: Literal[2, 4, 8] = 4
+    """Teacher side over student side; also output grid over token grid."""
+    kind: Literal["centre", "random", "fixed"] = "centre"
+    """`centre`: cover and centre crop (released). `random`: a new random crop and flip each epoch.
+    `fixed`: for each photograph the centre crop and `per_image - 1` random ones, the same in every epoch."""
+    per_image: PositiveInt = 1
+    """Views of each photograph when `kind` is `fixed`."""
+    scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] = [0.3, 1.0]
+    """Area of a random crop, as a share of the photograph's, least and most."""
+    flip: bool = True
+    """Mirror random crops left to right half of the time."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ViewConfig:
+        if self.per_image > 1 and self.kind != "fixed":
+            raise ValueError(f"views.per_image is {self.per_image}, but only kind: fixed has more than one view")
+        if self.scale[0] > self.scale[1]:
+            raise ValueError("views.scale must be [least, most]")
+        return self
+
+    @property
+    def teacher_hw(self) -> tuple[int, int]:
+        """Teacher input (height, width) in pixels."""
+        if isinstance(self.teacher_size, int):
+            return self.teacher_size, self.teacher_size
+        return self.teacher_size[0], self.teacher_size[1]
+
+
+class CacheConfig(Section):
+    enabled: bool = False
+    """Compute the teacher's targets and the backbone's maps once and store them; needs views that stay the same."""
+    directory: str | None = None
+    """Folder of the cache files; null: `cache` inside the run. Runs that share views and backbone can share it."""
+
+
+class L1Config(Section):
+    weight: Weight = 1.0
+    form: Literal["relative", "raw"] = "relative"
+    """`relative`: divided by the target's mean absolute value. `raw`: as released."""
+
+
+class EdgeConfig(Section):
+    weight: Weight = 0.5
+    form: Literal["relative", "raw"] = "relative"
+    """`relative`: divided by the target's own Sobel energy. `raw`: as released."""
+    basis: Literal["fixed", "batch"] = "fixed"
+    """PCA basis: fitted once before the first step, or on every batch (released; slower)."""
+    components: Annotated[int, Field(gt=0, le=24)] = 8
+    """Number of principal components compared."""
+
+
+class SpectralConfig(Section):
+    weight: Weight = 0.1
+    form: Literal["centred", "released"] = "centred"
+    """`centred`: zero frequency in the middle of the radial bins. `released`: without that shift."""
+
+
+class CosineConfig(Section):
+    weight: Weight = 0.5
+
+
+class LossConfig(Section):
+    l1: L1Config = L1Config()
+    edge: EdgeConfig = EdgeConfig()
+    spectral: SpectralConfig = SpectralConfig()
+    cosine: CosineConfig = CosineConfig()
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> LossConfig:
+        if not any((self.l1.weight, self.edge.weight, self.spectral.weight, self.cosine.weight)):
+            raise ValueError("every loss weight is 0: there is nothing to train on")
+        return self
+
+
+class OptimConfig(Section):
+    batch_size: PositiveInt = 16
+    """Images in one update, over all processes and accumulated passes."""
+    accumulate: PositiveInt = 1
+    """Passes into which an update is split; more needs less memory."""
+    steps: PositiveInt | None = None
+    """Updates in the whole run; give this or `epochs`."""
+    epochs: PositiveFloat | None = None
+    """Passes over the training views in the whole run; give this or `steps`."""
+    lr: Rate = 1e-3
+    """Peak learning rate."""
+    weight_decay: Weight = 0.01
+    """Decoupled weight decay of AdamW; 0 makes it plain Adam."""
+    clip: Weight = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    schedule: Literal["cosine", "two_step", "constant"] = "cosine"
+    """`cosine`: warm-up, then a half cosine to zero. `two_step`: `first_epoch_lr`, then `lr` (released)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Updates over which the rate rises from zero; at most a tenth of the run is used."""
+    first_epoch_lr: Rate = 1e-4
+    """Rate of the first epoch when `schedule` is `two_step`."""
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the moving average of the weights that is validated and saved; 0 switches averaging off."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of optim.steps and optim.epochs")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"optim.batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        return self
+
+
+class RunConfig(Section):
+    """How the run is carried out. Only what stands here may differ when a run is resumed."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `mps`."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the networks; `auto` takes bfloat16 where the device computes in it. Losses are always float32."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that read and crop photographs."""
+    log_every: PositiveInt = 10
+    """Updates between lines of the metrics."""
+    validate_every: PositiveInt = 500
+    """Updates between validations, each with a picture."""
+    checkpoint_every: PositiveInt = 250
+    """Updates between checkpoints."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+
+
+class Recipe(Section):
+    """A whole distillation: what is trained, on what, how long and how."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the run folder, runs/NAME, unless --output is given."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    backbone: BackboneConfig
+    adapter: AdapterConfig = AdapterConfig()
+    init: str | None = None
+    """A student to start from: run folder, .safetensors, or a released .pth; null: a new one."""
+    data: DataConfig = DataConfig()
+    views: ViewConfig = ViewConfig()
+    cache: CacheConfig = CacheConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.cache.enabled and self.views.kind == "random":
+            raise ValueError("cache.enabled needs views that stay the same: views.kind centre or fixed, not random")
+        for side in self.views.teacher_hw:
+            if side % self.views.factor:
+                raise ValueError(f"views.teacher_size {side} is not a multiple of views.factor {self.views.factor}")
+        return self
+
+    @property
+    def student_hw(self) -> tuple[int, int]:
+        """Student input (height, width) in pixels."""
+        height, width = self.views.teacher_hw
+        return height // self.views.factor, width // self.views.factor

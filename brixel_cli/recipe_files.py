@@ -1,0 +1,199 @@
+"""Recipes as YAML files: finding them, reading them without YAML's traps, reporting all faults at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from brixel_cli.errors import UsageError
+from brixel_cli.recipe import Recipe
+
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "recipes"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number, only true and false are booleans, and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key_node.value}' stands twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] in ("null", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+# YAML 1.1 would read a leading zero as octal; `010` here is ten.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with brixel."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def find_recipe(reference: str) -> Path:
+    """Locate a recipe: a path, or the name of a shipped one (`vitl`, `vitl.yaml` or `recipes/vitl.yaml`).
+
+    Raises:
+        UsageError: there is neither such a file nor such a shipped recipe.
+    """
+    path = Path(reference)
+    if path.is_file():
+        return path
+    stem = path.name.removesuffix(".yaml")
+    if path.parent in (Path("."), Path("recipes")) and stem in shipped_recipes():
+        return SHIPPED / f"{stem}.yaml"
+    close = difflib.get_close_matches(stem, shipped_recipes(), n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise UsageError(
+        f"No recipe at {reference}, and brixel ships none of that name.{hint} Shipped: {', '.join(shipped_recipes())}."
+    )
+
+
+def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key.path=value` overrides, in order.
+
+    Raises:
+        UsageError: with every fault of the recipe in one message: key path, expected, found, nearest spelling.
+    """
+    path = find_recipe(reference)
+    try:
+        tree = _parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not a valid YAML file: {error}") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} must hold keys and values, such as 'name: mine'; it holds {_shown(tree)}.")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Recipe.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        faults = [_describe(fault, tree) for fault in error.errors()]
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise UsageError(f"{path} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults)) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """A recipe as YAML that `load_recipe` reads back to an equal one."""
+    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False)
+
+
+def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
+    """Key paths outside `run` and `cache.directory` whose values differ, as `path: old -> new`."""
+    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    return [
+        f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
+        for key in before | after
+        if before.get(key) != after.get(key) and not key.startswith("run.") and key != "cache.directory"
+    ]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes floats so that `_Loader` and any YAML reader take them as numbers, and short lists in one line."""
+
+
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    text = repr(value)
+    if "." not in text and "e" in text:
+        text = text.replace("e", ".0e")
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.add_representer(float, _represent_float)
+_Dumper.add_representer(
+    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set takes key.path=value, such as optim.lr=3e-4; got {override!r}.")
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UsageError(f"--set {key}: '{parent}' is a value, not a section.")
+        node = child
+    try:
+        node[leaf] = _parse(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {key}: {text!r} is not a YAML value: {error}") from error
+
+
+def _describe(fault: Any, tree: dict[str, Any]) -> str:
+    location = [part for part in fault["loc"] if isinstance(part, int) or _is_key(part)]
+    path = ".".join(str(part) for part in location) or "the recipe"
+    if fault["type"] == "extra_forbidden":
+        known = list(_section_at(location[:-1]).model_fields)
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if fault["type"] == "missing":
+        return f"{path}: missing; {_section_at(location[:-1]).model_fields[str(location[-1])].description or 'required'}"
+    if fault["type"] == "value_error":
+        return f"{path}: {fault['ctx']['error']}"
+    expected = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    found = fault["input"]
+    if isinstance(found, str) and fault["type"] == "literal_error":
+        options = re.findall(r"'([^']*)'", fault["msg"])
+        close = difflib.get_close_matches(found, options, n=1)
+        return f"{path}: expected {expected}; found {_shown(found)}" + (f"; did you mean {close[0]}?" if close else "")
+    return f"{path}: expected {expected}; found {_shown(found)}"
+
+
+def _is_key(part: str) -> bool:
+    """Pydantic adds the branch of a union to the path of a fault (`int`, `list[...]`); users know only keys."""
+    return re.fullmatch(r"[a-z_0-9]+", part) is not None and part not in ("int", "str", "float", "none")
+
+
+def _section_at(location: Sequence[Any]) -> type[BaseModel]:
+    section: type[BaseModel] = Recipe
+    for key in location:
+        annotation = typing.get_type_hints(section)[str(key)]
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+    return section
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
