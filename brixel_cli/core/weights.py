@@ -23,6 +23,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Write tensors and string metadata as safetensors; a reader sees the old file or the new one, never a part."""
     partial = path.with_name(path.name + ".partial")
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial, dict(metadata))
+    partial.chmod(path.parent.stat().st_mode & 0o666)  # readable to whoever can read the folder
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)

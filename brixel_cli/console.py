@@ -1,0 +1,116 @@
+"""The only module that prints: results to stdout, everything else to stderr.
+
+Under torchrun only the first process speaks, except to report its own failure.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from tqdm import tqdm
+
+from brixel_cli.errors import BrixelError
+
+_quiet = False
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def set_quiet(quiet: bool) -> None:
+    """Keep hints and progress to ourselves; results, warnings and errors still show."""
+    global _quiet
+    _quiet = quiet
+
+
+def say(message: str) -> None:
+    """A hint or a stage of the work, to stderr."""
+    if not _quiet and is_first_process():
+        tqdm.write(message, file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    """A warning, to stderr."""
+    if is_first_process():
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
+    """A table to stdout; the first column is text, the others are figures."""
+    if not is_first_process():
+        return
+    table = Table(title=escape(title), caption=caption and escape(caption), title_justify="left", caption_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(escape(column), justify="right" if number else "left", no_wrap=number > 0)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    Console().print(table)
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """One line of JSON to stdout, for programs; nan and infinity become null."""
+    if is_first_process():
+        sys.stdout.write(json.dumps(_jsonable(result)) + "\n")
+
+
+def print_files(files: Sequence[str]) -> None:
+    """Name the files that a command wrote, to stdout."""
+    if is_first_process():
+        sys.stdout.write("".join(f"wrote {file}\n" for file in files))
+
+
+@contextmanager
+def error_boundary() -> Iterator[None]:
+    """Turn user faults into one message and their exit code; anything else keeps its traceback."""
+    try:
+        yield
+    except BrixelError as error:
+        who = "" if is_first_process() else f"[process {os.environ['RANK']}] "
+        sys.stderr.write(f"{who}error: {error}\n")
+        raise SystemExit(error.exit_code) from error
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; what was saved stays\n")
+        raise SystemExit(130) from None
+
+
+class Progress:
+    """What the engines report to: stages, warnings and progress bars. See `engines.reporting.Reporter`."""
+
+    def say(self, message: str) -> None:
+        """A stage of the work."""
+        say(message)
+
+    def warn(self, message: str) -> None:
+        """Something that went wrong without ending the work."""
+        warn(message)
+
+    @contextmanager
+    def bar(self, title: str, total: int, done: int = 0, unit: str = "it") -> Iterator[tqdm[Any]]:
+        """A progress bar on stderr, with speed and time left; silent when quiet, sparse where stderr is no terminal."""
+        interval = 0.2 if sys.stderr.isatty() else 15.0
+        with tqdm(
+            desc=title, total=total, initial=done, unit=unit, file=sys.stderr, mininterval=interval, maxinterval=60.0,
+            disable=_quiet or not is_first_process(), dynamic_ncols=True,
+        ) as bar:  # fmt: skip
+            yield bar
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

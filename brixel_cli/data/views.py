@@ -1,0 +1,140 @@
+"""Views: which part of which photograph the teacher sees, and how the student's view follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from brixel_cli.data.images import Photograph, Skipped, load_image
+from brixel_cli.errors import BrixelError
+from brixel_cli.recipe import ViewConfig
+
+
+def seed_of(*parts: int) -> int:
+    """One 63-bit seed from several numbers (run seed, step, process ...), the same on every machine."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def centre_view(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The released view: resized to cover `size` (height, width) with antialiasing, centre crop."""
+    scale = max(size[0] / image.height, size[1] / image.width)
+    covered = [max(round(image.height * scale), size[0]), max(round(image.width * scale), size[1])]
+    resized = tvf.resize(image, covered, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    return tvf.center_crop(resized, list(size))
+
+
+def random_view(image: Image.Image, size: tuple[int, int], config: ViewConfig, seed: int) -> Image.Image:
+    """A random resized crop and flip to `size` (height, width); the same seed gives the same view."""
+    aspect = size[1] / size[0]
+    crop = v2.RandomResizedCrop(
+        list(size),
+        scale=(config.scale[0], config.scale[1]),
+        ratio=(aspect * 3 / 4, aspect * 4 / 3),
+        interpolation=v2.InterpolationMode.BICUBIC,
+        antialias=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        view: Image.Image = crop(image)
+        mirrored = config.flip and bool(torch.rand(()) < 0.5)
+    return tvf.horizontal_flip(view) if mirrored else view
+
+
+def normalise(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """An RGB image as the backbone wants it: (3, H, W), float32, in [0, 1], then minus mean over std."""
+    return tvf.normalize(tvf.to_dtype(tvf.pil_to_tensor(image), torch.float32, scale=True), list(mean), list(std))
+
+
+def reduce_view(teacher_views: Tensor, factor: int) -> Tensor:
+    """The student's views (B, 3, H / factor, W / factor): antialiased bicubic reduction of the teacher's, float32."""
+    height, width = teacher_views.shape[-2] // factor, teacher_views.shape[-1] // factor
+    with torch.autocast(teacher_views.device.type, enabled=False):  # on CPU it has no bfloat16 kernel
+        return F.interpolate(teacher_views.float(), size=(height, width), mode="bicubic", antialias=True)
+
+
+@dataclass(frozen=True)
+class View:
+    """A teacher view that was made: normalised pixels (3, H, W), the photograph's name, and files found unreadable."""
+
+    pixels: Tensor
+    name: str
+    skipped: tuple[Skipped, ...] = ()
+
+
+class Views(Dataset[View]):
+    """The teacher views of a set of photographs, indexed by (epoch, number of the view).
+
+    A photograph that turns out to be damaged is replaced by the next one of the list, and reported in the view.
+
+    Args:
+        photographs: as found by `scan_folder`.
+        config: the recipe's `views` section.
+        seed: of the random crops.
+        mean, std: the backbone's normalisation.
+    """
+
+    def __init__(
+        self, photographs: Sequence[Photograph], config: ViewConfig, seed: int, mean: Sequence[float], std: Sequence[float]
+    ):
+        self.photographs = list(photographs)
+        self.config = config
+        self.seed = seed
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def __len__(self) -> int:
+        return len(self.photographs) * self.config.per_image
+
+    def name(self, number: int) -> str:
+        """The name of the photograph that a view is cut from, and which of its views it is, where it has several."""
+        photograph, variant = divmod(number, self.config.per_image)
+        return self.photographs[photograph].name + (f"#{variant}" if self.config.per_image > 1 else "")
+
+    def __getitem__(self, key: tuple[int, int]) -> View:
+        epoch, number = key
+        first, variant = divmod(number, self.config.per_image)
+        skipped: list[Skipped] = []
+        for offset in range(len(self.photographs)):
+            photograph = self.photographs[(first + offset) % len(self.photographs)]
+            try:
+                image = load_image(photograph.path)
+            except BrixelError as error:
+                skipped.append(Skipped(photograph.name, str(error).removesuffix(f": {photograph.path}")))
+                continue
+            size = self.config.teacher_hw
+            if self.config.kind == "centre" or (self.config.kind == "fixed" and variant == 0):
+                view = centre_view(image, size)
+            else:
+                epoch_of_view = epoch if self.config.kind == "random" else 0
+                view = random_view(image, size, self.config, seed_of(self.seed, epoch_of_view, number))
+            return View(normalise(view, self.mean, self.std), photograph.name, tuple(skipped))
+        raise BrixelError(f"None of the {len(self.photographs)} photographs can be read; the first: {skipped[0].reason}.")
+
+
+def split_photographs(
+    photographs: Sequence[Photograph], fraction: float, most: int
+) -> tuple[list[Photograph], list[Photograph]]:
+    """Training and held-out photographs: about `fraction` held out, at least one and at most `most`.
+
+    The choice depends on each file's name alone, so that a growing folder keeps its held-out photographs.
+
+    Raises:
+        BrixelError: there are fewer than two photographs.
+    """
+    if len(photographs) < 2:
+        raise BrixelError(
+            "One photograph cannot be split into training and held-out ones: add more, or give data.val_images."
+        )
+    ranked = sorted(photographs, key=lambda photograph: hashlib.sha256(photograph.name.encode()).digest())
+    held_out = set(ranked[: min(max(round(fraction * len(ranked)), 1), most, len(ranked) - 1)])
+    training = [photograph for photograph in photographs if photograph not in held_out]
+    return training, [photograph for photograph in photographs if photograph in held_out]

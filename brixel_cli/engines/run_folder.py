@@ -1,0 +1,120 @@
+"""A run on disk: recipe, weights, training state, metrics and pictures, valid at every moment.
+
+    recipe.yaml            the resolved recipe
+    student.safetensors    the best adapter so far, by held-out cosine: what `load_student` takes
+    last.safetensors       the adapter of the last checkpoint
+    state.safetensors      all that resuming needs
+    metrics.jsonl          a line for each logged step and each validation
+    tensorboard/           the same for TensorBoard
+    pictures/              image | backbone | student | teacher, one file a validation
+    skipped.csv            photographs left out, with reasons
+    results.json           the final table
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from brixel_cli.core.student import FILE_NAME
+from brixel_cli.core.weights import load_tensors, save_tensors
+from brixel_cli.data.images import Skipped
+from brixel_cli.errors import UsageError
+from brixel_cli.recipe import Recipe
+from brixel_cli.recipe_files import dump_recipe, load_recipe, recipe_differences
+
+
+class RunFolder:
+    """The files of one distillation run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.student = path / FILE_NAME
+        self.last = path / "last.safetensors"
+        self.state = path / "state.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.pictures = path / "pictures"
+        self.skipped = path / "skipped.csv"
+        self.results = path / "results.json"
+
+    def check(self, recipe: Recipe, resume: bool) -> None:
+        """Refuse to overwrite a run, and to resume one that was begun with another recipe.
+
+        Raises:
+            UsageError: the folder holds a run and `resume` is false, or it differs from the recipe, or holds none.
+        """
+        if not resume:
+            if self.recipe.exists():
+                raise UsageError(
+                    f"{self.path} holds a run already. Continue it with --resume, "
+                    "begin anew with --overwrite, or name another folder with --output."
+                )
+            return
+        if not self.recipe.exists():
+            raise UsageError(f"{self.path} holds no run to resume: {self.recipe.name} is missing.")
+        differences = recipe_differences(load_recipe(str(self.recipe)), recipe)
+        if differences:
+            raise UsageError(
+                f"{self.path} was begun with another recipe:\n  " + "\n  ".join(differences) + "\n"
+                "Resume it as it was begun (--resume --output DIR, without --recipe), or use another folder."
+            )
+
+    def begin(self, recipe: Recipe) -> None:
+        """Make the folder and write the resolved recipe, removing what an earlier run left here."""
+        self.pictures.mkdir(parents=True, exist_ok=True)
+        leftovers = [self.student, self.last, self.state, self.metrics, self.skipped, self.results]
+        for file in (*leftovers, *self.pictures.glob("step_*.png"), *self.tensorboard.glob("events.*")):
+            file.unlink(missing_ok=True)
+        write_text(self.recipe, dump_recipe(recipe))
+
+    def write_skipped(self, skipped: Sequence[Skipped]) -> None:
+        """List the photographs left out; no file where there are none."""
+        if skipped:
+            with open(self.skipped, "w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(["file", "reason"])
+                writer.writerows((item.name, item.reason) for item in skipped)
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Append a line to the metrics."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which will be made again, and a line cut short by a kill."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def save_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write all that resuming needs: tensors, and facts such as the step."""
+        save_tensors(self.state, tensors, {"facts": json.dumps(facts)})
+
+    def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read it back; None where no checkpoint has been written yet."""
+        if not self.state.exists():
+            return None
+        tensors, metadata = load_tensors(self.state)
+        return tensors, json.loads(metadata["facts"])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

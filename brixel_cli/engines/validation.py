@@ -1,0 +1,61 @@
+"""Held-out fidelity: the student and the bilinear backbone against the teacher, and a picture of all three."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from brixel_cli.core.adapter import Adapter, resize
+from brixel_cli.core.backbone import Backbone
+from brixel_cli.core.metrics import FIDELITY, fidelity, share_of_gap_closed
+from brixel_cli.core.pictures import denormalise, panel, pca_colours
+from brixel_cli.engines.batches import Batches
+from brixel_cli.engines.runtime import Runtime
+
+PICTURE_ROWS = 4
+VALIDATION_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Fidelity to the teacher, averaged over the held-out photographs, and a picture of the first few."""
+
+    num_images: int
+    backbone: dict[str, float]
+    student: dict[str, float]
+    picture: Image.Image
+
+    @property
+    def gap_closed(self) -> dict[str, float]:
+        """Share of the gap between bilinear backbone and teacher that the student closes, by metric."""
+        return share_of_gap_closed(self.backbone, self.student)
+
+
+@torch.no_grad()
+def validate(adapter: Adapter, backbone: Backbone, batches: Batches, num_images: int, runtime: Runtime) -> Validation:
+    """Measure an adapter, in eval mode, on the first `num_images` held-out views, shared out over the processes."""
+    mine = list(range(runtime.rank, num_images, runtime.world_size))
+    chunks = [[(0, number) for number in mine[at : at + VALIDATION_BATCH]] for at in range(0, len(mine), VALIDATION_BATCH)]
+    measured: list[tuple[dict[str, float], dict[str, float]]] = []
+    rows: list[list[Image.Image]] = []
+    was_training = adapter.training
+    adapter.eval()
+    for batch in batches.iterate(chunks):
+        with runtime.autocast():
+            predictions = adapter(batch.images, batch.maps).float()
+        bilinear = resize(batch.maps[-1], (predictions.shape[-2], predictions.shape[-1]))
+        for place, target in enumerate(batch.targets):
+            measured.append((fidelity(bilinear[place], target), fidelity(predictions[place], target)))
+            if len(rows) < PICTURE_ROWS and runtime.is_first:
+                image = denormalise(batch.images[place], backbone.mean, backbone.std)
+                maps = [batch.maps[-1][place], predictions[place], target]
+                rows.append([image, *pca_colours(maps, reference=target)])
+    adapter.train(was_training)
+    measured = runtime.gather(measured)
+    backbone_mean, student_mean = (
+        {name: sum(pair[which][name] for pair in measured) / len(measured) for name in FIDELITY} for which in (0, 1)
+    )
+    picture = panel(["student's input", "backbone", "student", "teacher"], rows or [[Image.new("RGB", (1, 1))] * 4])
+    return Validation(len(measured), backbone_mean, student_mean, picture)
