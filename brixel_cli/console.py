@@ -64,6 +64,11 @@ def print_json(result: Mapping[str, Any]) -> None:
         sys.stdout.write(json.dumps(_jsonable(result)) + "\n")
 
 
+def print_version(version: str) -> None:
+    """The version to stdout."""
+    sys.stdout.write(f"brixel {version}\n")
+
+
 def print_files(files: Sequence[str]) -> None:
     """Name the files that a command wrote, to stdout."""
     if is_first_process():

@@ -87,7 +87,11 @@ def radial_amplitude(maps: Tensor, centred: bool = True) -> Tensor:
         torch.hann_window(height, periodic=False, device=maps.device),
         torch.hann_window(width, periodic=False, device=maps.device),
     )
-    amplitude = torch.fft.fft2(maps * window, norm="ortho").abs().mean(dim=1)
+    # The spectrum of real maps is symmetric: half of it is computed, the other half mirrored after the channel mean.
+    half = torch.fft.rfft2(maps * window, norm="ortho").abs().mean(dim=1)
+    rows = -torch.arange(height, device=maps.device) % height
+    mirrored = half[:, rows][:, :, 1 : (width + 1) // 2].flip(-1)
+    amplitude = torch.cat([half, mirrored], dim=-1)
     if centred:
         amplitude = torch.fft.fftshift(amplitude, dim=(-2, -1))
     bins = radial_bins(height, width, maps.device).flatten()

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class Trainer:
             torch.manual_seed(seed)
             # Gradients travel between processes once, with the last pass.
             accelerator = self.runtime.accelerator
-            with accelerator.no_sync(self.model) if part < accumulate - 1 else accelerator.autocast():
+            with accelerator.no_sync(self.model) if part < accumulate - 1 else nullcontext():
                 with self.runtime.autocast():
                     prediction = self.model(batch.images, batch.maps)
                 parts = self.loss(prediction, batch.targets, seed)

@@ -1,0 +1,135 @@
+"""`brixel distill`: options to recipe, recipe to engine, result to table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from brixel_cli.console import Progress, print_files, print_json, print_table, say
+from brixel_cli.errors import UsageError
+from brixel_cli.recipe import Recipe
+from brixel_cli.recipe_files import load_recipe
+
+if TYPE_CHECKING:
+    from brixel_cli.engines.planning import Plan
+
+TITLES = {"l1": "L1", "cosine": "cosine", "edge": "edge", "spectral": "spectral"}
+
+
+def run_distill(
+    recipe_name: str | None,
+    output: Path | None,
+    overrides: list[str],
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Carry out `brixel distill` with options as the user gave them; see `app.distill` for what they mean.
+
+    Raises:
+        BrixelError: something the user can mend.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume continues a run and --overwrite begins it anew: give one of them.")
+    recipe, folder = _recipe_and_folder(recipe_name, output, overrides, resume)
+    if dry_run:
+        from brixel_cli.engines.planning import plan
+
+        _show_plan(plan(recipe, Progress()), recipe, as_json)
+        return
+
+    # torch takes seconds to import: only now, when there is work for it.
+    from brixel_cli.engines.distillation import distill
+    from brixel_cli.engines.run_folder import RunFolder
+
+    done = distill(recipe, RunFolder(folder), Progress(), resume=resume, overwrite=overwrite)
+    files = [str(path) for path in done.files]
+    if as_json:
+        print_json({**done.results, "files": files})
+    else:
+        _show_results(done.results, recipe)
+        print_files(files)
+    say(f'load it: brixel_cli.load_student("{folder}")')
+
+
+def _recipe_and_folder(
+    name: str | None, output: Path | None, overrides: list[str], resume: bool
+) -> tuple[Recipe, Path]:
+    if resume and name is None:
+        if output is None:
+            raise UsageError("--resume needs to know the run: give --output DIR, or --recipe.")
+        if not (output / "recipe.yaml").is_file():
+            raise UsageError(f"{output} holds no run to resume: recipe.yaml is missing.")
+        return load_recipe(str(output / "recipe.yaml"), overrides), output
+    recipe = load_recipe(name or "dinov2_vits", overrides)
+    return recipe, output or Path("runs") / recipe.name
+
+
+def _show_results(results: dict[str, Any], recipe: Recipe) -> None:
+    best = results["best"]
+    (height, width), (big_height, big_width) = recipe.student_hw, recipe.views.teacher_hw
+    rows = [
+        ["backbone, bilinear", *(f"{best['backbone'][name]:.4f}" for name in TITLES)],
+        ["student", *(f"{best['student'][name]:.4f}" for name in TITLES)],
+        ["share of gap closed", *(_percent(best["gap_closed"][name]) for name in TITLES)],
+    ]
+    print_table(
+        f"{best['num_images']} held-out photographs, {height}x{width} px against the teacher at {big_height}x{big_width} px",
+        ["", *TITLES.values()],
+        rows,
+        caption=f"Best student: step {best['step']} of {results['steps']}. Teacher: L1, edge, spectral 0; cosine 1.",
+    )
+
+
+def _show_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
+    if as_json:
+        print_json(dataclasses.asdict(plan))
+        return
+    from brixel_cli.data.features import human_bytes
+
+    rows = [
+        ["live parameters (adapter)", f"{plan.num_live_parameters:,}"],
+        ["frozen parameters (backbone)", f"{plan.num_frozen_parameters:,}"],
+        ["GFLOP per step", f"{sum(plan.gflop_per_step.values()):,.1f}"],
+        *([f"  {part}", f"{gflop:,.1f}"] for part, gflop in plan.gflop_per_step.items()),
+    ]
+    if recipe.cache.enabled:
+        rows.append(["GFLOP per view, once, for the cache", f"{plan.gflop_per_cached_view:,.1f}"])
+    rows += [
+        ["memory, counted", human_bytes(plan.memory_bytes)],
+        ["memory to spare here", human_bytes(plan.device_bytes)],
+        ["one step", _duration(plan.step_seconds)],
+    ]
+    if recipe.cache.enabled:
+        rows.append(["caching one view", _duration(plan.cached_view_seconds or None)])
+    rows += [
+        ["views in an epoch", "unknown" if plan.num_views is None else f"{plan.num_views:,}"],
+        ["steps", "unknown" if plan.num_steps is None else f"{plan.num_steps:,}"],
+        ["whole run, without validations", _duration(plan.total_seconds)],
+        ["disk", human_bytes(plan.disk_bytes)],
+    ]
+    if recipe.cache.enabled:
+        rows.append(["disk for each cached view", human_bytes(plan.cache_bytes_per_view)])
+    caption = [f"Times: {plan.how_timed}."]
+    if plan.uncounted:
+        caption.append(f"Not in the FLOP: {', '.join(plan.uncounted)}.")
+    caption += [f"Note: {note}" for note in plan.notes]
+    print_table(f"{recipe.name}: {recipe.backbone.name}, {recipe.adapter.kind}", ["", ""], rows, "\n".join(caption))
+    say("dry run: nothing was written")
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.1%}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    if seconds < 60:
+        return f"{seconds:.2f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,230 @@
+"""What a distillation would cost, before it is begun: counted on hollow models, timed on real ones; nothing is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from brixel_cli.core.backbone import load_backbone
+from brixel_cli.core.cost import Cost, count_cost, count_parameters, fake_tensors, hollow
+from brixel_cli.core.losses import DistillationLoss, fit_basis
+from brixel_cli.data.features import bytes_needed, human_bytes
+from brixel_cli.engines.batches import Batch, cache_columns
+from brixel_cli.engines.distillation import Trainer, num_steps
+from brixel_cli.engines.reporting import Reporter
+from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.setup import Photographs, check_view_sizes, find_photographs, make_adapter
+from brixel_cli.errors import BrixelError
+from brixel_cli.recipe import Recipe
+
+LONGEST_MEASUREMENT = 45.0
+"""Seconds; what would take longer on one image is estimated from its FLOP."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cost of a run. FLOP count a multiply-add as 2; bytes are of tensors, without the libraries' own.
+
+    Attributes:
+        num_live_parameters: trained, in the adapter.
+        num_frozen_parameters: in the backbone.
+        gflop_per_step: by part of the work; parts that the cache does once are in `gflop_per_cached_view`.
+        gflop_per_cached_view: teacher and backbone on one view, where a cache is used, else 0.
+        uncounted: operators with arithmetic that the count does not see.
+        memory_bytes: frozen weights, training state and the largest working set of a pass, on each process.
+        device_bytes: memory that this machine has for it.
+        step_seconds: time of one update, or None where the model does not fit here.
+        cached_view_seconds: time of caching one view; 0 without a cache.
+        how_timed: how the times were obtained.
+        num_steps: updates in the run, or None where they depend on photographs that are not there.
+        num_views: training views in an epoch, or None.
+        total_seconds: of the whole run, caching included, without validations; None where a part is unknown.
+        disk_bytes: of checkpoints, and of the cache where the number of views is known.
+        cache_bytes_per_view: of the cache; 0 without one.
+    """
+
+    num_live_parameters: int
+    num_frozen_parameters: int
+    gflop_per_step: dict[str, float]
+    gflop_per_cached_view: float
+    uncounted: tuple[str, ...]
+    memory_bytes: int
+    device_bytes: int
+    step_seconds: float | None
+    cached_view_seconds: float
+    how_timed: str
+    num_steps: int | None
+    num_views: int | None
+    total_seconds: float | None
+    disk_bytes: int
+    cache_bytes_per_view: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """One image through teacher and backbone, one pass of the adapter with its gradients."""
+
+    teacher: Cost
+    backbone: Cost
+    adapter: Cost
+    frozen_bytes: int
+    num_frozen: int
+    num_live: int
+    embed_dim: int
+    patch_size: int
+
+
+def plan(recipe: Recipe, reporter: Reporter) -> Plan:
+    """Build everything that `recipe` asks for, with random weights in place of pretrained ones, and cost one step.
+
+    Raises:
+        BrixelError: the recipe cannot be carried out: a size does not fit, `init` or a weights file is missing.
+    """
+    runtime = Runtime(recipe.run)
+    notes = []
+    photographs: Photographs | None = None
+    try:
+        photographs = find_photographs(recipe)
+    except BrixelError as error:
+        notes.append(f"photographs: {str(error).splitlines()[0]}")
+    weights = recipe.backbone.weights
+    if weights not in ("pretrained", "random") and not Path(weights).expanduser().is_file():
+        notes.append(f"backbone: no weights at {weights}")
+
+    passes = recipe.optim.accumulate * runtime.world_size
+    per_pass = max(recipe.optim.batch_size // passes, 1)
+    counts = _count(recipe, runtime, per_pass, reporter)
+    cached = recipe.cache.enabled
+    device_bytes = _device_memory(runtime)
+    state_bytes = counts.num_live * 4 * (5 if recipe.optim.average else 4)  # weights, gradients, two moments, average
+    working = max(counts.adapter.peak_bytes, 0 if cached else counts.teacher.peak_bytes * per_pass)
+    memory_bytes = counts.frozen_bytes + state_bytes + working
+
+    times, how = _time(recipe, runtime, counts, per_pass, memory_bytes, device_bytes, reporter)
+    columns = cache_columns(recipe, counts.embed_dim, counts.patch_size)
+    cache_bytes = bytes_needed(1, columns) if cached else 0
+    num_views = len(photographs.training) * recipe.views.per_image if photographs else None
+    num_cached = num_views + len(photographs.held_out) if cached and photographs and num_views else 0
+    steps = recipe.optim.steps or (num_steps(recipe.optim, num_views) if num_views else None)
+    total = None
+    if times and steps:
+        total = times[0] * steps + times[1] * num_cached
+    per_view = (counts.teacher.flop + counts.backbone.flop) / 1e9
+    per_step = {"adapter, forward and backward": counts.adapter.flop * passes / 1e9}
+    if not cached:
+        per_step["teacher"] = counts.teacher.flop * recipe.optim.batch_size / 1e9
+        per_step["backbone"] = counts.backbone.flop * recipe.optim.batch_size / 1e9
+    return Plan(
+        num_live_parameters=counts.num_live,
+        num_frozen_parameters=counts.num_frozen,
+        gflop_per_step=per_step,
+        gflop_per_cached_view=per_view if cached else 0.0,
+        uncounted=counts.adapter.uncounted,
+        memory_bytes=memory_bytes,
+        device_bytes=device_bytes,
+        step_seconds=times[0] if times else None,
+        cached_view_seconds=times[1] if times and cached else 0.0,
+        how_timed=how,
+        num_steps=steps,
+        num_views=num_views,
+        total_seconds=total,
+        disk_bytes=counts.num_live * 4 * 6 + num_cached * cache_bytes,
+        cache_bytes_per_view=cache_bytes,
+        notes=tuple(notes),
+    )
+
+
+def _count(recipe: Recipe, runtime: Runtime, per_pass: int, reporter: Reporter) -> _Counts:
+    meta = load_backbone(recipe.backbone.name, "random", recipe.backbone.dtype, device="meta")
+    check_view_sizes(recipe, meta.patch_size)
+    frozen_bytes = sum(parameter.numel() * parameter.element_size() for parameter in meta.parameters())
+    adapter = make_adapter(recipe, meta, reporter).to("meta")
+    num_live = count_parameters(adapter)
+    height, width = recipe.student_hw
+    factor = recipe.views.factor
+    with fake_tensors(), runtime.autocast():
+        backbone = hollow(meta)
+        adapter = hollow(adapter)
+        big, small = torch.empty(1, 3, *recipe.views.teacher_hw), torch.empty(1, 3, height, width)
+        teacher = count_cost(lambda: meta.last_map(big))
+        trunk = count_cost(lambda: meta.intermediate_maps(small))
+        h, w = height // meta.patch_size, width // meta.patch_size
+        images = torch.empty(per_pass, 3, height, width)
+        maps = [torch.empty(per_pass, meta.embed_dim, h, w) for _ in range(4)]
+        targets = torch.empty(per_pass, meta.embed_dim, factor * h, factor * w)
+        trained = count_cost(lambda: nn.functional.l1_loss(adapter(images, maps).float(), targets).backward())
+    return _Counts(
+        teacher, trunk, trained, frozen_bytes, count_parameters(backbone), num_live, meta.embed_dim, meta.patch_size
+    )
+
+
+def _device_memory(runtime: Runtime) -> int:
+    if runtime.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(runtime.device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _time(
+    recipe: Recipe, runtime: Runtime, counts: _Counts, per_pass: int, needed: int, there: int, reporter: Reporter
+) -> tuple[tuple[float, float] | None, str]:
+    """Seconds of an update and of computing one view's maps, and how that was found out."""
+    if needed * 1.2 > there:
+        return None, f"not timed: needs {human_bytes(needed)}, this machine has {human_bytes(there)} to spare"
+    reporter.say("timing one step, with random weights")
+    backbone = load_backbone(recipe.backbone.name, "random", recipe.backbone.dtype, str(runtime.device))
+    trainer = Trainer(recipe, make_adapter(recipe, backbone, _Silent()), runtime)
+    big = torch.randn(1, 3, *recipe.views.teacher_hw, device=runtime.device)
+    small = torch.randn(1, 3, *recipe.student_hw, device=runtime.device)
+    how = "measured on random input"
+    with runtime.autocast():
+        trunk_seconds = _seconds(lambda: backbone.intermediate_maps(small), runtime)
+        teacher_seconds = trunk_seconds * counts.teacher.flop / counts.backbone.flop
+        if teacher_seconds < LONGEST_MEASUREMENT:
+            teacher_seconds = _seconds(lambda: backbone.last_map(big), runtime)
+        else:
+            how = "adapter and backbone measured on random input, teacher estimated from its FLOP"
+        maps = [map_.repeat(per_pass, 1, 1, 1) for map_ in backbone.intermediate_maps(small)]
+    grid = [recipe.views.factor * side for side in maps[-1].shape[-2:]]
+    targets = torch.randn(per_pass, counts.embed_dim, *grid, device=runtime.device)
+    batch = Batch(small.repeat(per_pass, 1, 1, 1), maps, targets, ["random input"] * per_pass)
+    if recipe.loss.edge.weight and recipe.loss.edge.basis == "fixed":
+        trainer.loss = DistillationLoss(recipe.loss, fit_basis(targets, recipe.loss.edge.components, recipe.seed))
+    accumulate = recipe.optim.accumulate
+    update_seconds = _seconds(lambda: trainer.update(iter([batch] * accumulate), lr=1e-6), runtime)
+    view_seconds = teacher_seconds + trunk_seconds
+    if not recipe.cache.enabled:
+        update_seconds += view_seconds * per_pass * accumulate
+    return (update_seconds, view_seconds), how
+
+
+def _seconds(call: Callable[[], object], runtime: Runtime) -> float:
+    """Time of the faster of two calls after a first one, or of the first one where that was long."""
+    times = []
+    for _ in range(3):
+        _synchronise(runtime)
+        began = time.perf_counter()
+        call()
+        _synchronise(runtime)
+        times.append(time.perf_counter() - began)
+        if times[0] > LONGEST_MEASUREMENT / 3:
+            return times[0]
+    return min(times[1:])
+
+
+def _synchronise(runtime: Runtime) -> None:
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize(runtime.device)
+
+
+class _Silent:
+    """A reporter that has been told already."""
+
+    def say(self, message: str) -> None:
+        del message
