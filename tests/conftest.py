@@ -1,0 +1,93 @@
+"""Photographs and recipes that all tests share: made here, small, and the same on every machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from brixel_cli.recipe import Recipe
+from brixel_cli.recipe_files import load_recipe
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+TINY = """
+name: tiny
+backbone: {name: test_vit, weights: random}
+adapter: {fusion: {width: 16, fine_width: 16, blocks: [1, 1, 1]}}
+data: {images: PHOTOS, val_fraction: 0.25}
+views: {teacher_size: 128}
+optim: {steps: 4, batch_size: 4, warmup_steps: 0}
+run: {device: cpu, workers: 0, validate_every: 2, checkpoint_every: 1, log_every: 1, tensorboard: false}
+"""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def make_photograph(path: Path, seed: int, width: int = 200, height: int = 160) -> Path:
+    """A photograph-like picture: smooth colours, a disc with a sharp edge, some grain."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    pixels = np.stack([0.5 + 0.4 * np.sin(rng.uniform(2, 9) * x + rng.uniform(2, 9) * y + i) for i in range(3)], axis=-1)
+    disc = (x - rng.uniform(0.2, 0.8)) ** 2 + (y - rng.uniform(0.2, 0.6)) ** 2 < rng.uniform(0.02, 0.06)
+    pixels[disc] = rng.uniform(0, 1, 3)
+    pixels += rng.normal(0, 0.03, pixels.shape)
+    Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of eight photographs, 200x160 px."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for number in range(8):
+        make_photograph(folder / f"{number}.png", number)
+    return folder
+
+
+@pytest.fixture
+def tiny_recipe_file(tmp_path: Path, photographs: Path) -> Path:
+    """A recipe that trains in seconds: test_vit, 32 px against 128 px."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.replace("PHOTOS", str(photographs)))
+    return path
+
+
+@pytest.fixture
+def tiny_recipe(tiny_recipe_file: Path) -> Recipe:
+    return load_recipe(str(tiny_recipe_file))
+
+
+class Listener:
+    """A reporter that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.warned: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.warned.append(message)
+
+    def bar(self, title: str, total: int, done: int = 0, unit: str = "it"):
+        from contextlib import nullcontext
+
+        class Bar:
+            def update(self, count: int) -> None: ...
+
+            def set_postfix_str(self, text: str, refresh: bool = True) -> None: ...
+
+        return nullcontext(Bar())
+
+
+@pytest.fixture
+def listener() -> Listener:
+    return Listener()
