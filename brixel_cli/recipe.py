@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -69,7 +69,7 @@ class DataConfig(Section):
     val_images: str | None = None
     """Folder of held-out photographs; null: hold out a share of `images`."""
     val_fraction: Fraction = 0.05
-    """Share of `images` held out, chosen by file name, when `val_images` is null."""
+    """Share of `images` held out, chosen by file name, when `val_images` is null; never trained on."""
     max_val_images: PositiveInt = 64
     """At most so many held-out photographs are looked at in a validation."""
     min_side: PositiveInt | None = None
@@ -160,7 +160,7 @@ class OptimConfig(Section):
     """Passes into which an update is split; more needs less memory."""
     steps: PositiveInt | None = None
     """Updates in the whole run; give this or `epochs`."""
-    epochs: PositiveFloat | None = None
+    epochs: Rate | None = None
     """Passes over the training views in the whole run; give this or `steps`."""
     lr: Rate = 1e-3
     """Peak learning rate."""

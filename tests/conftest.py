@@ -26,8 +26,8 @@ run: {device: cpu, workers: 0, validate_every: 2, checkpoint_every: 1, log_every
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def make_photograph(path: Path, seed: int, width: int = 200, height: int = 160) -> Path:

@@ -107,7 +107,7 @@ class StoredAdapter:
             WeightsError: the stored tensors do not fit the stored description.
         """
         adapter = build_adapter(self.card.embed_dim, self.card.factor, self.card.adapter)
-        check_keys(adapter.state_dict(), self.tensors, str(self.path))
+        check_keys(adapter.state_dict(), self.tensors, f"{self.path} does not fit its own description")
         adapter.load_state_dict(self.tensors)
         return adapter
 

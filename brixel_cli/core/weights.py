@@ -42,8 +42,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
-    """Raise a WeightsError naming every missing, unknown or misshapen key of `found`; nothing is skipped silently."""
+def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
+    """Raise a WeightsError that begins with `what` and names every missing, unknown or misshapen key of `found`; nothing is skipped silently."""
     faults = [f"missing: {key}" for key in expected if key not in found]
     faults += [f"unknown: {key}" for key in found if key not in expected]
     faults += [
@@ -54,7 +54,7 @@ def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wher
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults[:20])
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise WeightsError(f"{where} does not fit: {len(faults)} of its keys are wrong.\n{listed}{more}")
+        raise WeightsError(f"{what}: {len(faults)} of its keys are wrong.\n{listed}{more}")
 
 
 def load_pth(path: Path) -> dict[str, Tensor]:
@@ -187,7 +187,7 @@ def import_released(state: Mapping[str, Tensor], where: str = "The checkpoint") 
     skipped = tuple(key for key in state if key.startswith(_DEAD_PREFIXES))
     live = {key: tensor for key, tensor in state.items() if key not in skipped}
     expected = {key: torch.empty(shape, device="meta") for key, shape in _live_layout(dim).items()}
-    check_keys(expected, live, where)
+    check_keys(expected, live, f"{where} does not fit the released layout")
     tensors = {}
     for key, tensor in live.items():
         for old, new in _RENAMES.items():

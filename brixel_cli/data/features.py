@@ -76,7 +76,10 @@ def create_store(path: Path, num_rows: int, columns: Mapping[str, Column], descr
     Raises:
         BrixelError: it does not fit on the disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BrixelError(f"The folder {path.parent} cannot be made: {error.strerror}. Choose another one.") from error
     needed = bytes_needed(num_rows, columns)
     check_disk(path.parent, needed, f"{path.name}")
     partial = path.with_name(path.name + ".partial")

@@ -70,7 +70,7 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Ski
         try:
             with Image.open(path) as image:
                 width, height = image.size
-                if image.getexif().get(0x0112, 1) >= 5:  # the orientations that turn the image by a quarter
+                if _is_turned(image):
                     width, height = height, width
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             skipped.append(Skipped(str(relative), _reason(error)))
@@ -92,6 +92,15 @@ def describe_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
     """The skipped files with their reasons, a line each."""
     lines = [f"  {item.name}: {item.reason}" for item in skipped[:limit]]
     return "\n".join(lines + ([f"  and {len(skipped) - limit} more"] if len(skipped) > limit else []))
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether the EXIF orientation turns an opened image by a quarter, so that its stated size is not the upright one."""
+    if image.format == "TIFF":
+        return False  # Pillow states the upright size of these
+    if image.format == "PNG" and "exif" not in image.info:
+        return False  # looking further would decode the whole image
+    return int(image.getexif().get(0x0112, 1)) >= 5
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

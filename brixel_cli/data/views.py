@@ -46,8 +46,9 @@ def random_view(image: Image.Image, size: tuple[int, int], config: ViewConfig, s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         view: Image.Image = crop(image)
-        mirrored = config.flip and bool(torch.rand(()) < 0.5)
-    return tvf.horizontal_flip(view) if mirrored else view
+        if config.flip and torch.rand(()) < 0.5:
+            view = tvf.horizontal_flip(view)
+    return view
 
 
 def normalise(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -123,9 +124,10 @@ class Views(Dataset[View]):
 def split_photographs(
     photographs: Sequence[Photograph], fraction: float, most: int
 ) -> tuple[list[Photograph], list[Photograph]]:
-    """Training and held-out photographs: about `fraction` held out, at least one and at most `most`.
+    """Training and held-out photographs: about `fraction` is held out, at least one.
 
-    The choice depends on each file's name alone, so that a growing folder keeps its held-out photographs.
+    The choice depends on each file's name alone, so that a growing folder keeps its held-out photographs. No more
+    than `most` of them are returned; the others are not trained on either.
 
     Raises:
         BrixelError: there are fewer than two photographs.
@@ -134,7 +136,12 @@ def split_photographs(
         raise BrixelError(
             "One photograph cannot be split into training and held-out ones: add more, or give data.val_images."
         )
-    ranked = sorted(photographs, key=lambda photograph: hashlib.sha256(photograph.name.encode()).digest())
-    held_out = set(ranked[: min(max(round(fraction * len(ranked)), 1), most, len(ranked) - 1)])
-    training = [photograph for photograph in photographs if photograph not in held_out]
-    return training, [photograph for photograph in photographs if photograph in held_out]
+
+    def place(photograph: Photograph) -> float:
+        return int.from_bytes(hashlib.sha256(photograph.name.encode()).digest()[:8]) / 2**64
+
+    ranked = sorted(photographs, key=place)
+    num_held_out = sum(place(photograph) < fraction for photograph in ranked)
+    held_out = ranked[: min(max(num_held_out, 1), len(ranked) - 1)]
+    training = [photograph for photograph in photographs if photograph not in set(held_out)]
+    return training, [photograph for photograph in photographs if photograph in set(held_out[:most])]

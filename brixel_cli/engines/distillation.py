@@ -157,8 +157,9 @@ class Trainer:
         for name, parameter in self.adapter.named_parameters():
             stored = under(f"optimizer.{name}.")
             if stored:
+                # The fused update walks memory in the parameter's own layout, channels_last included.
                 self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device).reshape(parameter.shape)
+                    key: value if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(value)
                     for key, value in stored.items()
                 }
         if "basis.mean" in tensors:
@@ -256,7 +257,7 @@ def distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, resume: bool 
     )  # fmt: skip
     passes = training.iterate(keys)
     steps_per_epoch = len(training_views) / recipe.optim.batch_size
-    reported = len(training.skipped)
+    num_reported = 0
     with reporter.bar("distil", total, trainer.step, "step") as bar:
         while trainer.step < total:
             began = time.perf_counter()
@@ -271,16 +272,16 @@ def distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, resume: bool 
             if runtime.is_first and (trainer.step % recipe.run.log_every == 0 or trainer.step == total):
                 folder.log({"kind": "train", "step": trainer.step, "lr": lr, "images_per_second": round(speed, 2), **values})
                 _write_scalars(writer, "train", {"lr": lr, "images_per_second": speed, **values}, trainer.step)
-            if len(training.skipped) > reported:
-                fresh = training.skipped[reported:]
-                reported = len(training.skipped)
-                reporter.warn(f"damaged photographs were replaced by others:\n{describe_skipped(fresh)}")
             due = trainer.step % recipe.run.checkpoint_every == 0 or trainer.step % recipe.run.validate_every == 0
             if due or trainer.step == total:
                 check_up()
+            damaged = training.skipped + held_out.skipped
+            if len(damaged) > num_reported:
+                num_reported = len(damaged)
+                reporter.warn(f"{num_reported} damaged photographs were replaced by others:\n{describe_skipped(damaged)}")
     if writer:
         writer.close()
-    return _finish(trainer, folder, photographs.skipped + training.skipped + held_out.skipped, len(held_out_views), runtime)
+    return _finish(trainer, folder, photographs.skipped + training.skipped + held_out.skipped)
 
 
 def _fit_fixed_basis(trainer: Trainer, training: Batches, num_views: int) -> None:
@@ -353,14 +354,14 @@ def _write_scalars(writer: Any, group: str, values: dict[str, float], step: int)
             writer.add_scalar(f"{group}/{name}", value, step)
 
 
-def _finish(trainer: Trainer, folder: RunFolder, skipped: list[Skipped], num_held_out: int, runtime: Runtime) -> Distilled:
+def _finish(trainer: Trainer, folder: RunFolder, skipped: list[Skipped]) -> Distilled:
     """The closing table, of the best student, and the list of files."""
     assert trainer.best is not None
     results = {"steps": trainer.step, "best": trainer.best, "num_skipped": len(skipped)}
     pictures = sorted(folder.pictures.glob("step_*.png"))
-    if runtime.is_first:
+    if trainer.runtime.is_first:
         folder.write_skipped(skipped)
         write_text(folder.results, json.dumps(results, indent=2) + "\n")
-    runtime.wait()
+    trainer.runtime.wait()
     written = [folder.student, folder.last, folder.results, folder.metrics, folder.skipped, *pictures[-1:]]
     return Distilled(results, [path for path in written if path.exists()])
