@@ -1,9 +1,9 @@
 """brixel: sharp dense features from one cheap pass of a vision transformer.
 
-    import brixel_cli
+import brixel_cli
 
-    student = brixel_cli.load_student("runs/demo")
-    maps = student(images)  # (B, 3, H, W) normalised -> (B, D, 4h, 4w)
+student = brixel_cli.load_student("runs/demo")
+maps = student(images)  # (B, 3, H, W) normalised -> (B, D, 4h, 4w)
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """A table to stdout; the first column is text, the others are figures."""
     if not is_first_process():
         return
-    table = Table(title=escape(title), caption=caption and escape(caption), title_justify="left", caption_justify="left")
+    table = Table(
+        title=escape(title), caption=caption and escape(caption), title_justify="left", caption_justify="left"
+    )
     for number, column in enumerate(columns):
         table.add_column(escape(column), justify="right" if number else "left", no_wrap=number > 0)
     for row in rows:

@@ -51,7 +51,7 @@ _Loader.add_implicit_resolver(
     list("-+.0123456789"),
 )
 # YAML 1.1 would read a leading zero as octal; `010` here is ten.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
 def shipped_recipes() -> list[str]:
@@ -168,10 +168,11 @@ def _describe_all(faults: Sequence[Any]) -> list[str]:
         known = fault["loc"] if all(isinstance(part, int) for part in below) else fault["loc"][: depth + 1]
         path = ".".join(str(part) for part in known) or "the recipe"
         lines.setdefault(path, []).append((section, fault))
-    return [f"{path}: {_describe(path, *found[0], [fault for _, fault in found])}" for path, found in lines.items()]
+    return [f"{path}: {_describe(path, found[0][0], [fault for _, fault in found])}" for path, found in lines.items()]
 
 
-def _describe(path: str, section: type[BaseModel], fault: Any, same_key: Sequence[Any]) -> str:
+def _describe(path: str, section: type[BaseModel], faults: Sequence[Any]) -> str:
+    fault = faults[0]
     key = path.rpartition(".")[2]
     if fault["type"] == "extra_forbidden":
         known = list(section.model_fields)
@@ -181,7 +182,7 @@ def _describe(path: str, section: type[BaseModel], fault: Any, same_key: Sequenc
         return f"missing; {section.model_fields[key].description or 'required'}"
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
-    expected = " or ".join(dict.fromkeys(_expectation(fault) for fault in same_key))
+    expected = " or ".join(dict.fromkeys(_expectation(fault) for fault in faults))
     found = fault["input"]
     hint = ""
     if isinstance(found, str) and fault["type"] == "literal_error":

@@ -71,7 +71,9 @@ def slow_attention(
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(("query_hw", "value_hw"), [((4, 4), (2, 2)), ((4, 6), (2, 3)), ((6, 4), (3, 2)), ((3, 5), (2, 4))])
+@pytest.mark.parametrize(
+    ("query_hw", "value_hw"), [((4, 4), (2, 2)), ((4, 6), (2, 3)), ((6, 4), (3, 2)), ((3, 5), (2, 4))]
+)
 @torch.no_grad()
 def test_deformable_attention_equals_the_slow_reference(
     query_hw: tuple[int, int], value_hw: tuple[int, int], batch: int
@@ -158,7 +160,9 @@ def test_checkpointing_changes_neither_output_nor_gradients(kind: str) -> None:
 @torch.no_grad()
 def test_channels_last_changes_the_layout_only(kind: str) -> None:
     images, maps = inputs_for(16, (3, 4), 2)
-    outputs = [awake(build_adapter(64, 4, config_of(kind, channels_last=layout)))(images, maps) for layout in (False, True)]
+    outputs = [
+        awake(build_adapter(64, 4, config_of(kind, channels_last=layout)))(images, maps) for layout in (False, True)
+    ]
     torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
 
 
@@ -169,7 +173,9 @@ def test_every_parameter_is_alive(kind: str) -> None:
     adapter = awake(build_adapter(64, 4, config)).train()
     images, maps = inputs_for(16, (3, 4), 2)
     adapter(images, maps).square().mean().backward()
-    dead = [name for name, parameter in adapter.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    dead = [
+        name for name, parameter in adapter.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
     assert dead == []
 
 
@@ -179,7 +185,9 @@ def test_widths_and_depths_are_options() -> None:
         for width, blocks in ((16, [0, 1, 1]), (32, [2, 3, 3]))
     )
     assert count_parameters(build_adapter(64, 4, small)) < count_parameters(build_adapter(64, 4, large))
-    few = AdapterConfig(kind="deformable", deformable=DeformableConfig(extractors=[0, 0, 0, 1], num_heads=8, num_points=2))
+    few = AdapterConfig(
+        kind="deformable", deformable=DeformableConfig(extractors=[0, 0, 0, 1], num_heads=8, num_points=2)
+    )
     many = AdapterConfig(kind="deformable")
     assert count_parameters(build_adapter(64, 4, few)) < count_parameters(build_adapter(64, 4, many))
 

@@ -126,7 +126,11 @@ def test_gradients_reach_only_the_adapter(tiny_recipe_file: Path, kind: str, lis
 @pytest.mark.parametrize("changes", [(), ("adapter.kind=deformable",), ("views.kind=fixed", "views.per_image=2", "cache.enabled=true"),
                                      ("views.kind=random", "optim.accumulate=2")])  # fmt: skip
 def test_two_steps_a_stop_and_two_more_equal_four(
-    tiny_recipe_file: Path, tmp_path: Path, changes: tuple[str, ...], listener: Listener, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe_file: Path,
+    tmp_path: Path,
+    changes: tuple[str, ...],
+    listener: Listener,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = with_changes(tiny_recipe_file, *changes)
     distill(recipe, RunFolder(tmp_path / "whole"), listener)
@@ -184,7 +188,9 @@ def test_a_run_is_neither_overwritten_nor_mixed_by_accident(
     with pytest.raises(UsageError, match=r"holds no run to resume: recipe.yaml is missing"):
         distill(tiny_recipe, folder, listener, resume=True)
     distill(tiny_recipe, folder, listener)
-    with pytest.raises(UsageError, match=r"holds a run already. Continue it with --resume, begin anew with --overwrite"):
+    with pytest.raises(
+        UsageError, match=r"holds a run already. Continue it with --resume, begin anew with --overwrite"
+    ):
         distill(tiny_recipe, folder, listener)
     other = with_changes(tiny_recipe_file, "optim.lr=2e-3", "run.log_every=5")
     with pytest.raises(UsageError, match=r"was begun with another recipe:\n  optim.lr: 0.001 -> 0.002\n"):
@@ -250,7 +256,7 @@ def test_unusable_photographs_are_listed_with_reasons_and_skipped(
     recipe = with_changes(tiny_recipe_file, f"data.images={folder}", "data.val_fraction=0.1")
     results = distill(recipe, RunFolder(tmp_path / "run"), listener).results
     listed = (tmp_path / "run" / "skipped.csv").read_text()
-    assert "small.png,\"too small: 40x40, shorter side under 128\"" in listed
+    assert 'small.png,"too small: 40x40, shorter side under 128"' in listed
     assert "text.jpg,not an image that Pillow can read" in listed
     assert "cut.png,image file is truncated" in listed
     assert results["num_skipped"] == 3
@@ -260,7 +266,9 @@ def test_unusable_photographs_are_listed_with_reasons_and_skipped(
 def test_no_photographs_is_an_error(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(BrixelError, match="No usable photograph in"):
-        distill(with_changes(tiny_recipe_file, f"data.images={tmp_path / 'empty'}"), RunFolder(tmp_path / "run"), listener)
+        distill(
+            with_changes(tiny_recipe_file, f"data.images={tmp_path / 'empty'}"), RunFolder(tmp_path / "run"), listener
+        )
     with pytest.raises(BrixelError, match=r"No folder of photographs at .*nowhere. Name yours with --images DIR"):
         distill(with_changes(tiny_recipe_file, "data.images=nowhere"), RunFolder(tmp_path / "run"), listener)
     assert not (tmp_path / "run").exists()
@@ -316,7 +324,9 @@ def test_a_device_that_is_not_there_is_named(tiny_recipe_file: Path, tmp_path: P
     ("adapter.residual=half_grid", "adapter.checkpointing=true"), ("run.precision=bfloat16",), ("run.tensorboard=true",),
     ("run.workers=2",), ("optim.steps=null", "optim.epochs=2"), ("backbone.dtype=bfloat16",),
 ])  # fmt: skip
-def test_every_knob_trains(tiny_recipe_file: Path, tmp_path: Path, changes: tuple[str, ...], listener: Listener) -> None:
+def test_every_knob_trains(
+    tiny_recipe_file: Path, tmp_path: Path, changes: tuple[str, ...], listener: Listener
+) -> None:
     results = distill(with_changes(tiny_recipe_file, *changes), RunFolder(tmp_path / "run"), listener).results
     assert all(math.isfinite(value) for value in results["best"]["student"].values())
     if "run.tensorboard=true" in changes:
@@ -336,9 +346,13 @@ def test_accumulated_passes_give_the_update_of_one_pass(
         torch.testing.assert_close(one[key], two[key], atol=2e-4, rtol=1e-3)
 
 
-def test_training_can_start_from_a_student(tiny_recipe: Recipe, tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
+def test_training_can_start_from_a_student(
+    tiny_recipe: Recipe, tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
     distill(tiny_recipe, RunFolder(tmp_path / "first"), listener)
-    recipe = with_changes(tiny_recipe_file, f"init={tmp_path / 'first'}", "optim.lr=1e-12", "optim.average=0.0", "optim.weight_decay=0.0")
+    recipe = with_changes(
+        tiny_recipe_file, f"init={tmp_path / 'first'}", "optim.lr=1e-12", "optim.average=0.0", "optim.weight_decay=0.0"
+    )
     distill(recipe, RunFolder(tmp_path / "second"), listener)
     first, second = (tensors_of(tmp_path / name, "student.safetensors") for name in ("first", "second"))
     assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)

@@ -253,7 +253,9 @@ def test_at_least_one_photograph_is_held_out_at_most_so_many_and_never_all(
     assert len(kept) == held_out
     assert not set(training) & set(kept)
     # What is held out beyond `most` is not trained on either.
-    assert Counter(training + kept) == Counter(everything) if held_out < most else len(training + kept) < len(everything)
+    assert (
+        Counter(training + kept) == Counter(everything) if held_out < most else len(training + kept) < len(everything)
+    )
     assert training == [item for item in everything if item in training]  # in the order they came
 
 

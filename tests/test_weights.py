@@ -40,9 +40,13 @@ def test_the_import_says_what_it_skipped(state: dict[str, torch.Tensor]) -> None
     # 30 whole tensors, and two of the three rows of the level embedding.
     assert len(released.skipped) == 31
     assert len(released.tensors) + 30 == 213
-    trained = sum(t.numel() for k, t in state.items() if not k.endswith(("running_mean", "running_var", "batches_tracked")))
+    trained = sum(
+        t.numel() for k, t in state.items() if not k.endswith(("running_mean", "running_var", "batches_tracked"))
+    )
     assert released.num_live_parameters + released.num_skipped_parameters == trained
-    assert re.search(r"183 tensors taken \(323,488 parameters\); 31 skipped that never reach the output", released.summary)
+    assert re.search(
+        r"183 tensors taken \(323,488 parameters\); 31 skipped that never reach the output", released.summary
+    )
     assert "adapter.guide_proj" in released.summary
     assert "adapter.spm.conv3" in released.summary
 

@@ -151,7 +151,7 @@ def load_backbone(name: str, weights: str = "pretrained", dtype: str = "float32"
             torch.set_default_dtype(torch.bfloat16)
         with torch.device(device if device == "meta" else "cpu"), contextlib.redirect_stdout(io.StringIO()):
             if weights == "pretrained" and not random:
-                vit = _create_pretrained(name, options)
+                vit: Any = _create_pretrained(name, options)
             else:
                 vit = timm.create_model(name, **options)
                 if not random:
@@ -161,7 +161,9 @@ def load_backbone(name: str, weights: str = "pretrained", dtype: str = "float32"
     finally:
         torch.set_default_dtype(default_dtype)
     if not hasattr(vit, "blocks") or hasattr(vit.patch_embed, "backbone") or len(set(vit.patch_embed.patch_size)) != 1:
-        raise UsageError(f"{name} is no plain ViT with square patches of pixels. Names that are: timm.list_models('vit_*').")
+        raise UsageError(
+            f"{name} is no plain ViT with square patches of pixels. Names that are: timm.list_models('vit_*')."
+        )
     backbone = Backbone(name, vit, weights)
     if dtype == "bfloat16" and not random:
         _ = backbone.sha256  # of the weights as they were stored, before they are rounded
@@ -181,7 +183,8 @@ def _check_name(name: str) -> None:
 
 def _create_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=True, **options)
+        vit: nn.Module = timm.create_model(name, pretrained=True, **options)
+        return vit
     except TypeError:
         raise
     except Exception as error:  # timm, torch and the hub's client each raise their own kinds here
@@ -205,7 +208,9 @@ def _load_file(vit: nn.Module, name: str, path: Path) -> None:
     except Exception as error:  # timm, torch and safetensors each raise their own kinds here
         raise WeightsError(f"{what}: {_first_lines(error)}") from error
     expected = vit.state_dict()
-    found = {key: value for key, value in state.items() if key in expected or not key.startswith(("head.", "head_dist."))}
+    found = {
+        key: value for key, value in state.items() if key in expected or not key.startswith(("head.", "head_dist."))
+    }
     check_keys(expected, found, what)
     vit.load_state_dict(found)
 

@@ -24,7 +24,9 @@ def pca_colours(maps: Sequence[Tensor], reference: Tensor) -> list[Image.Image]:
     """
     basis = fit_basis(reference[None], 3, seed=0, share=1.0)
     scores = basis.project(reference[None].float())[0].flatten(1)
-    low, high = torch.quantile(scores[:, :: max(scores.shape[1] // 100_000, 1)], torch.tensor([0.01, 0.99]).to(scores), dim=1)
+    low, high = torch.quantile(
+        scores[:, :: max(scores.shape[1] // 100_000, 1)], torch.tensor([0.01, 0.99]).to(scores), dim=1
+    )
     colours = []
     for map_ in maps:
         score = basis.project(map_[None].float())[0]

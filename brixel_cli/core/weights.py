@@ -43,7 +43,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
-    """Raise a WeightsError that begins with `what` and names every missing, unknown or misshapen key of `found`; nothing is skipped silently."""
+    """Raise a WeightsError, beginning with `what`, that names every missing, unknown or misshapen key of `found`."""
     faults = [f"missing: {key}" for key in expected if key not in found]
     faults += [f"unknown: {key}" for key in found if key not in expected]
     faults += [
@@ -134,8 +134,12 @@ def _live_layout(dim: int) -> dict[str, tuple[int, ...]]:
     for extractor in _EXTRACTORS:
         for norm in ("query_norm", "feat_norm", "ffn_norm"):
             layout |= _wb(f"{extractor}.{norm}", dim)
-        layout |= _wb(f"{extractor}.attn.sampling_offsets", 128, dim) | _wb(f"{extractor}.attn.attention_weights", 64, dim)
-        layout |= _wb(f"{extractor}.attn.value_proj", dim // 2, dim) | _wb(f"{extractor}.attn.output_proj", dim, dim // 2)
+        layout |= _wb(f"{extractor}.attn.sampling_offsets", 128, dim) | _wb(
+            f"{extractor}.attn.attention_weights", 64, dim
+        )
+        layout |= _wb(f"{extractor}.attn.value_proj", dim // 2, dim) | _wb(
+            f"{extractor}.attn.output_proj", dim, dim // 2
+        )
         layout |= _wb(f"{extractor}.ffn.fc1", dim // 4, dim) | _wb(f"{extractor}.ffn.fc2", dim, dim // 4)
         layout |= _wb(f"{extractor}.ffn.dwconv.dwconv", dim // 4, 1, 3, 3)
     layout |= _wb("adapter.norm1", dim) | _wb("head.align_in", 64, dim, 1, 1)
@@ -182,7 +186,9 @@ def import_released(state: Mapping[str, Tensor], where: str = "The checkpoint") 
     """
     level_embed = state.get("adapter.level_embed")
     if level_embed is None or level_embed.ndim != 2:
-        raise WeightsError(f"{where} is no released BRIXEL checkpoint: it has no key adapter.level_embed of shape (3, D).")
+        raise WeightsError(
+            f"{where} is no released BRIXEL checkpoint: it has no key adapter.level_embed of shape (3, D)."
+        )
     dim = level_embed.shape[1]
     skipped = tuple(key for key in state if key.startswith(_DEAD_PREFIXES))
     live = {key: tensor for key, tensor in state.items() if key not in skipped}

@@ -12,9 +12,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from brixel_cli.errors import BrixelError
 
-EXTENSIONS = frozenset(
-    ".avif .bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
-)
+EXTENSIONS = (
+    ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Ski
     skipped: list[Skipped] = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if path.suffix.lower() not in EXTENSIONS or not path.is_file() or any(p.startswith(".") for p in relative.parts):
+        if (
+            path.suffix.lower() not in EXTENSIONS
+            or not path.is_file()
+            or any(p.startswith(".") for p in relative.parts)
+        ):
             continue
         try:
             with Image.open(path) as image:
@@ -95,7 +100,7 @@ def describe_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Whether the EXIF orientation turns an opened image by a quarter, so that its stated size is not the upright one."""
+    """Whether the EXIF orientation turns an opened image by a quarter, unlike the size that it states."""
     if image.format == "TIFF":
         return False  # Pillow states the upright size of these
     if image.format == "PNG" and "exif" not in image.info:
@@ -105,7 +110,7 @@ def _is_turned(image: Image.Image) -> bool:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
+        values = np.asarray(image, dtype=np.float64)
         if image.mode.startswith("I;16") or values.max(initial=0) > 255:
             values = values / 257  # 16 bits: 65535 -> 255
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")

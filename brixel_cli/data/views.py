@@ -30,7 +30,8 @@ def centre_view(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     scale = max(size[0] / image.height, size[1] / image.width)
     covered = [max(round(image.height * scale), size[0]), max(round(image.width * scale), size[1])]
     resized = tvf.resize(image, covered, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    return tvf.center_crop(resized, list(size))
+    view: Image.Image = tvf.center_crop(resized, list(size))
+    return view
 
 
 def random_view(image: Image.Image, size: tuple[int, int], config: ViewConfig, seed: int) -> Image.Image:
@@ -53,7 +54,9 @@ def random_view(image: Image.Image, size: tuple[int, int], config: ViewConfig, s
 
 def normalise(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """An RGB image as the backbone wants it: (3, H, W), float32, in [0, 1], then minus mean over std."""
-    return tvf.normalize(tvf.to_dtype(tvf.pil_to_tensor(image), torch.float32, scale=True), list(mean), list(std))
+    pixels = tvf.to_dtype(tvf.pil_to_tensor(image), torch.float32, scale=True)
+    normalised: Tensor = tvf.normalize(pixels, list(mean), list(std))
+    return normalised
 
 
 def reduce_view(teacher_views: Tensor, factor: int) -> Tensor:
@@ -85,7 +88,12 @@ class Views(Dataset[View]):
     """
 
     def __init__(
-        self, photographs: Sequence[Photograph], config: ViewConfig, seed: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        photographs: Sequence[Photograph],
+        config: ViewConfig,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
     ):
         self.photographs = list(photographs)
         self.config = config
@@ -118,7 +126,9 @@ class Views(Dataset[View]):
                 epoch_of_view = epoch if self.config.kind == "random" else 0
                 view = random_view(image, size, self.config, seed_of(self.seed, epoch_of_view, number))
             return View(normalise(view, self.mean, self.std), photograph.name, tuple(skipped))
-        raise BrixelError(f"None of the {len(self.photographs)} photographs can be read; the first: {skipped[0].reason}.")
+        raise BrixelError(
+            f"None of the {len(self.photographs)} photographs can be read; the first: {skipped[0].reason}."
+        )
 
 
 def split_photographs(

@@ -140,7 +140,9 @@ class Trainer:
         if self.average:
             tensors |= {f"average.{key}": value for key, value in self.average.state_dict().items()}
         for name, parameter in self.adapter.named_parameters():
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
+            tensors |= {
+                f"optimizer.{name}.{key}": value for key, value in self.optimizer.state.get(parameter, {}).items()
+            }
         if self.loss.basis:
             tensors |= {"basis.components": self.loss.basis.components, "basis.mean": self.loss.basis.mean}
         return tensors, {"step": self.step, "refused_in_a_row": self.refused_in_a_row, "best": self.best}
@@ -168,7 +170,9 @@ class Trainer:
         self.step, self.refused_in_a_row, self.best = facts["step"], facts["refused_in_a_row"], facts["best"]
 
 
-def distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> Distilled:
+def distill(
+    recipe: Recipe, folder: RunFolder, reporter: Reporter, resume: bool = False, overwrite: bool = False
+) -> Distilled:
     """Train an adapter as the recipe says, and write the run into a folder.
 
     Args:
@@ -202,7 +206,8 @@ def distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, resume: bool 
     trainer = Trainer(recipe, make_adapter(recipe, backbone, reporter), runtime)
     reporter.say(
         f"{len(photographs.training)} training and {len(photographs.held_out)} held-out photographs, "
-        f"{len(photographs.skipped)} skipped; {runtime.device.type}, {runtime.precision}, {runtime.world_size} process(es)"
+        f"{len(photographs.skipped)} skipped; {runtime.device.type}, {runtime.precision}, "
+        f"{runtime.world_size} process(es)"
     )
     if photographs.skipped:
         reporter.warn(f"skipped {len(photographs.skipped)} photographs:\n{describe_skipped(photographs.skipped)}")
@@ -270,7 +275,9 @@ def distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, resume: bool 
             if trainer.refused_in_a_row:
                 _report_refusal(trainer, values, runtime.gather(names), folder, reporter)
             if runtime.is_first and (trainer.step % recipe.run.log_every == 0 or trainer.step == total):
-                folder.log({"kind": "train", "step": trainer.step, "lr": lr, "images_per_second": round(speed, 2), **values})
+                folder.log(
+                    {"kind": "train", "step": trainer.step, "lr": lr, "images_per_second": round(speed, 2), **values}
+                )
                 _write_scalars(writer, "train", {"lr": lr, "images_per_second": speed, **values}, trainer.step)
             due = trainer.step % recipe.run.checkpoint_every == 0 or trainer.step % recipe.run.validate_every == 0
             if due or trainer.step == total:
@@ -278,7 +285,9 @@ def distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, resume: bool 
             damaged = training.skipped + held_out.skipped
             if len(damaged) > num_reported:
                 num_reported = len(damaged)
-                reporter.warn(f"{num_reported} damaged photographs were replaced by others:\n{describe_skipped(damaged)}")
+                reporter.warn(
+                    f"{num_reported} damaged photographs were replaced by others:\n{describe_skipped(damaged)}"
+                )
     if writer:
         writer.close()
     return _finish(trainer, folder, photographs.skipped + training.skipped + held_out.skipped)
@@ -327,7 +336,9 @@ def _record_validation(validation: Validation, step: int, folder: RunFolder, wri
     partial.replace(path)
 
 
-def _report_refusal(trainer: Trainer, values: dict[str, float], names: list[str], folder: RunFolder, reporter: Reporter) -> None:
+def _report_refusal(
+    trainer: Trainer, values: dict[str, float], names: list[str], folder: RunFolder, reporter: Reporter
+) -> None:
     listed = ", ".join(sorted(set(names)))
     what = f"loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
     if trainer.runtime.is_first:
@@ -335,7 +346,8 @@ def _report_refusal(trainer: Trainer, values: dict[str, float], names: list[str]
     if trainer.refused_in_a_row >= MOST_REFUSED:
         raise BrixelError(
             f"{MOST_REFUSED} updates in a row were refused ({what}), the last at step {trainer.step} on: {listed}. "
-            f"Look at these photographs, lower optim.lr, or set run.precision=float32. {folder.path} keeps its last checkpoint."
+            "Look at these photographs, lower optim.lr, or set run.precision=float32. "
+            f"{folder.path} keeps its last checkpoint."
         )
     reporter.warn(f"update {trainer.step} refused ({what}) on: {listed}")
 
@@ -345,7 +357,7 @@ def _tensorboard(recipe: Recipe, folder: RunFolder, runtime: Runtime, step: int)
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
 
 
 def _write_scalars(writer: Any, group: str, values: dict[str, float], step: int) -> None:

@@ -76,6 +76,6 @@ class Runtime:
 def _computes_in_bfloat16(device: str) -> bool:
     """Whether a device has bfloat16 arithmetic in hardware; emulated, it is slower than float32."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return device == "cpu" and bool(probe and probe())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return device == "cpu" and bool(probe())
