@@ -46,18 +46,20 @@ def warn(message: str) -> None:
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
-    """A table to stdout; the first column is text, the others are figures."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
+    """A table to stdout, with a title above and notes below; the first column is text, the others are figures."""
     if not is_first_process():
         return
-    table = Table(
-        title=escape(title), caption=caption and escape(caption), title_justify="left", caption_justify="left"
-    )
+    table = Table(show_header=any(columns))
     for number, column in enumerate(columns):
         table.add_column(escape(column), justify="right" if number else "left", no_wrap=number > 0)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    Console().print(table)
+    console = Console(highlight=False)
+    console.print(escape(title), soft_wrap=True)
+    console.print(table)
+    for note in notes:
+        console.print(escape(note), soft_wrap=True)
 
 
 def print_json(result: Mapping[str, Any]) -> None:

@@ -81,7 +81,9 @@ def _show_results(results: dict[str, Any], recipe: Recipe) -> None:
         f"against the teacher at {big_height}x{big_width} px",
         ["", *TITLES.values()],
         rows,
-        caption=f"Best student: step {best['step']} of {results['steps']}. Teacher: L1, edge, spectral 0; cosine 1.",
+        [
+            f"Best student: step {best['step']} of {results['steps']}. The teacher: L1, edge, spectral 0; cosine 1."
+        ],
     )
 
 
@@ -114,11 +116,11 @@ def _show_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     ]
     if recipe.cache.enabled:
         rows.append(["disk for each cached view", human_bytes(plan.cache_bytes_per_view)])
-    caption = [f"Times: {plan.how_timed}."]
+    notes = [f"Times: {plan.how_timed}."]
     if plan.uncounted:
-        caption.append(f"Not in the FLOP: {', '.join(plan.uncounted)}.")
-    caption += [f"Note: {note}" for note in plan.notes]
-    print_table(f"{recipe.name}: {recipe.backbone.name}, {recipe.adapter.kind}", ["", ""], rows, "\n".join(caption))
+        notes.append(f"Not in the FLOP: {', '.join(plan.uncounted)}.")
+    notes += [f"Note: {note}" for note in plan.notes]
+    print_table(f"{recipe.name}: {recipe.backbone.name}, {recipe.adapter.kind}", ["", ""], rows, notes)
     say("dry run: nothing was written")
 
 
