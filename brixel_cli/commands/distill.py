@@ -81,9 +81,7 @@ def _show_results(results: dict[str, Any], recipe: Recipe) -> None:
         f"against the teacher at {big_height}x{big_width} px",
         ["", *TITLES.values()],
         rows,
-        [
-            f"Best student: step {best['step']} of {results['steps']}. The teacher: L1, edge, spectral 0; cosine 1."
-        ],
+        [f"Best student: step {best['step']} of {results['steps']}. The teacher: L1, edge, spectral 0; cosine 1."],
     )
 
 

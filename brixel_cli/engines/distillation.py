@@ -330,7 +330,7 @@ def _record_validation(validation: Validation, step: int, folder: RunFolder, wri
     folder.log({"kind": "validation", **_summary(validation, step)})
     for row in ("backbone", "student", "gap_closed"):
         _write_scalars(writer, f"held_out/{row}", getattr(validation, row), step)
-    path = folder.pictures / f"step_{step:06d}.png"
+    path = folder.picture(step)
     partial = path.with_suffix(".partial")
     validation.picture.save(partial, format="PNG")
     partial.replace(path)
@@ -370,10 +370,10 @@ def _finish(trainer: Trainer, folder: RunFolder, skipped: list[Skipped]) -> Dist
     """The closing table, of the best student, and the list of files."""
     assert trainer.best is not None
     results = {"steps": trainer.step, "best": trainer.best, "num_skipped": len(skipped)}
-    pictures = sorted(folder.pictures.glob("step_*.png"))
     if trainer.runtime.is_first:
         folder.write_skipped(skipped)
         write_text(folder.results, json.dumps(results, indent=2) + "\n")
     trainer.runtime.wait()
-    written = [folder.student, folder.last, folder.results, folder.metrics, folder.skipped, *pictures[-1:]]
+    pictures = dict.fromkeys(folder.picture(step) for step in (trainer.best["step"], trainer.step))
+    written = [folder.student, folder.last, folder.results, folder.metrics, folder.skipped, *pictures]
     return Distilled(results, [path for path in written if path.exists()])

@@ -45,6 +45,10 @@ class RunFolder:
         self.skipped = path / "skipped.csv"
         self.results = path / "results.json"
 
+    def picture(self, step: int) -> Path:
+        """The picture of the validation after `step`."""
+        return self.pictures / f"step_{step:06d}.png"
+
     def check(self, recipe: Recipe, resume: bool) -> None:
         """Refuse to overwrite a run, and to resume one that was begun with another recipe.
 
