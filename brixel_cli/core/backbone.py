@@ -6,7 +6,6 @@ Names and behaviour follow timm's feature interface, https://huggingface.co/docs
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from brixel_cli.core.weights import tensors_sha256
 from brixel_cli.errors import SizeError, UsageError, WeightsError
 
 
@@ -80,11 +80,7 @@ class Backbone(nn.Module):
     def sha256(self) -> str:
         """SHA-256 over names and values of the weights; the same however and in whatever file they were stored."""
         if self._sha256 is None:
-            digest = hashlib.sha256()
-            for key, tensor in sorted(self.vit.state_dict().items()):
-                digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            self._sha256 = digest.hexdigest()
+            self._sha256 = tensors_sha256(self.vit.state_dict())
         return self._sha256
 
     def train(self, mode: bool = True) -> Backbone:
