@@ -109,22 +109,22 @@ def extract(
     input_: Annotated[
         list[str] | None,
         typer.Option(
-            "--input", help="Folder, image, video, quoted glob, or .txt list of paths; can be repeated.", show_default=False
+            "--input", help="Folder, image, video, quoted glob or .txt list; can be repeated.", show_default=False
         ),
     ] = None,
     res: Annotated[int, typer.Option(help="Input side in pixels that the student or backbone sees.")] = 448,
     fit: Annotated[
-        Fit, typer.Option(help="short: shorter side, aspect kept. centre: middle square. stretch: squeezed to a square.")
+        Fit, typer.Option(help="short: shorter side, aspect kept. centre: middle square. stretch: squeezed square.")
     ] = "short",
     checkpoint: Annotated[
         str | None,
         typer.Option(help="Student: run folder, .safetensors, released .pth, or hub id.", show_default=False),
     ] = None,
     source: Annotated[
-        Source, typer.Option(help="Whose maps: student, plain backbone, or teacher (backbone at the larger size).")
+        Source, typer.Option(help="Whose maps: student, backbone, or teacher (backbone at the larger size).")
     ] = "student",
     backbone: Annotated[
-        str | None, typer.Option(help="timm name; default: the one that the student was trained on.", show_default=False)
+        str | None, typer.Option(help="timm name; default: the one of the student.", show_default=False)
     ] = None,
     backbone_weights: Annotated[
         str | None,
@@ -132,7 +132,7 @@ def extract(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="The .h5 file, or the folder of single files. Default: beside the input.", show_default=False),
+        typer.Option(help="The .h5 file, or folder of single files. Default: beside the input.", show_default=False),
     ] = None,
     format_: Annotated[
         Storage, typer.Option("--format", help="h5: one file. npy, safetensors: a folder with a file for each image.")
@@ -144,16 +144,16 @@ def extract(
         int | None,
         typer.Option(help="Store so many principal components of the set instead of all channels.", show_default=False),
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where the model runs.")] = "auto",
+    device: Annotated[Device, typer.Option(help="Where it runs.")] = "auto",
     precision: Annotated[Precision, typer.Option(help="Arithmetic of the model.")] = "auto",
-    batch_size: Annotated[str, typer.Option(help="Images at once: auto, as many as memory takes, or a number.")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="Images at once: auto (by memory) or a number.")] = "auto",
     workers: Annotated[
         int | None, typer.Option(help="Threads that read and decode images. Default: by the cores.", show_default=False)
     ] = None,
     every: Annotated[int, typer.Option(help="Of a video, take every so many frames.")] = 1,
-    preview: Annotated[bool, typer.Option("--preview", help="Also paint the features, in a folder beside the output.")] = False,
+    preview: Annotated[bool, typer.Option("--preview", help="Also paint the features, beside the output.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that fails.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew over a feature file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew over a feature file.")] = False,
     export: Annotated[
         Path | None, typer.Option(help="Write the model as an ONNX graph instead of features.", show_default=False)
     ] = None,

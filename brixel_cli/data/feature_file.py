@@ -1,4 +1,4 @@
-"""The feature file that `brixel extract` writes: its schema, and two ways of reading it. Described in docs/FEATURES.md."""
+"""The feature file that `brixel extract` writes: its schema, and two readers. Described in docs/FEATURES.md."""
 
 from __future__ import annotations
 

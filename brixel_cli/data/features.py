@@ -227,7 +227,7 @@ class Store:
         offset, shape, dtype = self._places[name]
         if value.shape != shape[1:]:
             raise ValueError(f"{name}: a row has shape {shape[1:]}, not {value.shape}")
-        data = memoryview(np.ascontiguousarray(value, dtype=dtype).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(value, dtype=dtype).reshape(-1).view(np.uint8).data
         place = (offset or 0) + row * len(data)
         while data:
             written = os.pwrite(self._file, data, place)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from brixel_cli.errors import BrixelError
@@ -49,7 +50,7 @@ def load_image(path: Path, still: bool = False) -> Image.Image:
         still: whether to refuse files of several frames or pages, whose first would otherwise be taken.
 
     Raises:
-        BrixelError: the file is no image, is damaged, too large, or cannot be opened; the message starts with the reason.
+        BrixelError: the file is no image, is damaged or too large; the message starts with the reason.
     """
     with _opened(path, still) as image:
         image.load()
@@ -74,7 +75,7 @@ def _opened(path: Path, still: bool) -> Iterator[Image.Image]:
             if still and image.format in ANIMATED and getattr(image, "is_animated", False):
                 raise ValueError("animated, or several pages: save the one you want, or give it as a video")
             yield image
-    except Exception as error:  # Pillow's decoders raise all kinds on damaged files, struct.error and IndexError among them
+    except Exception as error:  # on damaged files Pillow raises all kinds, struct.error and IndexError among them
         raise BrixelError(f"{_reason(error, path)}: {path}") from error
 
 
@@ -145,7 +146,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        values: npt.NDArray[np.floating] = np.nan_to_num(np.asarray(image, dtype=np.float32))
         most = values.max(initial=0)
         if image.mode == "F" and most <= 1:
             values = values * 255

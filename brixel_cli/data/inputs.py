@@ -89,11 +89,7 @@ def find_inputs(
     items: list[Item] = []
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         for path, item in zip(paths, pool.map(lambda path: _scan(path, root), paths), strict=True):
-            if path.suffix.lower() in VIDEO_EXTENSIONS:
-                frames = _frames(path, root, every, videos)
-                items += frames
-            else:
-                items.append(item)
+            items += _frames(path, root, every, videos) if item is None else [item]
             if tick:
                 tick(1)
     return Inputs(root, items, videos)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from brixel_cli.recipe import RunConfig
 TOLERANCE = 1e-3
 OPSET = 20
 """The first with GridSample and antialiased Resize as PyTorch has them."""
+LARGEST_SINGLE_FILE = 1_800_000_000
+"""Bytes of weights; what is larger goes to a second file, as the format of the first allows 2 GB only."""
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -50,18 +53,6 @@ class Exported:
         return max(self.checked.values())
 
 
-class _WithPositions(nn.Module):
-    """The model with its images' normalisation left to the caller, as a module of its own for the exporter."""
-
-    def __init__(self, model: ExtractionModel):
-        super().__init__()
-        self.model: nn.Module = model.student or model.backbone
-
-    def forward(self, images: Tensor) -> Tensor:
-        output: Tensor = self.model(images)
-        return output
-
-
 def export(options: ExtractOptions, path: Path, reporter: Reporter) -> Exported:
     """Write the model as an ONNX graph: `images` (B, 3, H, W), normalised, to `features` (B, D, h, w), float32.
 
@@ -78,7 +69,8 @@ def export(options: ExtractOptions, path: Path, reporter: Reporter) -> Exported:
     side = max(round(options.res / facts.patch_size), 1) * facts.patch_size
     check_size(side, side, facts.patch_size)
     cpu = Runtime(RunConfig(device="cpu", precision="float32"))
-    wrapped = _WithPositions(ExtractionModel(options, facts, cpu, reporter)).eval()
+    loaded = ExtractionModel(options, facts, cpu, reporter)
+    model: nn.Module = loaded.student or loaded.backbone
     path.parent.mkdir(parents=True, exist_ok=True)
     patch = facts.patch_size
     attempts: list[tuple[str, bool]] = [("batch, height, width", True), ("batch", False)]
@@ -89,19 +81,21 @@ def export(options: ExtractOptions, path: Path, reporter: Reporter) -> Exported:
         sizes = [(1, side, side), (3, side, side)]
         if free_size:
             sizes += [(2, side, side + 2 * patch), (1, side + 3 * patch, side)]
-        partial = path.with_name(path.name + ".partial.onnx")
-        try:
-            _write(wrapped, example, partial, patch, free_size)
-            checked = _check_graph(wrapped, partial, sizes)
-        except Exception as error:  # exporter and runtime raise kinds of their own, by the dozen
-            faults.append(f"free {dynamic}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
-            partial.unlink(missing_ok=True)
-            continue
-        if max(checked.values()) > TOLERANCE:
-            faults.append(f"free {dynamic}: differs from PyTorch by {max(checked.values()):.1e}")
-            partial.unlink()
-            continue
-        os.replace(partial, path)
+        # A large model comes in two files that name each other: both are made elsewhere, under their final names.
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            graph = Path(scratch) / path.name
+            try:
+                _write(model, example, graph, patch, free_size)
+                checked = _check_graph(model, graph, sizes)
+            except Exception as error:  # exporter and runtime raise kinds of their own, by the dozen
+                reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+                faults.append(f"free {dynamic}: {type(error).__name__}: {reason}")
+                continue
+            if not max(checked.values()) <= TOLERANCE:
+                faults.append(f"free {dynamic}: differs from PyTorch by {max(checked.values()):.1e}")
+                continue
+            for file in sorted(Path(scratch).iterdir()):
+                os.replace(file, path.parent / file.name)
         for fault in faults:
             reporter.warn(f"not possible with {fault}")
         return Exported(path, dynamic, checked)
@@ -135,9 +129,13 @@ def _write(model: nn.Module, example: Tensor, path: Path, patch: int, free_size:
             dynamic_shapes={"images": shapes},
             opset_version=OPSET,
             dynamo=True,
-            external_data=False,
+            external_data=_num_bytes(model) > LARGEST_SINGLE_FILE,
             verbose=False,
         )
+
+
+def _num_bytes(model: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
 def _check_graph(model: nn.Module, path: Path, sizes: list[tuple[int, int, int]]) -> dict[tuple[int, int, int], float]:
@@ -164,7 +162,11 @@ def _silence() -> Any:
     """The exporter prints its progress and warns at length; what matters is checked afterwards."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "torch")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

@@ -204,7 +204,7 @@ def _load(plan: ExtractPlan, row: int) -> Array | str:
 
 
 def _stack(loaded: Sequence[Array | str]) -> Tensor:
-    """Pixels (B, 3, H, W); a failed image's place is black, so that the batch has the same shape with it and without."""
+    """Pixels (B, 3, H, W); a failed image's place is black, so that the batch keeps its shape."""
     shape = next(pixels.shape for pixels in loaded if not isinstance(pixels, str))
     batch = np.stack([np.zeros(shape, np.uint8) if isinstance(pixels, str) else pixels for pixels in loaded])
     return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""What an extraction will do, known from headers and from the model's description alone, before any weights are read."""
+"""What an extraction will do, from headers and the model's description alone, before any weights are read."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def model_facts(options: ExtractOptions) -> ModelFacts:
     adapter = read_adapter(options.checkpoint) if options.checkpoint else None
     if adapter is None and options.source == "student":
         raise UsageError(
-            "No student to extract with: give --checkpoint RUN (a run folder, a .safetensors, a released .pth, or a hub "
+            "No student to extract with: give --checkpoint RUN (a run folder, .safetensors, released .pth or hub "
             "id), train one with brixel distill, or take the plain maps with --source backbone --backbone NAME."
         )
     name = options.backbone or (adapter.card.backbone if adapter else "")

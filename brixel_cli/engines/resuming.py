@@ -1,4 +1,4 @@
-"""Whether a feature file that is there may be continued: it must have been begun with the same model, sizes and files."""
+"""Whether a feature file that is there may be continued: begun with the same model, sizes and files."""
 
 from __future__ import annotations
 
