@@ -118,7 +118,7 @@ def test_disk_space_is_checked_first(tmp_path: Path):
     with pytest.raises(BrixelError, match=r"set needs 1048576.0 TiB, but .* has .* free. Make room"):
         check_disk(tmp_path / "not" / "yet", 1024**6, "set")
     with pytest.raises(BrixelError, match="Make room"):
-        create_store(tmp_path / "f.h5", 1 << 40, {"x": Column((1 << 20,), "float32")}, {})
+        create_store(tmp_path / "f.h5", 1 << 10, {"x": Column((1 << 40,), "float32")}, {})
     assert os.listdir(tmp_path) == []
 
 
