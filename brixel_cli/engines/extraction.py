@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,6 +163,7 @@ def _compute(
     polite = model.runtime.device.type == "cpu"
     sink = make_sink(plan, store)
     basis = _stored_basis(store)
+    spare: deque[dict[str, Tensor]] = deque(maxlen=1)
 
     def load(row: int) -> Array | str:
         return "" if status[row] == FAILED else _load(plan, row)
@@ -171,6 +173,7 @@ def _compute(
         for row, place in finished.rows:
             sink.write(row, {name: array[place] for name, array in tensors.items()})
             store.mark(row, DONE)
+        spare.append(finished.tensors)
 
     with WriteBehind[_Finished](write, polite).running() as writer:
         for chunk, loaded in read_ahead(chunks, load, _workers(plan), polite):
@@ -179,7 +182,8 @@ def _compute(
                 if isinstance(pixels, str) and row in missing:
                     _fail(plan, store, row, pixels)
             if any(row in missing and not isinstance(pixels, str) for row, pixels in zip(chunk, loaded, strict=True)):
-                tensors, finite = encode(model.maps(_stack(loaded)), plan.options.dtype, basis)
+                maps = model.maps(_stack(loaded))
+                tensors, finite = encode(maps, plan.options.dtype, basis, spare.pop() if spare else None)
                 rows = []
                 for place, row in enumerate(chunk):
                     if row in missing and not isinstance(loaded[place], str):

@@ -155,21 +155,30 @@ class ExtractionModel:
             torch.cuda.empty_cache()
 
 
-def encode(maps: Tensor, dtype: Number, basis: Basis | None) -> tuple[dict[str, Tensor], list[bool]]:
+def encode(
+    maps: Tensor, dtype: Number, basis: Basis | None, spare: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], list[bool]]:
     """Maps (B, D, h, w) in the form in which they are stored, and which of them hold finite numbers only.
 
     int8 has a float32 `scale` (B, 1, h, w): the largest absolute value at a location over 127.
+
+    Args:
+        maps: of the model.
+        dtype: number format to store.
+        basis: principal components to project on; None: the maps themselves.
+        spare: an earlier result that is no longer needed, whose memory may be used again: fresh memory costs time.
     """
     if basis is not None:
         maps = Basis(basis.components.to(maps.device), basis.mean.to(maps.device)).project(maps)
-    low, high = torch.aminmax(maps.flatten(1), dim=1)
-    largest = torch.maximum(low.abs(), high.abs())
+    largest = torch.maximum(maps.amax(dim=(1, 2, 3)), -maps.amin(dim=(1, 2, 3)))
     finite = largest <= (torch.finfo(torch.float16).max if dtype == "float16" else torch.finfo(torch.float32).max)
     if dtype == "int8":
         scale = (maps.abs().amax(dim=1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         quantised = (maps / scale).round_().clamp_(-127, 127).to(torch.int8)
         return {"features": quantised, "scale": scale}, finite.tolist()
-    return {"features": maps.to(getattr(torch, dtype))}, finite.tolist()
+    if dtype == "float16" and spare is not None and spare["features"].shape == maps.shape:
+        return {"features": spare["features"].copy_(maps)}, finite.tolist()
+    return {"features": maps.to(getattr(torch, dtype), memory_format=torch.preserve_format)}, finite.tolist()
 
 
 def versions() -> dict[str, str]:
