@@ -207,7 +207,9 @@ def test_bad_images_are_listed_and_the_others_computed(options, mixed: Path, tmp
 
 def test_strict_stops_at_a_fault_found_late(options, mixed: Path, listener: Listener):
     (mixed / "03.png").write_bytes((mixed / "03.png").read_bytes()[:-2000])
-    with pytest.raises(BrixelError, match=r"03.png: .*truncated.* Stopped because of --strict; what was computed stays"):
+    with pytest.raises(
+        BrixelError, match=r"03.png: .*truncated.* Stopped because of --strict; what was computed stays"
+    ):
         extract(options(inputs=[str(mixed)], strict=True), listener)
 
 
@@ -234,7 +236,7 @@ def test_memory_that_runs_out_halves_the_batch(options, listener: Listener, tmp_
     for name, row in expected.items():
         np.testing.assert_allclose(features[name].ravel(), np.frombuffer(row, np.float16).astype(np.float32), atol=4e-3)
     monkeypatch.setattr(ExtractionModel, "_forward", lambda *_: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(BrixelError, match="Out of memory on cpu with a single image of 64x80 pixels. Lower --res"):
+    with pytest.raises(BrixelError, match=r"Out of memory on cpu with a single image of 64x80 pixels. Lower --res"):
         extract(options(output=tmp_path / "none.h5"), listener)
 
 
@@ -248,12 +250,17 @@ def test_every_format_holds_the_same_features(options, mixed: Path, tmp_path: Pa
         np.testing.assert_allclose(features[name], plain[name], atol=0.05 if dtype == "int8" else 0.01)
     if storage != "h5":
         assert sorted(p.name for p in output.iterdir())[:2] == [f"00.{storage}", f"01.{storage}"]
-        assert extract(options(inputs=[str(mixed)], storage=storage, dtype=dtype, output=output), listener).num_before == 10
+        assert (
+            extract(options(inputs=[str(mixed)], storage=storage, dtype=dtype, output=output), listener).num_before
+            == 10
+        )
 
 
 def test_pca_stores_scores_and_their_basis(options, tmp_path: Path, listener: Listener):
     full = brixel_cli.FeatureFile(extract(options(dtype="float32"), listener).output)
-    scores = brixel_cli.FeatureFile(extract(options(pca=64, dtype="float32", output=tmp_path / "p.h5"), listener).output)
+    scores = brixel_cli.FeatureFile(
+        extract(options(pca=64, dtype="float32", output=tmp_path / "p.h5"), listener).output
+    )
     components, mean = scores.pca
     assert components.shape == (64, 64)
     back = np.einsum("khw,dk->dhw", scores[2], components) + mean[:, None, None]
@@ -364,9 +371,15 @@ def test_the_command_says_what_it_did(model, mixed: Path, tmp_path: Path):
         (["--input", "x", "--source", "backbone"], "--source backbone: give --backbone NAME"),
         (["--input", "x", "--batch-size", "many"], "--batch-size must be auto or a number from 1 up, not many."),
         (["--input", "x", "--res", "0"], "--res must be at least 1, not 0."),
-        (["--input", "x", "--dtype", "int8", "--format", "npy"], "--dtype int8 stores a scale beside the map, which .npy"),
+        (
+            ["--input", "x", "--dtype", "int8", "--format", "npy"],
+            "--dtype int8 stores a scale beside the map, which .npy",
+        ),
         (["--export", "x.txt", "--source", "backbone", "--backbone", "test_vit"], "the file must end in .onnx"),
-        (["--export", "x.onnx", "--source", "teacher", "--backbone", "test_vit"], "the teacher is the backbone at a larger"),
+        (
+            ["--export", "x.onnx", "--source", "teacher", "--backbone", "test_vit"],
+            "the teacher is the backbone at a larger",
+        ),
     ],
 )
 def test_wrong_options_are_usage_errors(arguments: list[str], message: str):

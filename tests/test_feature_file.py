@@ -63,7 +63,7 @@ def test_mixed_grids_are_a_group(tmp_path: Path):
     assert features[-1].dtype == np.float32
     assert features.failures == {"2é.png": "too bad"}
     assert features.rows == [3]
-    with pytest.raises(BrixelError, match="has no features of 2é.png: too bad"):
+    with pytest.raises(BrixelError, match=r"has no features of 2é.png: too bad"):
         features[2]
     with pytest.raises(BrixelError, match="not computed yet; run the same brixel extract again"):
         features[0]
@@ -98,7 +98,7 @@ def test_metadata_is_never_touched_again(tmp_path: Path):
 
 
 def test_what_is_not_ours_is_named(tmp_path: Path):
-    with pytest.raises(BrixelError, match="No feature file at .*gone.h5. Make one: brixel extract"):
+    with pytest.raises(BrixelError, match=r"No feature file at .*gone.h5. Make one: brixel extract"):
         brixel_cli.FeatureFile(tmp_path / "gone.h5")
     (tmp_path / "text.h5").write_text("text")
     with pytest.raises(BrixelError, match="is not a feature file of brixel, or is damaged"):

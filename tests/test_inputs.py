@@ -173,7 +173,7 @@ def test_no_damage_raises_anything_but_our_own_error(tmp_path: Path):
             read_size(path, still=True)
             assert load_image(path, still=True).mode == "RGB"
         except BrixelError as error:
-            assert str(error).endswith(f": {path}")
+            assert str(error).endswith(f": {path}")  # noqa: PT017
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,11 @@ def memory(options: argparse.Namespace, scratch: Path) -> dict:
         peak_of(options, many(options.photos, scratch / "photos", count), scratch / "f.h5")
         for count in (options.count, 10 * options.count)
     ]
-    return {"images": options.count, "peak_mib": [round(peak / 2**20, 1) for peak in peaks], "ratio": peaks[1] / peaks[0]}
+    return {
+        "images": options.count,
+        "peak_mib": [round(peak / 2**20, 1) for peak in peaks],
+        "ratio": peaks[1] / peaks[0],
+    }
 
 
 def kills(options: argparse.Namespace, scratch: Path) -> dict:
@@ -175,7 +179,13 @@ def damaged(options: argparse.Namespace, scratch: Path) -> dict:
         elif number % 20 == 4:
             mode, extension = modes[number // 20 % len(modes)], "tif"
             try:
-                odd = Image.new("I;16", (64, 64)) if mode == "I;16" else Image.new("LAB", (64, 64)) if mode == "LAB" else image.convert(mode)
+                odd = (
+                    Image.new("I;16", (64, 64))
+                    if mode == "I;16"
+                    else Image.new("LAB", (64, 64))
+                    if mode == "LAB"
+                    else image.convert(mode)
+                )
                 stored = io.BytesIO()
                 odd.save(stored, "TIFF")
                 data = bytearray(stored.getvalue())
@@ -251,8 +261,19 @@ def processes(options: argparse.Namespace, scratch: Path) -> dict:
     os.environ["OMP_NUM_THREADS"] = "1"
     run(options, folder, scratch / "one.h5")
     (scratch / "two.h5").unlink(missing_ok=True)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "brixel_cli"]
-    subprocess.run([*launch, *command(options, folder, scratch / "two.h5", "--device", "cpu")], check=True, capture_output=True)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "brixel_cli",
+    ]
+    subprocess.run(
+        [*launch, *command(options, folder, scratch / "two.h5", "--device", "cpu")], check=True, capture_output=True
+    )
     return {"images": options.count, "identical": rows_of(scratch / "one.h5") == rows_of(scratch / "two.h5")}
 
 
@@ -280,7 +301,7 @@ def main() -> None:
     options.scratch.mkdir(parents=True, exist_ok=True)
     result = BARS[options.bar](options, options.scratch)
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(json.dumps({"bar": options.bar, **result, "largest_child_mib": round(children / 1024, 1)}))
+    sys.stdout.write(json.dumps({"bar": options.bar, **result, "largest_child_mib": round(children / 1024, 1)}) + "\n")
 
 
 if __name__ == "__main__":
