@@ -1,12 +1,12 @@
 """brixel: sharp dense features from one cheap pass of a vision transformer.
 
-    import brixel_cli
+import brixel_cli
 
-    student = brixel_cli.load_student("runs/demo")
-    maps = student(images)  # (B, 3, H, W) normalised -> (B, D, 4h, 4w)
+student = brixel_cli.load_student("runs/demo")
+maps = student(images)  # (B, 3, H, W) normalised -> (B, D, 4h, 4w)
 
-    features = brixel_cli.FeatureFile("photos.h5")  # what `brixel extract` wrote
-    map_ = features["cat.jpg"]  # (D, h, w), float32
+features = brixel_cli.FeatureFile("photos.h5")  # what `brixel extract` wrote
+map_ = features["cat.jpg"]  # (D, h, w), float32
 """
 
 from __future__ import annotations

@@ -70,13 +70,16 @@ def brixel(
 def distill(
     recipe: Annotated[
         str | None,
-        typer.Option(help="A recipe file, or the name of a shipped one, such as vitl. Default: dinov2_vits.", show_default=False),
+        typer.Option(
+            help="A recipe file, or the name of a shipped one, such as vitl. Default: dinov2_vits.", show_default=False
+        ),
     ] = None,
     images: Annotated[
         str | None, typer.Option(help="Folder of photographs; short for --set data.images=DIR.", show_default=False)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the run. Default: runs/NAME, by the recipe's name.", show_default=False)
+        Path | None,
+        typer.Option(help="Folder of the run. Default: runs/NAME, by the recipe's name.", show_default=False),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's value; can be repeated.")

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from brixel_cli.errors import BrixelError
+from brixel_cli.errors import BrixelError, UsageError
 
 _quiet = False
 
@@ -50,7 +50,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """A table to stdout; the first column is text, the others are figures."""
     if not is_first_process():
         return
-    table = Table(title=escape(title), caption=caption and escape(caption), title_justify="left", caption_justify="left")
+    table = Table(
+        title=escape(title), caption=caption and escape(caption), title_justify="left", caption_justify="left"
+    )
     for number, column in enumerate(columns):
         table.add_column(escape(column), justify="right" if number else "left", no_wrap=number > 0)
     for row in rows:
@@ -81,8 +83,10 @@ def error_boundary() -> Iterator[None]:
     try:
         yield
     except BrixelError as error:
-        who = "" if is_first_process() else f"[process {os.environ['RANK']}] "
-        sys.stderr.write(f"{who}error: {error}\n")
+        # Every process finds the same fault in the command; a failure may be one process's own.
+        if is_first_process() or not isinstance(error, UsageError):
+            who = "" if is_first_process() else f"[process {os.environ['RANK']}] "
+            sys.stderr.write(f"{who}error: {error}\n")
         raise SystemExit(error.exit_code) from error
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was saved stays\n")

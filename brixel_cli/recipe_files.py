@@ -20,12 +20,17 @@ PACKAGE = Path(__file__).resolve().parent
 SHIPPED = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "recipes"
 
 
+_SECTIONS = {key for key, field in Recipe.model_fields.items() if isinstance(field.annotation, type(BaseModel))}
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number, only true and false are booleans, and a key stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key_node.value}' stands twice", key_node.start_mark
@@ -46,7 +51,7 @@ _Loader.add_implicit_resolver(
     list("-+.0123456789"),
 )
 # YAML 1.1 would read a leading zero as octal; `010` here is ten.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
 def shipped_recipes() -> list[str]:
@@ -88,10 +93,11 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path} must hold keys and values, such as 'name: mine'; it holds {_shown(tree)}.")
     for override in overrides:
         _apply(tree, override)
+    tree = {key: {} if value is None and key in _SECTIONS else value for key, value in tree.items()}
     try:
         return Recipe.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        faults = [_describe(fault, tree) for fault in error.errors()]
+        faults = _describe_all(error.errors())
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise UsageError(f"{path} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults)) from error
 
@@ -138,9 +144,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise UsageError(f"--set takes key.path=value, such as optim.lr=3e-4; got {override!r}.")
     *parents, leaf = key.strip().split(".")
+    if not all((*parents, leaf)):
+        raise UsageError(f"--set {key}: a part of the key is empty. Such as optim.lr=3e-4.")
     node = tree
     for parent in parents:
-        child = node.setdefault(parent, {})
+        child = node[parent] = {} if node.get(parent) is None else node[parent]
         if not isinstance(child, dict):
             raise UsageError(f"--set {key}: '{parent}' is a value, not a section.")
         node = child
@@ -150,39 +158,56 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {key}: {text!r} is not a YAML value: {error}") from error
 
 
-def _describe(fault: Any, tree: dict[str, Any]) -> str:
-    location = [part for part in fault["loc"] if isinstance(part, int) or _is_key(part)]
-    path = ".".join(str(part) for part in location) or "the recipe"
+def _describe_all(faults: Sequence[Any]) -> list[str]:
+    """One line for each faulty key, whatever the number of things that are wrong with its value."""
+    lines: dict[str, list[Any]] = {}
+    for fault in faults:
+        section, depth = _section_of(fault["loc"][:-1])
+        # Below a section's key, pydantic adds positions in lists, and the branches of unions, which no user knows.
+        below = fault["loc"][depth + 1 :]
+        known = fault["loc"] if all(isinstance(part, int) for part in below) else fault["loc"][: depth + 1]
+        path = ".".join(str(part) for part in known) or "the recipe"
+        lines.setdefault(path, []).append((section, fault))
+    return [f"{path}: {_describe(path, found[0][0], [fault for _, fault in found])}" for path, found in lines.items()]
+
+
+def _describe(path: str, section: type[BaseModel], faults: Sequence[Any]) -> str:
+    fault = faults[0]
+    key = path.rpartition(".")[2]
     if fault["type"] == "extra_forbidden":
-        known = list(_section_at(location[:-1]).model_fields)
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-        return f"{path}: unknown key; {hint}"
+        known = list(section.model_fields)
+        close = difflib.get_close_matches(key.lower(), known, n=1)
+        return "unknown key; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
     if fault["type"] == "missing":
-        return f"{path}: missing; {_section_at(location[:-1]).model_fields[str(location[-1])].description or 'required'}"
+        return f"missing; {section.model_fields[key].description or 'required'}"
     if fault["type"] == "value_error":
-        return f"{path}: {fault['ctx']['error']}"
-    expected = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+        return str(fault["ctx"]["error"])
+    expected = " or ".join(dict.fromkeys(_expectation(fault) for fault in faults))
     found = fault["input"]
+    hint = ""
     if isinstance(found, str) and fault["type"] == "literal_error":
-        options = re.findall(r"'([^']*)'", fault["msg"])
-        close = difflib.get_close_matches(found, options, n=1)
-        return f"{path}: expected {expected}; found {_shown(found)}" + (f"; did you mean {close[0]}?" if close else "")
-    return f"{path}: expected {expected}; found {_shown(found)}"
+        close = difflib.get_close_matches(found, re.findall(r"'([^']*)'", fault["msg"]), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+    return f"expected {expected}; found {_shown(found)}{hint}"
 
 
-def _is_key(part: str) -> bool:
-    """Pydantic adds the branch of a union to the path of a fault (`int`, `list[...]`); users know only keys."""
-    return re.fullmatch(r"[a-z_0-9]+", part) is not None and part not in ("int", "str", "float", "none")
+def _expectation(fault: Any) -> str:
+    if fault["type"] in ("too_short", "too_long"):
+        limit = fault["ctx"].get("min_length", fault["ctx"].get("max_length"))
+        return f"a list of {limit}"
+    message: str = fault["msg"]
+    return message.removeprefix("Input should be ").removeprefix("a valid ").replace("array", "a list")
 
 
-def _section_at(location: Sequence[Any]) -> type[BaseModel]:
+def _section_of(location: Sequence[Any]) -> tuple[type[BaseModel], int]:
+    """The innermost section that a fault's location lies in, and how many keys lead to it."""
     section: type[BaseModel] = Recipe
-    for key in location:
-        annotation = typing.get_type_hints(section)[str(key)]
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
-    return section
+    for depth, key in enumerate(location):
+        annotation = typing.get_type_hints(section).get(str(key))
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return section, depth
+        section = annotation
+    return section, len(location)
 
 
 def _shown(value: Any) -> str:

@@ -18,23 +18,26 @@ TINY = """
 name: tiny
 backbone: {name: test_vit, weights: random}
 adapter: {fusion: {width: 16, fine_width: 16, blocks: [1, 1, 1]}}
-data: {images: PHOTOS, val_fraction: 0.25}
+data: {images: PHOTOS, val_fraction: 0.1}
 views: {teacher_size: 128}
+loss: {spectral: {weight: 0.1}}
 optim: {steps: 4, batch_size: 4, warmup_steps: 0}
 run: {device: cpu, workers: 0, validate_every: 2, checkpoint_every: 1, log_every: 1, tensorboard: false}
 """
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def make_photograph(path: Path, seed: int, width: int = 200, height: int = 160) -> Path:
     """A photograph-like picture: smooth colours, a disc with a sharp edge, some grain."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
-    pixels = np.stack([0.5 + 0.4 * np.sin(rng.uniform(2, 9) * x + rng.uniform(2, 9) * y + i) for i in range(3)], axis=-1)
+    pixels = np.stack(
+        [0.5 + 0.4 * np.sin(rng.uniform(2, 9) * x + rng.uniform(2, 9) * y + i) for i in range(3)], axis=-1
+    )
     disc = (x - rng.uniform(0.2, 0.8)) ** 2 + (y - rng.uniform(0.2, 0.6)) ** 2 < rng.uniform(0.02, 0.06)
     pixels[disc] = rng.uniform(0, 1, 3)
     pixels += rng.normal(0, 0.03, pixels.shape)

@@ -151,7 +151,7 @@ def test_odd_files_become_items_with_a_reason(tmp_path: Path):
 def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(images_module, "MAX_PIXELS", 1000)
     Image.new("RGB", (40, 40)).save(tmp_path / "bomb.png")
-    assert "too many pixels (decompression bomb?): over 1,000" in find_inputs([str(tmp_path)], 1).items[0].reason
+    assert "too many pixels (decompression bomb?): 40x40, over 1,000" in find_inputs([str(tmp_path)], 1).items[0].reason
 
 
 def test_no_damage_raises_anything_but_our_own_error(tmp_path: Path):

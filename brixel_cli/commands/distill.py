@@ -77,7 +77,8 @@ def _show_results(results: dict[str, Any], recipe: Recipe) -> None:
         ["share of gap closed", *(_percent(best["gap_closed"][name]) for name in TITLES)],
     ]
     print_table(
-        f"{best['num_images']} held-out photographs, {height}x{width} px against the teacher at {big_height}x{big_width} px",
+        f"{best['num_images']} held-out photographs, {height}x{width} px "
+        f"against the teacher at {big_height}x{big_width} px",
         ["", *TITLES.values()],
         rows,
         caption=f"Best student: step {best['step']} of {results['steps']}. Teacher: L1, edge, spectral 0; cosine 1.",

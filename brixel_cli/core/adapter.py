@@ -39,7 +39,9 @@ class Adapter(nn.Module):
         self.factor = factor
         self.config = config
 
-    def difference(self, images: Tensor, maps: Sequence[Tensor], middle: tuple[int, int], fine: tuple[int, int]) -> Tensor:
+    def difference(
+        self, images: Tensor, maps: Sequence[Tensor], middle: tuple[int, int], fine: tuple[int, int]
+    ) -> Tensor:
         """The learned part (B, D, *fine); `middle` is half of `fine`, both (height, width) of a grid."""
         raise TypeError(f"{type(self).__name__} defines no difference")
 

@@ -5,7 +5,10 @@ Names and behaviour follow timm's feature interface, https://huggingface.co/docs
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from brixel_cli.core.weights import tensors_sha256
+from brixel_cli.core.weights import check_keys, tensors_sha256
 from brixel_cli.errors import SizeError, UsageError, WeightsError
 
 
@@ -25,7 +28,8 @@ def quarter_indices(depth: int) -> list[int]:
     """
     if depth < 4:
         raise UsageError(f"The adapter reads four blocks of the backbone; this one has {depth}.")
-    return [depth // 4, depth // 2, 3 * depth // 4, depth - 1]
+    # In the shallowest models the quarters make room for one another.
+    return [min(quarter * depth // 4, depth - 5 + quarter) for quarter in (1, 2, 3)] + [depth - 1]
 
 
 def check_size(height: int, width: int, patch_size: int) -> None:
@@ -67,7 +71,8 @@ class Backbone(nn.Module):
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
         trunk.prune_intermediate_layers(self.layer_indices[-1:], prune_head=True)
-        self.vit = trunk.eval().requires_grad_(False)
+        self.vit = trunk.requires_grad_(False)
+        self.train()
         self._sha256: str | None = None
 
     @property
@@ -139,19 +144,21 @@ def load_backbone(name: str, weights: str = "pretrained", dtype: str = "float32"
         # Random weights are drawn in their final format: the largest models would not fit in memory twice.
         if random and dtype == "bfloat16":
             torch.set_default_dtype(torch.bfloat16)
-        if device == "meta":
-            with torch.device("meta"):
+        with torch.device(device if device == "meta" else "cpu"), contextlib.redirect_stdout(io.StringIO()):
+            if weights == "pretrained" and not random:
+                vit: Any = _create_pretrained(name, options)
+            else:
                 vit = timm.create_model(name, **options)
-        elif random:
-            vit = timm.create_model(name, **options)
-        else:
-            vit = _create_with_weights(name, weights, options)
+                if not random:
+                    _load_file(vit, name, Path(weights).expanduser())
     except TypeError as error:
         raise UsageError(f"{name} takes no variable image size, which brixel needs: {error}") from error
     finally:
         torch.set_default_dtype(default_dtype)
-    if not hasattr(vit, "forward_intermediates") or not hasattr(vit, "blocks"):
-        raise UsageError(f"{name} is no ViT with patch tokens. Names that are: timm.list_models('vit_*').")
+    if not hasattr(vit, "blocks") or hasattr(vit.patch_embed, "backbone") or len(set(vit.patch_embed.patch_size)) != 1:
+        raise UsageError(
+            f"{name} is no plain ViT with square patches of pixels. Names that are: timm.list_models('vit_*')."
+        )
     backbone = Backbone(name, vit, weights)
     if dtype == "bfloat16" and not random:
         _ = backbone.sha256  # of the weights as they were stored, before they are rounded
@@ -169,25 +176,38 @@ def _check_name(name: str) -> None:
     raise UsageError(f"timm has no model {name}. {hint}")
 
 
-def _create_with_weights(name: str, weights: str, options: dict[str, Any]) -> nn.Module:
-    overlay: dict[str, Any] = {}
-    if weights != "pretrained":
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise WeightsError(f"No backbone weights at {path}. Give 'pretrained', 'random' or the path of a file.")
-        if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
-            raise WeightsError(f"{path}: backbone weights must be .safetensors or .pth, not {path.suffix or 'this'}.")
-        overlay = {"file": str(path)}
+def _create_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    except Exception as error:  # timm, torch, safetensors and the hub each raise their own kinds here
-        if overlay:
-            raise WeightsError(f"{weights} does not hold weights of {name}: {_first_lines(error)}") from error
+        vit: nn.Module = timm.create_model(name, pretrained=True, **options)
+        return vit
+    except TypeError:
+        raise
+    except Exception as error:  # timm, torch and the hub's client each raise their own kinds here
         raise WeightsError(
             f"The weights of {name} could not be had from the hub: {_first_lines(error)}\n"
             "Check the network, or download them elsewhere and give the file: "
             "--set backbone.weights=PATH (.safetensors or .pth)."
         ) from error
+
+
+def _load_file(vit: nn.Module, name: str, path: Path) -> None:
+    """Load weights in timm's or in the original layout; all must be there, but a classifier may be there besides."""
+    if not path.is_file():
+        raise WeightsError(f"No backbone weights at {path}. Give 'pretrained', 'random' or the path of a file.")
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
+        raise WeightsError(f"{path}: backbone weights must be .safetensors or .pth, not {path.suffix or 'this'}.")
+    what = f"{path} does not hold weights of {name}"
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda state, _: state)
+    try:
+        state = convert(timm.models.load_state_dict(str(path)), vit)
+    except Exception as error:  # timm, torch and safetensors each raise their own kinds here
+        raise WeightsError(f"{what}: {_first_lines(error)}") from error
+    expected = vit.state_dict()
+    found = {
+        key: value for key, value in state.items() if key in expected or not key.startswith(("head.", "head_dist."))
+    }
+    check_keys(expected, found, what)
+    vit.load_state_dict(found)
 
 
 def _first_lines(error: BaseException, count: int = 4) -> str:

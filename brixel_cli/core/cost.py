@@ -45,7 +45,7 @@ class _Memory(TorchDispatchMode):
     """Adds up the storages that operators create, and takes them off again when they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive = 0
         self.peak = 0
         self.seen: set[int] = set()
@@ -85,9 +85,9 @@ def fake_tensors() -> Iterator[None]:
         yield
 
 
-def hollow(module: nn.Module, device: str = "cpu") -> nn.Module:
-    """A module built on the meta device, moved to `device` without memory; call within `fake_tensors`."""
-    return module.to_empty(device=device)
+def hollow(module: nn.Module, device: str = "cpu") -> None:
+    """Move a module that was built on the meta device to `device`, without memory; call within `fake_tensors`."""
+    module.to_empty(device=device)
 
 
 def count_cost(call: Callable[[], Any]) -> Cost:

@@ -111,7 +111,7 @@ class Extractor(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], features: Tensor, features_hw: tuple[int, int]) -> Tensor:
         tokens = tokens + self.attn(self.query_norm(tokens), grid, self.feat_norm(features), features_hw)
-        update = self.ffn(self.ffn_norm(tokens), grid)
+        update: Tensor = self.ffn(self.ffn_norm(tokens), grid)
         if self.training and self.drop_path:
             keep = torch.rand(len(update), 1, 1, device=update.device) >= self.drop_path
             update = update * keep / (1 - self.drop_path)
@@ -139,7 +139,8 @@ class HeadBlock(nn.Module):
         self.project = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.project(F.gelu(self.expand(F.gelu(self.depthwise(self.norm(x))))))
+        update: Tensor = self.project(F.gelu(self.expand(F.gelu(self.depthwise(self.norm(x))))))
+        return x + update
 
 
 class ConvHead(nn.Module):
@@ -182,7 +183,9 @@ class DeformableAdapter(Adapter):
     def __init__(self, embed_dim: int, factor: int, config: AdapterConfig):
         super().__init__(embed_dim, factor, config)
         if embed_dim % 32:
-            raise UsageError(f"The deformable adapter needs an embedding width that is a multiple of 32, not {embed_dim}.")
+            raise UsageError(
+                f"The deformable adapter needs an embedding width that is a multiple of 32, not {embed_dim}."
+            )
         options = config.deformable
         self.stem = nn.Sequential(
             *_conv_norm(3, 64, 2), *_conv_norm(64, 64, 1), *_conv_norm(64, 64, 1), nn.MaxPool2d(3, stride=2, padding=1)
@@ -201,7 +204,9 @@ class DeformableAdapter(Adapter):
         self.norm = nn.GroupNorm(32, embed_dim)
         self.head = ConvHead(embed_dim, options.head_width)
 
-    def difference(self, images: Tensor, maps: Sequence[Tensor], middle: tuple[int, int], fine: tuple[int, int]) -> Tensor:
+    def difference(
+        self, images: Tensor, maps: Sequence[Tensor], middle: tuple[int, int], fine: tuple[int, int]
+    ) -> Tensor:
         stride4 = self.run(self.stem, images)
         stride8 = self.run(self.conv2, stride4)
         tokens = resize(self.fc2(stride8), middle).flatten(2).transpose(1, 2) + self.level_embed

@@ -24,7 +24,8 @@ class ConvBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((channels, 1, 1), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale * self.project(F.gelu(self.expand(self.norm(self.depthwise(x)))))
+        update: Tensor = self.project(F.gelu(self.expand(self.norm(self.depthwise(x)))))
+        return x + self.scale * update
 
 
 class FusionAdapter(Adapter):
@@ -56,7 +57,9 @@ class FusionAdapter(Adapter):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
 
-    def difference(self, images: Tensor, maps: Sequence[Tensor], middle: tuple[int, int], fine: tuple[int, int]) -> Tensor:
+    def difference(
+        self, images: Tensor, maps: Sequence[Tensor], middle: tuple[int, int], fine: tuple[int, int]
+    ) -> Tensor:
         fine_image = resize(self.run(self.image_stem, images), fine)
         middle_image = resize(self.image_to_middle(fine_image), middle)
         x = self.fuse_norm(self.fuse(torch.cat(list(maps), dim=1)))

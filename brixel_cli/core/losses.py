@@ -31,7 +31,8 @@ class Basis:
     def project(self, maps: Tensor) -> Tensor:
         """Maps (B, D, H, W) as component scores (B, K, H, W)."""
         centred = maps - self.mean[:, None, None]
-        return torch.einsum("bdhw,dk->bkhw", centred, self.components)
+        scores: Tensor = torch.einsum("bdhw,dk->bkhw", centred, self.components)
+        return scores
 
 
 @torch.no_grad()
@@ -72,7 +73,8 @@ def radial_bins(height: int, width: int, device: torch.device | str = "cpu") -> 
     fy = torch.fft.fftshift(torch.fft.fftfreq(height, device=device))
     fx = torch.fft.fftshift(torch.fft.fftfreq(width, device=device))
     radius = (fy[:, None].square() + fx[None, :].square()).sqrt()
-    return (radius / radius.max() * NUM_RADIAL_BINS).long().clamp(max=NUM_RADIAL_BINS - 1)
+    bins: Tensor = (radius / radius.max() * NUM_RADIAL_BINS).long()
+    return bins.clamp(max=NUM_RADIAL_BINS - 1)
 
 
 def radial_amplitude(maps: Tensor, centred: bool = True) -> Tensor:

@@ -52,7 +52,9 @@ class Student(nn.Module):
         Raises:
             SizeError: H or W is not a multiple of the patch size.
         """
-        output: Tensor = self.adapter(images, self.backbone.intermediate_maps(images)).float()
+        dtype = next(self.adapter.parameters()).dtype
+        maps = [map_.to(dtype) for map_ in self.backbone.intermediate_maps(images)]
+        output: Tensor = self.adapter(images.to(dtype), maps).float()
         return output
 
 
@@ -107,7 +109,7 @@ class StoredAdapter:
             WeightsError: the stored tensors do not fit the stored description.
         """
         adapter = build_adapter(self.card.embed_dim, self.card.factor, self.card.adapter)
-        check_keys(adapter.state_dict(), self.tensors, str(self.path))
+        check_keys(adapter.state_dict(), self.tensors, f"{self.path} does not fit its own description")
         adapter.load_state_dict(self.tensors)
         return adapter
 
@@ -178,8 +180,15 @@ def load_student(
     card = stored.card
     name = backbone or card.backbone
     if not name:
-        raise UsageError(f"{stored.path} does not say which backbone it belongs to (D = {card.embed_dim}): give backbone=.")
-    if backbone and card.backbone and backbone.partition(".")[0] != card.backbone.partition(".")[0] and not stored.released:
+        raise UsageError(
+            f"{stored.path} does not say which backbone it belongs to (D = {card.embed_dim}): give backbone=."
+        )
+    if (
+        backbone
+        and card.backbone
+        and backbone.partition(".")[0] != card.backbone.partition(".")[0]
+        and not stored.released
+    ):
         raise WeightsError(f"{stored.path} was trained on {card.backbone}, not on {backbone}.")
     trunk = load_backbone(name, str(backbone_weights or card.backbone_weights), dtype=dtype, device=device)
     if trunk.embed_dim != card.embed_dim:

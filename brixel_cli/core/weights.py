@@ -52,8 +52,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
-    """Raise a WeightsError naming every missing, unknown or misshapen key of `found`; nothing is skipped silently."""
+def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
+    """Raise a WeightsError, beginning with `what`, that names every missing, unknown or misshapen key of `found`."""
     faults = [f"missing: {key}" for key in expected if key not in found]
     faults += [f"unknown: {key}" for key in found if key not in expected]
     faults += [
@@ -64,7 +64,7 @@ def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wher
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults[:20])
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise WeightsError(f"{where} does not fit: {len(faults)} of its keys are wrong.\n{listed}{more}")
+        raise WeightsError(f"{what}: {len(faults)} of its keys are wrong.\n{listed}{more}")
 
 
 def load_pth(path: Path) -> dict[str, Tensor]:
@@ -144,8 +144,12 @@ def _live_layout(dim: int) -> dict[str, tuple[int, ...]]:
     for extractor in _EXTRACTORS:
         for norm in ("query_norm", "feat_norm", "ffn_norm"):
             layout |= _wb(f"{extractor}.{norm}", dim)
-        layout |= _wb(f"{extractor}.attn.sampling_offsets", 128, dim) | _wb(f"{extractor}.attn.attention_weights", 64, dim)
-        layout |= _wb(f"{extractor}.attn.value_proj", dim // 2, dim) | _wb(f"{extractor}.attn.output_proj", dim, dim // 2)
+        layout |= _wb(f"{extractor}.attn.sampling_offsets", 128, dim) | _wb(
+            f"{extractor}.attn.attention_weights", 64, dim
+        )
+        layout |= _wb(f"{extractor}.attn.value_proj", dim // 2, dim) | _wb(
+            f"{extractor}.attn.output_proj", dim, dim // 2
+        )
         layout |= _wb(f"{extractor}.ffn.fc1", dim // 4, dim) | _wb(f"{extractor}.ffn.fc2", dim, dim // 4)
         layout |= _wb(f"{extractor}.ffn.dwconv.dwconv", dim // 4, 1, 3, 3)
     layout |= _wb("adapter.norm1", dim) | _wb("head.align_in", 64, dim, 1, 1)
@@ -192,12 +196,14 @@ def import_released(state: Mapping[str, Tensor], where: str = "The checkpoint") 
     """
     level_embed = state.get("adapter.level_embed")
     if level_embed is None or level_embed.ndim != 2:
-        raise WeightsError(f"{where} is no released BRIXEL checkpoint: it has no key adapter.level_embed of shape (3, D).")
+        raise WeightsError(
+            f"{where} is no released BRIXEL checkpoint: it has no key adapter.level_embed of shape (3, D)."
+        )
     dim = level_embed.shape[1]
     skipped = tuple(key for key in state if key.startswith(_DEAD_PREFIXES))
     live = {key: tensor for key, tensor in state.items() if key not in skipped}
     expected = {key: torch.empty(shape, device="meta") for key, shape in _live_layout(dim).items()}
-    check_keys(expected, live, where)
+    check_keys(expected, live, f"{where} does not fit the released layout")
     tensors = {}
     for key, tensor in live.items():
         for old, new in _RENAMES.items():

@@ -96,12 +96,15 @@ def create_store(
     Raises:
         BrixelError: it does not fit on the disk, or cannot be written.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BrixelError(f"The folder {path.parent} cannot be made: {error.strerror}. Choose another one.") from error
     contents = {STATUS: np.zeros(num_rows, np.uint8), **(filled or {})}
-    needed = bytes_needed(num_rows, columns) + sum(array.nbytes for array in contents.values())
+    needed = bytes_needed(num_rows, columns) + sum(array.nbytes for name, array in contents.items() if name != STATUS)
     check_disk(path.parent, needed, f"{path.name}")
     partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(partial, "w") as file:
             for key, value in {ATTRIBUTES: json.dumps(description, sort_keys=True), **(attributes or {})}.items():
                 file.attrs[key] = value
@@ -222,8 +225,10 @@ class Store:
         """Write one row of one dataset.
 
         Raises:
-            ValueError: the value has not the shape of a row.
+            ValueError: the value has not the shape of a row, or the store was opened read-only.
         """
+        if self._file < 0:
+            raise ValueError(f"{self.path} was opened read-only")
         offset, shape, dtype = self._places[name]
         if value.shape != shape[1:]:
             raise ValueError(f"{name}: a row has shape {shape[1:]}, not {value.shape}")

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from brixel_cli.errors import BrixelError
 
-EXTENSIONS = frozenset(
-    ".avif .bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
-)
+EXTENSIONS = (
+    ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
+    ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 
 
 MAX_PIXELS = 178_956_970
@@ -61,8 +61,7 @@ def read_size(path: Path, still: bool = False) -> tuple[int, int]:
     """Height and width of an image after rotation, from its header alone; arguments and errors as for `load_image`."""
     with _opened(path, still) as image:
         width, height = image.size
-        turned = _orientation(image) >= 5  # the orientations that turn the image by a quarter
-        return (width, height) if turned else (height, width)
+        return (width, height) if _is_turned(image) else (height, width)
 
 
 @contextmanager
@@ -71,7 +70,8 @@ def _opened(path: Path, still: bool) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
+                size = f"{image.width}x{image.height}, over {MAX_PIXELS:,}"
+                raise ValueError(f"too many pixels (decompression bomb?): {size}")
             if still and image.format in ANIMATED and getattr(image, "is_animated", False):
                 raise ValueError("animated, or several pages: save the one you want, or give it as a video")
             yield image
@@ -137,18 +137,27 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _is_turned(image: Image.Image) -> bool:
+    """Whether the EXIF orientation turns an opened image by a quarter, unlike the size that it states."""
+    if image.format == "TIFF":
+        return False  # Pillow states the upright size of these
+    if image.format == "PNG" and "exif" not in image.info:
+        return False  # looking further would decode the whole image
+    return _orientation(image) >= 5
+
+
 def _upright(image: Image.Image) -> Image.Image:
     if _orientation(image) == 1:
         return image
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a damaged EXIF block, as below
+    except Exception:  # as above
         return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        values: npt.NDArray[np.floating] = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         most = values.max(initial=0)
         if image.mode == "F" and most <= 1:
             values = values * 255
@@ -173,7 +182,7 @@ def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow can read" if path.stat().st_size else "empty: 0 bytes"
     if isinstance(error, Image.DecompressionBombError):
-        return f"too many pixels (decompression bomb?): over {MAX_PIXELS:,}"
+        return "too many pixels (decompression bomb?)"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__

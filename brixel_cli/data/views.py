@@ -30,7 +30,8 @@ def centre_view(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     scale = max(size[0] / image.height, size[1] / image.width)
     covered = [max(round(image.height * scale), size[0]), max(round(image.width * scale), size[1])]
     resized = tvf.resize(image, covered, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    return tvf.center_crop(resized, list(size))
+    view: Image.Image = tvf.center_crop(resized, list(size))
+    return view
 
 
 def random_view(image: Image.Image, size: tuple[int, int], config: ViewConfig, seed: int) -> Image.Image:
@@ -46,8 +47,9 @@ def random_view(image: Image.Image, size: tuple[int, int], config: ViewConfig, s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         view: Image.Image = crop(image)
-        mirrored = config.flip and bool(torch.rand(()) < 0.5)
-    return tvf.horizontal_flip(view) if mirrored else view
+        if config.flip and torch.rand(()) < 0.5:
+            view = tvf.horizontal_flip(view)
+    return view
 
 
 def normalise(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -90,7 +92,12 @@ class Views(Dataset[View]):
     """
 
     def __init__(
-        self, photographs: Sequence[Photograph], config: ViewConfig, seed: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        photographs: Sequence[Photograph],
+        config: ViewConfig,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
     ):
         self.photographs = list(photographs)
         self.config = config
@@ -123,15 +130,18 @@ class Views(Dataset[View]):
                 epoch_of_view = epoch if self.config.kind == "random" else 0
                 view = random_view(image, size, self.config, seed_of(self.seed, epoch_of_view, number))
             return View(normalise(view, self.mean, self.std), photograph.name, tuple(skipped))
-        raise BrixelError(f"None of the {len(self.photographs)} photographs can be read; the first: {skipped[0].reason}.")
+        raise BrixelError(
+            f"None of the {len(self.photographs)} photographs can be read; the first: {skipped[0].reason}."
+        )
 
 
 def split_photographs(
     photographs: Sequence[Photograph], fraction: float, most: int
 ) -> tuple[list[Photograph], list[Photograph]]:
-    """Training and held-out photographs: about `fraction` held out, at least one and at most `most`.
+    """Training and held-out photographs: about `fraction` is held out, at least one.
 
-    The choice depends on each file's name alone, so that a growing folder keeps its held-out photographs.
+    The choice depends on each file's name alone, so that a growing folder keeps its held-out photographs. No more
+    than `most` of them are returned; the others are not trained on either.
 
     Raises:
         BrixelError: there are fewer than two photographs.
@@ -140,7 +150,12 @@ def split_photographs(
         raise BrixelError(
             "One photograph cannot be split into training and held-out ones: add more, or give data.val_images."
         )
-    ranked = sorted(photographs, key=lambda photograph: hashlib.sha256(photograph.name.encode()).digest())
-    held_out = set(ranked[: min(max(round(fraction * len(ranked)), 1), most, len(ranked) - 1)])
-    training = [photograph for photograph in photographs if photograph not in held_out]
-    return training, [photograph for photograph in photographs if photograph in held_out]
+
+    def place(photograph: Photograph) -> float:
+        return int.from_bytes(hashlib.sha256(photograph.name.encode()).digest()[:8]) / 2**64
+
+    ranked = sorted(photographs, key=place)
+    num_held_out = sum(place(photograph) < fraction for photograph in ranked)
+    held_out = ranked[: min(max(num_held_out, 1), len(ranked) - 1)]
+    training = [photograph for photograph in photographs if photograph not in set(held_out)]
+    return training, [photograph for photograph in photographs if photograph in set(held_out[:most])]

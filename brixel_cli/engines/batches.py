@@ -85,7 +85,9 @@ def batch_keys(
 
 
 @torch.no_grad()
-def compute_maps(backbone: Backbone, runtime: Runtime, pixels: Tensor, factor: int) -> tuple[Tensor, list[Tensor], Tensor]:
+def compute_maps(
+    backbone: Backbone, runtime: Runtime, pixels: Tensor, factor: int
+) -> tuple[Tensor, list[Tensor], Tensor]:
     """From teacher views (B, 3, 4S, 4S): the student's views, the backbone's four maps of those, and the targets."""
     pixels = pixels.to(runtime.device, non_blocking=True)
     images = reduce_view(pixels, factor)
@@ -175,14 +177,16 @@ def open_cache(
         "views": recipe.views.model_dump(),
         "seed": recipe.seed,
         "photographs": [
-            [str(p.path.resolve()), p.path.stat().st_size, p.path.stat().st_mtime_ns] for v in parts for p in v.photographs
+            [str(p.path.resolve()), p.path.stat().st_size, p.path.stat().st_mtime_ns]
+            for v in parts
+            for p in v.photographs
         ],
         "parts": [len(views) for views in parts],
     }
     fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
     folder = Path(recipe.cache.directory) if recipe.cache.directory else run_folder / "cache"
     path = folder / f"{fingerprint[:16]}.h5"
-    num_rows = sum(description["parts"])  # type: ignore[arg-type]
+    num_rows = sum(len(views) for views in parts)
     columns = cache_columns(recipe, backbone.embed_dim, backbone.patch_size)
     if runtime.is_first and not path.exists():
         reporter.say(f"cache: {num_rows} views need {human_bytes(bytes_needed(num_rows, columns))} on disk, at {path}")

@@ -140,7 +140,9 @@ class Trainer:
         if self.average:
             tensors |= {f"average.{key}": value for key, value in self.average.state_dict().items()}
         for name, parameter in self.adapter.named_parameters():
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
+            tensors |= {
+                f"optimizer.{name}.{key}": value for key, value in self.optimizer.state.get(parameter, {}).items()
+            }
         if self.loss.basis:
             tensors |= {"basis.components": self.loss.basis.components, "basis.mean": self.loss.basis.mean}
         return tensors, {"step": self.step, "refused_in_a_row": self.refused_in_a_row, "best": self.best}
@@ -157,8 +159,9 @@ class Trainer:
         for name, parameter in self.adapter.named_parameters():
             stored = under(f"optimizer.{name}.")
             if stored:
+                # The fused update walks memory in the parameter's own layout, channels_last included.
                 self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device).reshape(parameter.shape)
+                    key: value if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(value)
                     for key, value in stored.items()
                 }
         if "basis.mean" in tensors:
@@ -167,7 +170,9 @@ class Trainer:
         self.step, self.refused_in_a_row, self.best = facts["step"], facts["refused_in_a_row"], facts["best"]
 
 
-def distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> Distilled:
+def distill(
+    recipe: Recipe, folder: RunFolder, reporter: Reporter, resume: bool = False, overwrite: bool = False
+) -> Distilled:
     """Train an adapter as the recipe says, and write the run into a folder.
 
     Args:
@@ -201,7 +206,8 @@ def distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, resume: bool 
     trainer = Trainer(recipe, make_adapter(recipe, backbone, reporter), runtime)
     reporter.say(
         f"{len(photographs.training)} training and {len(photographs.held_out)} held-out photographs, "
-        f"{len(photographs.skipped)} skipped; {runtime.device.type}, {runtime.precision}, {runtime.world_size} process(es)"
+        f"{len(photographs.skipped)} skipped; {runtime.device.type}, {runtime.precision}, "
+        f"{runtime.world_size} process(es)"
     )
     if photographs.skipped:
         reporter.warn(f"skipped {len(photographs.skipped)} photographs:\n{describe_skipped(photographs.skipped)}")
@@ -256,7 +262,7 @@ def distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, resume: bool 
     )  # fmt: skip
     passes = training.iterate(keys)
     steps_per_epoch = len(training_views) / recipe.optim.batch_size
-    reported = len(training.skipped)
+    num_reported = 0
     with reporter.bar("distil", total, trainer.step, "step") as bar:
         while trainer.step < total:
             began = time.perf_counter()
@@ -269,18 +275,22 @@ def distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, resume: bool 
             if trainer.refused_in_a_row:
                 _report_refusal(trainer, values, runtime.gather(names), folder, reporter)
             if runtime.is_first and (trainer.step % recipe.run.log_every == 0 or trainer.step == total):
-                folder.log({"kind": "train", "step": trainer.step, "lr": lr, "images_per_second": round(speed, 2), **values})
+                folder.log(
+                    {"kind": "train", "step": trainer.step, "lr": lr, "images_per_second": round(speed, 2), **values}
+                )
                 _write_scalars(writer, "train", {"lr": lr, "images_per_second": speed, **values}, trainer.step)
-            if len(training.skipped) > reported:
-                fresh = training.skipped[reported:]
-                reported = len(training.skipped)
-                reporter.warn(f"damaged photographs were replaced by others:\n{describe_skipped(fresh)}")
             due = trainer.step % recipe.run.checkpoint_every == 0 or trainer.step % recipe.run.validate_every == 0
             if due or trainer.step == total:
                 check_up()
+            damaged = training.skipped + held_out.skipped
+            if len(damaged) > num_reported:
+                num_reported = len(damaged)
+                reporter.warn(
+                    f"{num_reported} damaged photographs were replaced by others:\n{describe_skipped(damaged)}"
+                )
     if writer:
         writer.close()
-    return _finish(trainer, folder, photographs.skipped + training.skipped + held_out.skipped, len(held_out_views), runtime)
+    return _finish(trainer, folder, photographs.skipped + training.skipped + held_out.skipped)
 
 
 def _fit_fixed_basis(trainer: Trainer, training: Batches, num_views: int) -> None:
@@ -326,7 +336,9 @@ def _record_validation(validation: Validation, step: int, folder: RunFolder, wri
     partial.replace(path)
 
 
-def _report_refusal(trainer: Trainer, values: dict[str, float], names: list[str], folder: RunFolder, reporter: Reporter) -> None:
+def _report_refusal(
+    trainer: Trainer, values: dict[str, float], names: list[str], folder: RunFolder, reporter: Reporter
+) -> None:
     listed = ", ".join(sorted(set(names)))
     what = f"loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
     if trainer.runtime.is_first:
@@ -334,7 +346,8 @@ def _report_refusal(trainer: Trainer, values: dict[str, float], names: list[str]
     if trainer.refused_in_a_row >= MOST_REFUSED:
         raise BrixelError(
             f"{MOST_REFUSED} updates in a row were refused ({what}), the last at step {trainer.step} on: {listed}. "
-            f"Look at these photographs, lower optim.lr, or set run.precision=float32. {folder.path} keeps its last checkpoint."
+            "Look at these photographs, lower optim.lr, or set run.precision=float32. "
+            f"{folder.path} keeps its last checkpoint."
         )
     reporter.warn(f"update {trainer.step} refused ({what}) on: {listed}")
 
@@ -344,7 +357,7 @@ def _tensorboard(recipe: Recipe, folder: RunFolder, runtime: Runtime, step: int)
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
 
 
 def _write_scalars(writer: Any, group: str, values: dict[str, float], step: int) -> None:
@@ -353,14 +366,14 @@ def _write_scalars(writer: Any, group: str, values: dict[str, float], step: int)
             writer.add_scalar(f"{group}/{name}", value, step)
 
 
-def _finish(trainer: Trainer, folder: RunFolder, skipped: list[Skipped], num_held_out: int, runtime: Runtime) -> Distilled:
+def _finish(trainer: Trainer, folder: RunFolder, skipped: list[Skipped]) -> Distilled:
     """The closing table, of the best student, and the list of files."""
     assert trainer.best is not None
     results = {"steps": trainer.step, "best": trainer.best, "num_skipped": len(skipped)}
     pictures = sorted(folder.pictures.glob("step_*.png"))
-    if runtime.is_first:
+    if trainer.runtime.is_first:
         folder.write_skipped(skipped)
         write_text(folder.results, json.dumps(results, indent=2) + "\n")
-    runtime.wait()
+    trainer.runtime.wait()
     written = [folder.student, folder.last, folder.results, folder.metrics, folder.skipped, *pictures[-1:]]
     return Distilled(results, [path for path in written if path.exists()])

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import brixel_cli
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.student import Student, load_student
@@ -185,7 +184,7 @@ def versions() -> dict[str, str]:
     """Versions of all that the numbers depend on."""
     from importlib.metadata import version
 
-    return {"brixel": brixel_cli.__version__, **{name: version(name) for name in ("torch", "timm", "pillow")}}
+    return {name: version(name) for name in ("brixel", "torch", "timm", "pillow")}
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.student import StoredAdapter, read_adapter
 from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, Grid, Layout, text_array
-from brixel_cli.data.features import FAILED, MISSING, Array, bytes_needed
+from brixel_cli.data.features import FAILED, MISSING, Array
 from brixel_cli.data.fitting import Fitting
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
 from brixel_cli.engines.reporting import Reporter
@@ -96,8 +96,7 @@ class ExtractPlan:
     @property
     def bytes_needed(self) -> int:
         """Bytes on the disk, index included."""
-        small = bytes_needed(len(self.reasons), {}) + sum(array.nbytes for array in self.filled().values())
-        return self.layout.bytes_needed + small
+        return self.layout.bytes_needed + sum(array.nbytes for array in self.filled().values())
 
     @property
     def bytes_free(self) -> int:

@@ -1,4 +1,4 @@
-"""What a distillation would cost, before it is begun: counted on hollow models, timed on real ones; nothing is written."""
+"""What a distillation would cost: counted on hollow models, timed on real ones; nothing is written."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ def _count(recipe: Recipe, runtime: Runtime, per_pass: int, reporter: Reporter) 
     height, width = recipe.student_hw
     factor = recipe.views.factor
     with fake_tensors(), runtime.autocast():
-        backbone = hollow(meta)
-        adapter = hollow(adapter)
+        hollow(meta)
+        hollow(adapter)
         big, small = torch.empty(1, 3, *recipe.views.teacher_hw), torch.empty(1, 3, height, width)
         teacher = count_cost(lambda: meta.last_map(big))
         trunk = count_cost(lambda: meta.intermediate_maps(small))
@@ -161,7 +161,7 @@ def _count(recipe: Recipe, runtime: Runtime, per_pass: int, reporter: Reporter) 
         targets = torch.empty(per_pass, meta.embed_dim, factor * h, factor * w)
         trained = count_cost(lambda: nn.functional.l1_loss(adapter(images, maps).float(), targets).backward())
     return _Counts(
-        teacher, trunk, trained, frozen_bytes, count_parameters(backbone), num_live, meta.embed_dim, meta.patch_size
+        teacher, trunk, trained, frozen_bytes, count_parameters(meta), num_live, meta.embed_dim, meta.patch_size
     )
 
 
@@ -179,7 +179,7 @@ def _time(
         return None, f"not timed: needs {human_bytes(needed)}, this machine has {human_bytes(there)} to spare"
     reporter.say("timing one step, with random weights")
     backbone = load_backbone(recipe.backbone.name, "random", recipe.backbone.dtype, str(runtime.device))
-    trainer = Trainer(recipe, make_adapter(recipe, backbone, _Silent()), runtime)
+    trainer = Trainer(recipe, make_adapter(recipe, backbone), runtime)
     big = torch.randn(1, 3, *recipe.views.teacher_hw, device=runtime.device)
     small = torch.randn(1, 3, *recipe.student_hw, device=runtime.device)
     how = "measured on random input"
@@ -221,10 +221,3 @@ def _seconds(call: Callable[[], object], runtime: Runtime) -> float:
 def _synchronise(runtime: Runtime) -> None:
     if runtime.device.type == "cuda":
         torch.cuda.synchronize(runtime.device)
-
-
-class _Silent:
-    """A reporter that has been told already."""
-
-    def say(self, message: str) -> None:
-        del message

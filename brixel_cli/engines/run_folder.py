@@ -1,14 +1,14 @@
 """A run on disk: recipe, weights, training state, metrics and pictures, valid at every moment.
 
-    recipe.yaml            the resolved recipe
-    student.safetensors    the best adapter so far, by held-out cosine: what `load_student` takes
-    last.safetensors       the adapter of the last checkpoint
-    state.safetensors      all that resuming needs
-    metrics.jsonl          a line for each logged step and each validation
-    tensorboard/           the same for TensorBoard
-    pictures/              image | backbone | student | teacher, one file a validation
-    skipped.csv            photographs left out, with reasons
-    results.json           the final table
+recipe.yaml            the resolved recipe
+student.safetensors    the best adapter so far, by held-out cosine: what `load_student` takes
+last.safetensors       the adapter of the last checkpoint
+state.safetensors      all that resuming needs
+metrics.jsonl          a line for each logged step and each validation
+tensorboard/           the same for TensorBoard
+pictures/              image | backbone | student | teacher, one file a validation
+skipped.csv            photographs left out, with reasons
+results.json           the final table
 """
 
 from __future__ import annotations

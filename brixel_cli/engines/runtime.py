@@ -31,7 +31,9 @@ class Runtime:
         available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if config.device != "auto" and not available.get(config.device, False):
             present = ", ".join(name for name, there in available.items() if there)
-            raise UsageError(f"{device_option} is {config.device}, which this machine does not have; present: {present}.")
+            raise UsageError(
+                f"{device_option} is {config.device}, which this machine does not have; present: {present}."
+            )
         self.accelerator = Accelerator(cpu=config.device == "cpu")
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -77,6 +79,6 @@ class Runtime:
 def _computes_in_bfloat16(device: str) -> bool:
     """Whether a device has bfloat16 arithmetic in hardware; emulated, it is slower than float32."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return device == "cpu" and bool(probe and probe())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return device == "cpu" and bool(probe())

@@ -53,7 +53,7 @@ def make_views(recipe: Recipe, photographs: Photographs, backbone: Backbone) -> 
 
 
 def check_view_sizes(recipe: Recipe, patch_size: int) -> None:
-    """Raise a UsageError with the nearest teacher sizes that fit, where the student's view is no multiple of the patch."""
+    """Raise a UsageError with the nearest teacher size, where the student's view is no multiple of the patch."""
     try:
         check_size(*recipe.student_hw, patch_size)
     except SizeError as error:
@@ -61,12 +61,13 @@ def check_view_sizes(recipe: Recipe, patch_size: int) -> None:
         nearest = [max(round(side / unit), 1) * unit for side in recipe.views.teacher_hw]
         raise UsageError(
             f"views.teacher_size {recipe.views.teacher_size} does not fit: with factor {recipe.views.factor} and patch "
-            f"size {patch_size} each side must be a multiple of {unit}. Nearest: {nearest[0]}x{nearest[1]} (height x width)."
+            f"size {patch_size} each side must be a multiple of {unit}. "
+            f"Nearest: {nearest[0]}x{nearest[1]} (height x width)."
         ) from error
 
 
-def make_adapter(recipe: Recipe, backbone: Backbone, reporter: Reporter) -> Adapter:
-    """A fresh adapter, seeded by the recipe, or the one that `init` names.
+def make_adapter(recipe: Recipe, backbone: Backbone, reporter: Reporter | None = None) -> Adapter:
+    """A fresh adapter, seeded by the recipe, or the one that `init` names; a reporter hears what was skipped of it.
 
     Raises:
         WeightsError: `init` cannot be read.
@@ -94,6 +95,6 @@ def make_adapter(recipe: Recipe, backbone: Backbone, reporter: Reporter) -> Adap
     different = [f"{key}: recipe {wanted[key]}, file {found[key]}" for key in wanted if wanted[key] != found[key]]
     if different:
         raise UsageError(f"init: {stored.path} does not fit the recipe:\n  " + "\n  ".join(different))
-    if stored.released:
+    if stored.released and reporter:
         reporter.say(f"init: {stored.path}: {stored.released.summary}")
     return stored.build()

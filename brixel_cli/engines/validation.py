@@ -37,7 +37,9 @@ class Validation:
 def validate(adapter: Adapter, backbone: Backbone, batches: Batches, num_images: int, runtime: Runtime) -> Validation:
     """Measure an adapter, in eval mode, on the first `num_images` held-out views, shared out over the processes."""
     mine = list(range(runtime.rank, num_images, runtime.world_size))
-    chunks = [[(0, number) for number in mine[at : at + VALIDATION_BATCH]] for at in range(0, len(mine), VALIDATION_BATCH)]
+    chunks = [
+        [(0, number) for number in mine[at : at + VALIDATION_BATCH]] for at in range(0, len(mine), VALIDATION_BATCH)
+    ]
     measured: list[tuple[dict[str, float], dict[str, float]]] = []
     rows: list[list[Image.Image]] = []
     was_training = adapter.training

@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Listener, make_photograph
+from PIL import Image
+
+from brixel_cli.core.student import load_student
+from brixel_cli.core.weights import load_tensors
+from brixel_cli.engines.batches import batch_keys
+from brixel_cli.engines.distillation import Trainer, distill, learning_rate, num_steps
+from brixel_cli.engines.run_folder import RunFolder
+from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.setup import make_adapter
+from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.recipe import OptimConfig, Recipe
+from brixel_cli.recipe_files import load_recipe
+
+
+def tensors_of(folder: Path, name: str = "state.safetensors") -> dict[str, torch.Tensor]:
+    return load_tensors(folder / name)[0]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for name in ("state.safetensors", "student.safetensors", "last.safetensors"):
+        left, right = tensors_of(one, name), tensors_of(other, name)
+        assert left.keys() == right.keys()
+        assert [key for key in left if not torch.equal(left[key], right[key])] == []
+    assert (one / "results.json").read_text() == (other / "results.json").read_text()
+
+    def figures(folder: Path) -> list[dict[str, float]]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+    assert figures(one) == figures(other)
+
+
+def with_changes(file: Path, *overrides: str) -> Recipe:
+    return load_recipe(str(file), overrides)
+
+
+# The run as a whole
+
+
+def test_a_run_leaves_what_it_promises(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:
+    done = distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    names = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert names == [
+        "last.safetensors", "metrics.jsonl", "pictures/step_000002.png", "pictures/step_000004.png",
+        "recipe.yaml", "results.json", "state.safetensors", "student.safetensors",
+    ]  # fmt: skip
+    assert all(path.exists() for path in done.files)
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml")) == tiny_recipe
+    picture = Image.open(tmp_path / "run" / "pictures" / "step_000004.png")
+    assert picture.width > 4 * 224
+    assert picture.height > 2 * 224
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        ("train", 1), ("train", 2), ("validation", 2), ("train", 3), ("train", 4), ("validation", 4),
+    ]  # fmt: skip
+    assert {"loss", "l1", "edge", "spectral", "cosine", "grad_norm", "lr", "images_per_second"} <= lines[0].keys()
+    assert done.results["best"]["num_images"] == 2
+    assert "6 training and 2 held-out photographs, 0 skipped" in listener.said[0]
+
+
+def test_only_the_adapter_is_stored_and_it_loads_in_one_line(
+    tiny_recipe: Recipe, tmp_path: Path, listener: Listener
+) -> None:
+    distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    assert not [key for key in tensors_of(tmp_path / "run", "student.safetensors") if "vit" in key or "backbone" in key]
+    torch.manual_seed(tiny_recipe.seed)  # random weights are the run's own only under its seed
+    student = load_student(tmp_path / "run")
+    assert not student.training
+    assert student(torch.randn(1, 3, 32, 48)).shape == (1, 64, 8, 12)
+
+
+def test_training_improves_on_the_bilinear_backbone(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
+    recipe = with_changes(tiny_recipe_file, "optim.steps=60", "optim.lr=5e-3", "run.validate_every=60",
+                          "run.checkpoint_every=60", "loss.spectral.weight=0.0")  # fmt: skip
+    best = distill(recipe, RunFolder(tmp_path / "run"), listener).results["best"]
+    assert best["student"]["l1"] < best["backbone"]["l1"]
+    assert best["student"]["cosine"] > best["backbone"]["cosine"]
+    assert best["gap_closed"]["cosine"] > 0.05
+
+
+def test_the_same_recipe_gives_the_same_bits(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:
+    for name in ("one", "two"):
+        distill(tiny_recipe, RunFolder(tmp_path / name), listener)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("kind", ["fusion", "deformable"])
+def test_gradients_reach_only_the_adapter(tiny_recipe_file: Path, kind: str, listener: Listener) -> None:
+    from brixel_cli.core.backbone import load_backbone
+    from brixel_cli.engines.batches import OnlineBatches
+    from brixel_cli.engines.setup import find_photographs, make_views
+
+    recipe = with_changes(tiny_recipe_file, f"adapter.kind={kind}", "adapter.deformable.drop_path=0.0")
+    backbone = load_backbone("test_vit", "random")
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    trainer = Trainer(recipe, make_adapter(recipe, backbone, listener), Runtime(recipe.run))
+    views, _ = make_views(recipe, find_photographs(recipe), backbone)
+    batches = OnlineBatches(views, backbone, trainer.runtime, workers=0)
+    for _ in range(4):  # the first updates wake layers that start at zero, from the last one backwards
+        trainer.update(batches.iterate(batch_keys(len(views), 0, range(1), 4)), lr=1e-3)
+    assert [name for name, p in trainer.adapter.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in backbone.parameters())
+    trained = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in trainer.adapter.parameters()}
+    assert not backbone.training
+    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
+
+
+# Stopping and resuming
+
+
+@pytest.mark.parametrize("changes", [(), ("adapter.kind=deformable",), ("views.kind=fixed", "views.per_image=2", "cache.enabled=true"),
+                                     ("views.kind=random", "optim.accumulate=2")])  # fmt: skip
+def test_two_steps_a_stop_and_two_more_equal_four(
+    tiny_recipe_file: Path,
+    tmp_path: Path,
+    changes: tuple[str, ...],
+    listener: Listener,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = with_changes(tiny_recipe_file, *changes)
+    distill(recipe, RunFolder(tmp_path / "whole"), listener)
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_two(self: Trainer, *arguments: object, **named: object) -> object:
+        if self.step == 2:
+            raise Stop
+        return original(self, *arguments, **named)
+
+    original = Trainer.update
+    monkeypatch.setattr(Trainer, "update", stop_after_two)
+    with pytest.raises(Stop):
+        distill(recipe, RunFolder(tmp_path / "parts"), listener)
+    monkeypatch.setattr(Trainer, "update", original)
+    distill(recipe, RunFolder(tmp_path / "parts"), listener, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(
+    tiny_recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_recipe_file.write_text(tiny_recipe_file.read_text().replace("steps: 4", "steps: 12"))
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "brixel_cli", "distill", "--recipe", str(tiny_recipe_file), "--quiet", "--output"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    command.append(str(folder))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.03)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (folder / "state.safetensors").exists()
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    assert_same_run(tmp_path / "whole", folder)
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:
+    first = distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    again = distill(tiny_recipe, RunFolder(tmp_path / "run"), listener, resume=True)
+    assert again.results == first.results
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_is_neither_overwritten_nor_mixed_by_accident(
+    tiny_recipe: Recipe, tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(UsageError, match=r"holds no run to resume: recipe.yaml is missing"):
+        distill(tiny_recipe, folder, listener, resume=True)
+    distill(tiny_recipe, folder, listener)
+    with pytest.raises(
+        UsageError, match=r"holds a run already. Continue it with --resume, begin anew with --overwrite"
+    ):
+        distill(tiny_recipe, folder, listener)
+    other = with_changes(tiny_recipe_file, "optim.lr=2e-3", "run.log_every=5")
+    with pytest.raises(UsageError, match=r"was begun with another recipe:\n  optim.lr: 0.001 -> 0.002\n"):
+        distill(other, folder, listener, resume=True)
+    assert distill(other, folder, listener, overwrite=True).results["steps"] == 4
+
+
+# Updates that must not happen
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    original = Trainer.update
+
+    def update(self: Trainer, passes: object, lr: float) -> object:
+        def poisoned():
+            for batch in passes:
+                if self.step in steps:
+                    batch.targets.fill_(math.nan)
+                yield batch
+
+        return original(self, poisoned(), lr)
+
+    monkeypatch.setattr(Trainer, "update", update)
+
+
+def test_an_update_on_a_non_finite_loss_is_refused_and_named(
+    tiny_recipe: Recipe, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {1, 2})
+    distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    refusals = [message for message in listener.warned if "refused" in message]
+    assert len(refusals) == 2
+    assert "update 2 refused (loss nan" in refusals[0]
+    assert ".png" in refusals[0]
+    assert all(torch.isfinite(tensor).all() for tensor in tensors_of(tmp_path / "run").values())
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("refused") == 2
+
+
+def test_three_refusals_in_a_row_end_the_run_with_the_file_names(
+    tiny_recipe: Recipe, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {1, 2, 3})
+    with pytest.raises(BrixelError, match=r"3 updates in a row were refused \(loss nan.*the last at step 4 on: \d.png"):
+        distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    assert (tmp_path / "run" / "state.safetensors").exists()
+
+
+# Photographs
+
+
+def test_unusable_photographs_are_listed_with_reasons_and_skipped(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for number in range(6):
+        make_photograph(folder / f"{number}.png", number)
+    make_photograph(folder / "small.png", 9, width=40, height=40)
+    (folder / "text.jpg").write_text("no image")
+    data = (folder / "0.png").read_bytes()
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])  # its header is fine: found out when it is read
+    recipe = with_changes(tiny_recipe_file, f"data.images={folder}", "data.val_fraction=0.1")
+    results = distill(recipe, RunFolder(tmp_path / "run"), listener).results
+    listed = (tmp_path / "run" / "skipped.csv").read_text()
+    assert 'small.png,"too small: 40x40, shorter side under 128"' in listed
+    assert "text.jpg,not an image that Pillow can read" in listed
+    assert "cut.png,image file is truncated" in listed
+    assert results["num_skipped"] == 3
+    assert any("damaged photographs were replaced" in message for message in listener.warned)
+
+
+def test_no_photographs_is_an_error(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BrixelError, match="No usable photograph in"):
+        distill(
+            with_changes(tiny_recipe_file, f"data.images={tmp_path / 'empty'}"), RunFolder(tmp_path / "run"), listener
+        )
+    with pytest.raises(BrixelError, match=r"No folder of photographs at .*nowhere. Name yours with --images DIR"):
+        distill(with_changes(tiny_recipe_file, "data.images=nowhere"), RunFolder(tmp_path / "run"), listener)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_held_out_folder_of_its_own(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
+    folder = tmp_path / "held_out"
+    folder.mkdir()
+    for number in range(3):
+        make_photograph(folder / f"{number}.png", 100 + number)
+    recipe = with_changes(tiny_recipe_file, f"data.val_images={folder}", "data.max_val_images=2")
+    results = distill(recipe, RunFolder(tmp_path / "run"), listener).results
+    assert results["best"]["num_images"] == 2
+    assert "8 training and 2 held-out" in listener.said[0]
+
+
+# Knobs
+
+
+def test_views_that_do_not_fit_the_patch_are_refused_with_the_nearest(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    recipe = with_changes(tiny_recipe_file, "views.teacher_size=[120, 200]")
+    with pytest.raises(UsageError, match=r"each side must be a multiple of 64. Nearest: 128x192 \(height x width\)"):
+        distill(recipe, RunFolder(tmp_path / "run"), listener)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runtime, "__init__", _three_processes)
+    with pytest.raises(UsageError, match=r"optim.batch_size 4 cannot be shared out over 3 processes with 1 passes each: "
+                                         "give a multiple of 3"):  # fmt: skip
+        distill(load_recipe(str(tiny_recipe_file)), RunFolder(tmp_path / "run"), listener)
+
+
+def _three_processes(self: Runtime, config: object) -> None:
+    self.world_size = 3
+
+
+def test_a_device_that_is_not_there_is_named(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    recipe = with_changes(tiny_recipe_file, "run.device=cuda")
+    with pytest.raises(UsageError, match=r"run.device is cuda, which this machine does not have; present: cpu"):
+        distill(recipe, RunFolder(tmp_path / "run"), listener)
+
+
+@pytest.mark.parametrize("changes", [
+    ("views.factor=2", "views.teacher_size=64"), ("views.factor=8", "views.teacher_size=256", "data.min_side=100"),
+    ("views.teacher_size=[128, 192]", "data.min_side=100"), ("loss.edge.basis=batch", "loss.edge.form=raw"),
+    ("loss.l1.form=raw", "loss.spectral.form=released"), ("optim.schedule=two_step", "optim.average=0.0"),
+    ("adapter.residual=half_grid", "adapter.checkpointing=true"), ("run.precision=bfloat16",), ("run.tensorboard=true",),
+    ("run.workers=2",), ("optim.steps=null", "optim.epochs=2"), ("backbone.dtype=bfloat16",),
+])  # fmt: skip
+def test_every_knob_trains(
+    tiny_recipe_file: Path, tmp_path: Path, changes: tuple[str, ...], listener: Listener
+) -> None:
+    results = distill(with_changes(tiny_recipe_file, *changes), RunFolder(tmp_path / "run"), listener).results
+    assert all(math.isfinite(value) for value in results["best"]["student"].values())
+    if "run.tensorboard=true" in changes:
+        assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_accumulated_passes_give_the_update_of_one_pass(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    """Spectral and cosine terms and raw L1 are means over images, so that equal parts average to the whole."""
+    changes = ("loss.l1.form=raw", "loss.edge.form=raw", "run.precision=float32")
+    for name, passes in (("one", 1), ("two", 2)):
+        recipe = with_changes(tiny_recipe_file, *changes, f"optim.accumulate={passes}")
+        distill(recipe, RunFolder(tmp_path / name), listener)
+    one, two = (tensors_of(tmp_path / name, "last.safetensors") for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], atol=2e-4, rtol=1e-3)
+
+
+def test_training_can_start_from_a_student(
+    tiny_recipe: Recipe, tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    distill(tiny_recipe, RunFolder(tmp_path / "first"), listener)
+    recipe = with_changes(
+        tiny_recipe_file, f"init={tmp_path / 'first'}", "optim.lr=1e-12", "optim.average=0.0", "optim.weight_decay=0.0"
+    )
+    distill(recipe, RunFolder(tmp_path / "second"), listener)
+    first, second = (tensors_of(tmp_path / name, "student.safetensors") for name in ("first", "second"))
+    assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+    other = with_changes(tiny_recipe_file, f"init={tmp_path / 'first'}", "adapter.kind=deformable")
+    with pytest.raises(UsageError, match=r"does not fit the recipe:\n  adapter.kind: recipe deformable, file fusion"):
+        distill(other, RunFolder(tmp_path / "third"), listener)
+
+
+def test_schedules_by_hand() -> None:
+    cosine = OptimConfig(steps=110, lr=1.0, warmup_steps=10)
+    # Warm-up over 10 steps: 1/10, 2/10 ... 1; then half a cosine over 100 steps: 1 at its start, 1/2 in its middle.
+    assert [learning_rate(cosine, step, 110, 50) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert learning_rate(cosine, 60, 110, 50) == pytest.approx(0.5)
+    assert learning_rate(cosine, 109, 110, 50) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
+    two = OptimConfig(steps=110, lr=1e-3, first_epoch_lr=1e-4, schedule="two_step")
+    assert [learning_rate(two, step, 110, 50) for step in (0, 49, 50, 109)] == [1e-4, 1e-4, 1e-3, 1e-3]
+    flat = OptimConfig(steps=110, lr=1e-3, schedule="constant", warmup_steps=2)
+    assert [learning_rate(flat, step, 110, 50) for step in (0, 1, 50)] == [5e-4, 1e-3, 1e-3]
+    # A warm-up longer than a tenth of the run is cut to that tenth.
+    assert learning_rate(OptimConfig(steps=20, lr=1.0), 1, 20, 5) == pytest.approx(1.0)
+    # 2.5 epochs of 100 views in batches of 16: 250 / 16 = 15.6, so 16 steps.
+    assert num_steps(OptimConfig(epochs=2.5, batch_size=16), 100) == 16
+
+
+def test_the_environment_stays_as_it_was(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:
+    before = dict(os.environ)
+    distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    assert {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "PYTEST"))} == {
+        key: value for key, value in before.items() if not key.startswith(("ACCELERATE", "PYTEST"))
+    }

@@ -1,0 +1,395 @@
+"""Recipes: read without YAML's traps, every fault named at once, written so that they read back equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from brixel_cli.errors import UsageError
+from brixel_cli.recipe import Recipe
+from brixel_cli.recipe_files import SHIPPED, dump_recipe, find_recipe, load_recipe, recipe_differences, shipped_recipes
+
+LEAST = "name: least\nbackbone: {name: test_vit}\noptim: {steps: 4}\n"
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def fault(folder: Path, text: str, *overrides: str) -> str:
+    """The message of the one UsageError that the recipe gives."""
+    with pytest.raises(UsageError) as caught:
+        load_recipe(write(folder, text), overrides)
+    return str(caught.value)
+
+
+def least(folder: Path, *overrides: str) -> Recipe:
+    return load_recipe(write(folder, LEAST), overrides)
+
+
+# --- values ---
+
+
+def test_a_number_with_an_exponent_and_no_point_is_a_float(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "name: a\nbackbone: {name: b}\noptim: {steps: 4, lr: 1e-4}\n"))
+    assert recipe.optim.lr == 0.0001
+    assert isinstance(recipe.optim.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("1E-4", 1e-4), ("1.e-4", 1e-4), ("1.0e-4", 1e-4), (".5", 0.5), ("2", 2.0), ("+0.5", 0.5)],
+)
+def test_every_way_to_write_a_number_is_a_number(tmp_path: Path, text: str, value: float) -> None:
+    assert least(tmp_path, f"optim.lr={text}").optim.lr == value
+
+
+def test_a_leading_zero_is_no_octal_number(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, LEAST + "seed: 010\n")).seed == 10
+
+
+@pytest.mark.parametrize("word", ["no", "yes", "on", "off", "y", "n", "True", "FALSE"])
+def test_only_true_and_false_are_booleans(tmp_path: Path, word: str) -> None:
+    message = fault(tmp_path, LEAST + f"run: {{tensorboard: {word}}}\n")
+    assert message.endswith(f'mine.yaml has 1 fault:\n  run.tensorboard: expected boolean; found "{word}"')
+
+
+@pytest.mark.parametrize("word", ["no", "on", "1_000x", "2024-01-01", "12:30:45", "0x10", ".inf"])
+def test_words_that_other_readers_would_turn_into_values_stay_words(tmp_path: Path, word: str) -> None:
+    assert least(tmp_path, f"data.images={word}").data.images == word
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False)])
+def test_true_and_false_are_booleans(tmp_path: Path, text: str, value: bool) -> None:
+    assert least(tmp_path, f"run.tensorboard={text}").run.tensorboard is value
+
+
+@pytest.mark.parametrize("text", ["name: a\nname: b\n", "optim: {steps: 3, lr: 1.0, steps: 4}\n"])
+def test_a_duplicate_key_is_a_fault(tmp_path: Path, text: str) -> None:
+    message = fault(tmp_path, text)
+    key = "name" if text.startswith("name") else "steps"
+    assert "mine.yaml is not a valid YAML file: " in message
+    assert f"the key '{key}' stands twice" in message
+    assert "line " in message
+
+
+def test_a_section_that_stands_twice_is_a_fault(tmp_path: Path) -> None:
+    assert "the key 'optim' stands twice" in fault(tmp_path, LEAST + "optim: {lr: 1.0}\n")
+
+
+@pytest.mark.parametrize("key", ["[a, b]", "{a: b}"])
+def test_a_key_that_is_no_word_is_a_fault_of_the_file(tmp_path: Path, key: str) -> None:
+    assert "is not a valid YAML file" in fault(tmp_path, LEAST + f"? {key}\n: 3\n")
+
+
+def test_a_file_may_not_make_python_objects(tmp_path: Path) -> None:
+    message = fault(tmp_path, LEAST + "seed: !!python/object/apply:os.getpid []\n")
+    assert "could not determine a constructor" in message
+
+
+# --- faults ---
+
+
+def test_all_faults_are_reported_at_once_with_path_expectation_finding_and_nearest_spelling(tmp_path: Path) -> None:
+    text = (
+        "nmae: typo\n"
+        "backbone: {name: test_vit, dtype: bfloat}\n"
+        "adapter: {kind: fusoin}\n"
+        "optim: {steps: 4.5, lr: fast}\n"
+        "run: {log_evry: 3, workers: -1, zzzz: 1}\n"
+        "views: {factor: 3}\n"
+    )
+    head, *lines = fault(tmp_path, text).splitlines()
+    assert head.endswith("mine.yaml has 10 faults:")
+    assert set(lines) == {
+        "  name: missing; Names the run folder, runs/NAME, unless --output is given.",
+        "  nmae: unknown key; did you mean name?",
+        "  backbone.dtype: expected 'float32' or 'bfloat16'; found \"bfloat\"; did you mean bfloat16?",
+        "  adapter.kind: expected 'fusion' or 'deformable'; found \"fusoin\"; did you mean fusion?",
+        "  optim.steps: expected integer; found 4.5",
+        '  optim.lr: expected number; found "fast"',
+        "  run.log_evry: unknown key; did you mean log_every?",
+        "  run.workers: expected greater than or equal to 0; found -1",
+        "  run.zzzz: unknown key; known here: device, precision, workers, log_every, validate_every, "
+        "checkpoint_every, tensorboard",
+        "  views.factor: expected 2, 4 or 8; found 3",
+    }
+
+
+def test_missing_sections_are_named(tmp_path: Path) -> None:
+    lines = fault(tmp_path, "name: a\n").splitlines()
+    assert lines[1:] == ["  backbone: missing; required", "  optim: missing; required"]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optim.lr=0", "optim.lr: expected greater than 0; found 0"),
+        ("optim.lr=.inf", 'optim.lr: expected number; found ".inf"'),
+        ("optim.steps='4'", 'optim.steps: expected integer; found "4"'),
+        ("seed=-1", "seed: expected greater than or equal to 0; found -1"),
+        ("seed=true", "seed: expected integer; found true"),
+        ("name=3", "name: expected string; found 3"),
+        ("name=", "name: expected string; found null"),
+        ("run=3", "run: expected an object; found 3"),
+        ("adapter.fusion.blocks=[1, 2, -1]", "adapter.fusion.blocks.2: expected greater than or equal to 0; found -1"),
+        ("adapter.deformable.head_width=6", "adapter.deformable.head_width: expected a multiple of 4; found 6"),
+        ("optim.average=1", "optim.average: expected less than 1; found 1"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_what_was_expected(tmp_path: Path, override: str, line: str) -> None:
+    assert fault(tmp_path, LEAST, override).split(" fault:\n  ")[1] == line
+
+
+@pytest.mark.parametrize("epochs", ["1e999", "0", "-1"])
+def test_epochs_must_be_a_positive_finite_number(tmp_path: Path, epochs: str) -> None:
+    assert "optim.epochs: expected" in fault(tmp_path, LEAST, "optim.steps=null", f"optim.epochs={epochs}")
+
+
+@pytest.mark.parametrize("key", ["Seed", "batch-size", "3", "int", "name 2"])
+def test_an_unknown_key_of_any_spelling_is_named_as_written(tmp_path: Path, key: str) -> None:
+    assert f"\n  {key}: unknown key; " in fault(tmp_path, LEAST + f'"{key}": 1\n')
+
+
+def test_an_unknown_key_inside_a_section_is_named_as_written(tmp_path: Path) -> None:
+    message = fault(tmp_path, "name: a\nbackbone: {name: b}\noptim: {steps: 4, batch-size: 3}\n")
+    assert "\n  optim.batch-size: unknown key; did you mean batch_size?" in message
+
+
+@pytest.mark.parametrize("value", ["abc", "[3]", "[448, x]", "-8"])
+def test_one_wrong_teacher_size_is_one_fault(tmp_path: Path, value: str) -> None:
+    message = fault(tmp_path, LEAST, f"views.teacher_size={value}")
+    assert "has 1 fault:\n  views.teacher_size" in message
+
+
+def test_a_file_that_is_no_yaml_is_a_fault(tmp_path: Path) -> None:
+    message = fault(tmp_path, "name: [\n")
+    assert "mine.yaml is not a valid YAML file: while parsing" in message
+
+
+def test_a_file_that_is_no_text_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(b"name: \xff\xfe\n")
+    with pytest.raises(UsageError, match=r"mine\.yaml is not a valid YAML file: 'utf-8' codec"):
+        load_recipe(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(("text", "shown"), [("- a\n", '["a"]'), ("", "null"), ("hello\n", '"hello"')])
+def test_a_file_without_keys_is_a_fault(tmp_path: Path, text: str, shown: str) -> None:
+    message = fault(tmp_path, text)
+    assert message.endswith(f"mine.yaml must hold keys and values, such as 'name: mine'; it holds {shown}.")
+
+
+# --- what must fit together ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["optim.epochs=2"], "optim: give exactly one of optim.steps and optim.epochs"),
+        (["optim.steps=null"], "optim: give exactly one of optim.steps and optim.epochs"),
+        (
+            ["optim.batch_size=6", "optim.accumulate=4"],
+            "optim: optim.batch_size 6 is not a multiple of accumulate 4",
+        ),
+        (
+            ["cache.enabled=true", "views.kind=random"],
+            "the recipe: cache.enabled needs views that stay the same: views.kind centre or fixed, not random",
+        ),
+        (["views.per_image=3"], "views: views.per_image is 3, but only kind: fixed has more than one view"),
+        (
+            ["views.per_image=3", "views.kind=random"],
+            "views: views.per_image is 3, but only kind: fixed has more than one view",
+        ),
+        (["views.scale=[0.9, 0.1]"], "views: views.scale must be [least, most]"),
+        (["views.teacher_size=1022"], "the recipe: views.teacher_size 1022 is not a multiple of views.factor 4"),
+        (["views.teacher_size=[512, 514]"], "the recipe: views.teacher_size 514 is not a multiple of views.factor 4"),
+        (
+            ["loss.l1.weight=0", "loss.edge.weight=0", "loss.spectral.weight=0", "loss.cosine.weight=0"],
+            "loss: every loss weight is 0: there is nothing to train on",
+        ),
+    ],
+)
+def test_values_that_do_not_fit_together_are_a_fault(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    assert fault(tmp_path, LEAST, *overrides).endswith(f"mine.yaml has 1 fault:\n  {expected}")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.steps=null", "optim.epochs=0.5"],
+        ["optim.batch_size=8", "optim.accumulate=4"],
+        ["cache.enabled=true", "views.kind=fixed", "views.per_image=3"],
+        ["cache.enabled=true"],
+        ["views.scale=[0.5, 0.5]"],
+        ["views.teacher_size=1022", "views.factor=2"],
+        ["loss.l1.weight=0", "loss.edge.weight=0", "loss.spectral.weight=0", "loss.cosine.weight=0.1"],
+    ],
+)
+def test_the_neighbours_of_those_faults_are_none(tmp_path: Path, overrides: list[str]) -> None:
+    assert least(tmp_path, *overrides).name == "least"
+
+
+def test_sizes_are_height_then_width(tmp_path: Path) -> None:
+    recipe = least(tmp_path, "views.teacher_size=[448, 896]")
+    assert recipe.views.teacher_hw == (448, 896)
+    assert recipe.student_hw == (112, 224)
+    assert least(tmp_path, "views.teacher_size=512", "views.factor=8").student_hw == (64, 64)
+
+
+# --- overrides ---
+
+
+def test_overrides_reach_into_sections_that_the_file_does_not_name(tmp_path: Path) -> None:
+    recipe = least(tmp_path, "adapter.fusion.width=32", "views.teacher_size=[448, 896]", "init=null", "optim.lr=3e-4")
+    assert recipe.adapter.fusion.width == 32
+    assert recipe.adapter.fusion.fine_width == 128
+    assert recipe.views.teacher_size == [448, 896]
+    assert recipe.init is None
+    assert recipe.optim.lr == 0.0003
+    assert recipe.optim.steps == 4
+
+
+def test_the_last_override_of_a_key_wins(tmp_path: Path) -> None:
+    assert least(tmp_path, "seed=1", "seed=2").seed == 2
+
+
+def test_an_override_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    assert least(tmp_path, "data.images=a=b").data.images == "a=b"
+
+
+def test_an_override_may_replace_a_whole_section(tmp_path: Path) -> None:
+    assert least(tmp_path, "optim={epochs: 2}").optim.epochs == 2
+
+
+def test_an_override_with_an_unknown_key_is_a_fault(tmp_path: Path) -> None:
+    assert "\n  optim.learning_rate: unknown key; known here: batch_size, " in fault(
+        tmp_path, LEAST, "optim.learning_rate=1.0"
+    )
+    assert "\n  optim.step: unknown key; did you mean steps?" in fault(tmp_path, LEAST, "optim.step=1")
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", " =3", ""])
+def test_a_malformed_override_is_a_fault_that_shows_an_example(tmp_path: Path, override: str) -> None:
+    expected = f"--set takes key.path=value, such as optim.lr=3e-4; got {override!r}."
+    assert fault(tmp_path, LEAST, override) == expected
+
+
+@pytest.mark.parametrize("override", ["optim.=3", ".seed=3", "optim..lr=3"])
+def test_an_override_with_an_empty_part_is_a_fault_that_names_the_override(tmp_path: Path, override: str) -> None:
+    key = override.partition("=")[0]
+    message = fault(tmp_path, LEAST, override)
+    assert f"{key}:" in message or repr(override) in message
+
+
+def test_a_value_is_no_section(tmp_path: Path) -> None:
+    assert fault(tmp_path, LEAST, "optim.steps.x=3") == "--set optim.steps.x: 'steps' is a value, not a section."
+
+
+def test_an_override_reaches_into_a_section_left_empty(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, LEAST + "run:\n"), ["run.device=cpu"]).run.device == "cpu"
+
+
+def test_an_override_that_is_no_yaml_is_a_fault(tmp_path: Path) -> None:
+    message = fault(tmp_path, LEAST, "views.teacher_size=[1")
+    assert message.startswith("--set views.teacher_size: '[1' is not a YAML value: while parsing a flow sequence")
+
+
+# --- finding ---
+
+
+@pytest.mark.parametrize("reference", ["vitl", "vitl.yaml", "recipes/vitl.yaml"])
+def test_a_shipped_recipe_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe(reference) == SHIPPED / "vitl.yaml"
+    assert load_recipe(reference).name == "vitl"
+
+
+def test_a_file_here_goes_before_a_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "vitl.yaml").write_text(LEAST)
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("recipes/vitl.yaml").name == "least"
+
+
+def test_a_path_is_found(tmp_path: Path) -> None:
+    path = write(tmp_path, LEAST)
+    assert find_recipe(path) == Path(path)
+
+
+@pytest.mark.parametrize(
+    ("reference", "hint"),
+    [("vitll", " Did you mean vitl?"), ("elsewhere/vitl.yaml", " Did you mean vitl?"), ("qqq", "")],
+)
+def test_an_unknown_recipe_is_a_fault_with_a_hint(reference: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_recipe(reference)
+    assert str(caught.value) == (
+        f"No recipe at {reference}, and brixel ships none of that name.{hint} Shipped: {', '.join(shipped_recipes())}."
+    )
+
+
+@pytest.mark.parametrize("reference", ["", ".", "recipes"])
+def test_a_folder_is_no_recipe(reference: str) -> None:
+    with pytest.raises(UsageError, match=f"^No recipe at {reference}, and brixel ships none of that name"):
+        find_recipe(reference)
+
+
+def test_the_recipes_of_the_paper_and_the_default_one_are_shipped() -> None:
+    assert {"vits", "vitb", "vitl", "vithplus", "dinov2_vits", "demo"} <= set(shipped_recipes())
+
+
+# --- writing and comparing ---
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_is_valid_and_says_which_command_runs_it(name: str) -> None:
+    text = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
+    assert load_recipe(name).name == name
+    assert f"brixel distill --recipe recipes/{name}.yaml" in text
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_written_recipe_reads_back_equal(tmp_path: Path, name: str) -> None:
+    recipe = load_recipe(name)
+    text = dump_recipe(recipe)
+    assert load_recipe(write(tmp_path, text)) == recipe
+    # A plain YAML reader sees the same values: no number has become a string on the way.
+    assert yaml.safe_load(text) == recipe.model_dump()
+
+
+def test_awkward_values_read_back_equal(tmp_path: Path) -> None:
+    recipe = least(
+        tmp_path, "optim.lr=1e-7", "optim.weight_decay=1e22", "data.images='no'", "init='010'", "run.device='true'",
+        "data.val_images='1e-4'", "cache.directory='null'", "views.teacher_size=[448, 896]",
+    )  # fmt: skip
+    assert recipe.data.images == "no"
+    assert recipe.init == "010"
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+    assert yaml.safe_load(dump_recipe(recipe))["optim"]["lr"] == 1e-7
+
+
+def test_a_recipe_does_not_differ_from_itself() -> None:
+    assert recipe_differences(load_recipe("vitl"), load_recipe("vitl")) == []
+
+
+def test_differences_name_the_key_and_both_values(tmp_path: Path) -> None:
+    changed = least(tmp_path, "optim.lr=2e-3", "views.teacher_size=[512, 256]", "init=x.pth")
+    assert sorted(recipe_differences(least(tmp_path), changed)) == [
+        'init: null -> "x.pth"',
+        "optim.lr: 0.001 -> 0.002",
+        "views.teacher_size: 1024 -> [512, 256]",
+    ]
+
+
+def test_differences_pass_over_how_the_run_is_carried_out_and_where_the_cache_lies(tmp_path: Path) -> None:
+    changed = least(tmp_path, "run.device=cpu", "run.workers=7", "run.tensorboard=false", "cache.directory=elsewhere")
+    assert changed != least(tmp_path)
+    assert recipe_differences(least(tmp_path), changed) == []
+    cached = least(tmp_path, "cache.enabled=true")
+    assert recipe_differences(least(tmp_path), cached) == ["cache.enabled: false -> true"]

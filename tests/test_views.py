@@ -1,0 +1,306 @@
+"""Views: what the teacher and the student see of a photograph, the same for the same seed."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from brixel_cli.data.images import Photograph, Skipped, load_image, scan_folder
+from brixel_cli.data.views import (
+    Views,
+    centre_view,
+    normalise,
+    random_view,
+    reduce_view,
+    seed_of,
+    split_photographs,
+)
+from brixel_cli.errors import BrixelError
+from brixel_cli.recipe import ViewConfig
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def same(first: Image.Image, second: Image.Image) -> bool:
+    return np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def views_of(folder: Path, seed: int = 0, **options: object) -> Views:
+    return Views(scan_folder(folder, 1)[0], ViewConfig(teacher_size=64, **options), seed, MEAN, STD)
+
+
+# --- one view ---
+
+
+def test_the_released_view_of_a_photograph_that_covers_already_is_its_centre() -> None:
+    image = noise(64, 80)
+    view = centre_view(image, (64, 64))
+    np.testing.assert_array_equal(np.asarray(view), np.asarray(image)[:, 8:72])  # (80 - 64) / 2 = 8 on either side
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "covered", "corner"),
+    [
+        # Scale = max(target / side): max(50/100, 50/160) = 1/2 -> 50x80; (80 - 50) / 2 = 15 to the left.
+        (100, 160, (50, 50), (50, 80), (0, 15)),
+        # Portrait: max(50/160, 50/100) = 1/2 -> 80x50; 15 above.
+        (160, 100, (50, 50), (80, 50), (15, 0)),
+        # Not square: max(32/100, 64/160) = 2/5 -> 40x64; (40 - 32) / 2 = 4 above.
+        (100, 160, (32, 64), (40, 64), (4, 0)),
+        # Enlarged: max(64/16, 64/24) = 4 -> 64x96; (96 - 64) / 2 = 16 to the left.
+        (16, 24, (64, 64), (64, 96), (0, 16)),
+    ],
+)
+def test_the_released_view_covers_then_crops_the_centre(
+    height: int, width: int, size: tuple[int, int], covered: tuple[int, int], corner: tuple[int, int]
+) -> None:
+    image = noise(height, width)
+    resized = image.resize((covered[1], covered[0]), Image.Resampling.BICUBIC)
+    top, left = corner
+    expected = resized.crop((left, top, left + size[1], top + size[0]))
+    view = centre_view(image, size)
+    assert view.size == (size[1], size[0])
+    assert same(view, expected)
+
+
+@pytest.mark.parametrize("side", [63, 65, 100, 333])
+def test_the_released_view_never_falls_short_of_its_size(side: int) -> None:
+    # 64 / 63 * 63 and the like must not round to 63; a padded border would be black.
+    image = Image.new("RGB", (side, side * 3 // 2), "white")
+    np.testing.assert_array_equal(np.asarray(centre_view(image, (64, 64))), 255)
+
+
+def test_the_same_seed_gives_the_same_random_view_and_leaves_the_global_generator_alone() -> None:
+    image, config = noise(90, 120), ViewConfig(kind="random")
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    first = random_view(image, (32, 48), config, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(8)
+    assert same(first, random_view(image, (32, 48), config, seed=3))
+    assert first.size == (48, 32)
+    assert not same(first, random_view(image, (32, 48), config, seed=4))
+
+
+def test_about_half_of_the_random_views_are_mirrored_and_none_without_flip() -> None:
+    image = noise(90, 120)
+    mirrored = 0
+    for seed in range(40):
+        plain = random_view(image, (32, 32), ViewConfig(kind="random", flip=False), seed)
+        maybe = random_view(image, (32, 32), ViewConfig(kind="random", flip=True), seed)
+        if not same(plain, maybe):
+            assert same(plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT), maybe)
+            mirrored += 1
+    assert 10 <= mirrored <= 30  # 20 +- 10 of 40: more than three standard deviations
+
+
+def test_colour_jitter_follows_the_seed_and_leaves_the_crop_and_the_global_generator_alone() -> None:
+    # Black stays black under brightness, saturation and hue; contrast lifts it. So the crop shows as the dark part.
+    image = Image.new("RGB", (120, 120), "black")
+    image.paste((200, 120, 60), (60, 0, 120, 120))
+    before = torch.random.get_rng_state()
+    for seed in range(5):
+        plain = random_view(image, (32, 32), ViewConfig(kind="random"), seed)
+        jittered = random_view(image, (32, 32), ViewConfig(kind="random", colour=0.4), seed)
+        assert same(jittered, random_view(image, (32, 32), ViewConfig(kind="random", colour=0.4), seed))
+        assert not same(jittered, plain)
+        flat, jittered_flat = (np.asarray(view.convert("L"), dtype=float) for view in (plain, jittered))
+        dark = flat < flat.mean()
+        assert jittered_flat[dark].max(initial=0) <= jittered_flat[~dark].min()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_random_view_of_the_whole_area_sees_all_of_a_photograph_of_its_own_shape() -> None:
+    # Left black, right white: a crop of a tenth of the area is often of one colour, one of the whole area never.
+    image = Image.new("RGB", (120, 120), "black")
+    image.paste("white", (60, 0, 120, 120))
+
+    def uniform(scale: list[float]) -> int:
+        config = ViewConfig(kind="random", scale=scale)
+        return sum(len(set(random_view(image, (16, 16), config, seed).get_flattened_data())) == 1 for seed in range(30))
+
+    assert uniform([1.0, 1.0]) == 0
+    assert uniform([0.05, 0.1]) > 5
+
+
+def test_normalise_by_hand() -> None:
+    image = Image.new("RGB", (2, 1), (255, 0, 51))
+    # (1 - 0.5) / 0.25 = 2; (0 - 0.4) / 0.2 = -2; (0.2 - 0.1) / 0.5 = 0.2
+    pixels = normalise(image, (0.5, 0.4, 0.1), (0.25, 0.2, 0.5))
+    assert pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels, torch.tensor([2.0, -2.0, 0.2])[:, None, None].expand(3, 1, 2))
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_the_student_sees_the_antialiased_bicubic_reduction_of_the_teachers_view(factor: int) -> None:
+    views = torch.stack([normalise(noise(64, 96, seed), MEAN, STD) for seed in range(2)])
+    expected = F.interpolate(views, size=(64 // factor, 96 // factor), mode="bicubic", antialias=True)
+    assert torch.equal(reduce_view(views, factor), expected)
+    # Not the plain bicubic one, which would alias.
+    assert not torch.allclose(expected, F.interpolate(views, size=expected.shape[-2:], mode="bicubic"), atol=0.1)
+
+
+def test_the_reduction_is_float32_under_autocast_and_of_bfloat16_views() -> None:
+    views = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    plain = reduce_view(views, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(reduce_view(views, 4), plain)
+    assert reduce_view(views.bfloat16(), 4).dtype == torch.float32
+
+
+# --- views of many photographs ---
+
+
+def test_centre_views_are_the_released_view_in_every_epoch(photographs: Path) -> None:
+    views = views_of(photographs)
+    expected = normalise(centre_view(load_image(photographs / "3.png"), (64, 64)), MEAN, STD)
+    assert len(views) == 8
+    for epoch in (0, 5):
+        view = views[epoch, 3]
+        assert torch.equal(view.pixels, expected)
+        assert (view.name, view.skipped) == ("3.png", ())
+
+
+def test_fixed_views_begin_with_the_centre_and_are_the_same_in_every_epoch(photographs: Path) -> None:
+    views = views_of(photographs, kind="fixed", per_image=3)
+    centre = views_of(photographs)
+    assert len(views) == 24
+    assert [views.name(number) for number in (0, 4, 23)] == ["0.png#0", "1.png#1", "7.png#2"]
+    assert torch.equal(views[0, 6].pixels, centre[0, 2].pixels)
+    for number in (6, 7, 8):
+        assert views[0, number].name == "2.png"
+        assert torch.equal(views[0, number].pixels, views[9, number].pixels)
+    assert not torch.equal(views[0, 7].pixels, views[0, 8].pixels)
+    assert not torch.equal(views[0, 6].pixels, views[0, 7].pixels)
+
+
+def test_random_views_differ_by_epoch_and_by_seed_and_repeat(photographs: Path) -> None:
+    views, again, other = (views_of(photographs, seed=seed, kind="random") for seed in (0, 0, 1))
+    assert torch.equal(views[1, 2].pixels, again[1, 2].pixels)
+    assert not torch.equal(views[1, 2].pixels, views[2, 2].pixels)
+    assert not torch.equal(views[1, 2].pixels, other[1, 2].pixels)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, photographs: Path) -> Path:
+    """Four photographs, of which 1.png and 3.png turn out to be damaged when they are read."""
+    for number in range(4):
+        shutil.copyfile(photographs / f"{number}.png", tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(b"no longer a picture")
+
+
+def test_a_damaged_photograph_is_replaced_by_the_next_one_and_reported(damaged: Path) -> None:
+    views = views_of(damaged)
+    damage(damaged / "1.png")
+    damage(damaged / "3.png")
+    reason = "not an image that Pillow can read"
+    assert views[0, 0].skipped == ()
+    assert (views[0, 1].name, views[0, 1].skipped) == ("2.png", (Skipped("1.png", reason),))
+    assert torch.equal(views[0, 1].pixels, views[0, 2].pixels)
+    # After the last one comes the first.
+    assert (views[0, 3].name, views[0, 3].skipped) == ("0.png", (Skipped("3.png", reason),))
+
+
+def test_two_damaged_photographs_in_a_row_are_both_reported(damaged: Path) -> None:
+    views = views_of(damaged)
+    damage(damaged / "1.png")
+    damage(damaged / "2.png")
+    view = views[0, 1]
+    assert view.name == "3.png"
+    assert [item.name for item in view.skipped] == ["1.png", "2.png"]
+
+
+def test_a_set_of_damaged_photographs_is_an_error_that_tells_the_first_reason(damaged: Path) -> None:
+    views = views_of(damaged)
+    for path in damaged.iterdir():
+        damage(path)
+    with pytest.raises(BrixelError) as caught:
+        _ = views[0, 2]
+    assert str(caught.value) == ("None of the 4 photographs can be read; the first: not an image that Pillow can read.")
+
+
+# --- holding out ---
+
+
+def listed(count: int, prefix: str = "photo") -> list[Photograph]:
+    return [Photograph(Path(f"{prefix}{number}.jpg"), f"{prefix}{number}.jpg", 100, 100) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "most", "held_out"),
+    [(40, 0.5, 7, 7), (40, 0.0, 64, 1), (2, 1.0, 64, 1), (5, 1.0, 64, 4), (2, 0.05, 64, 1)],
+)
+def test_at_least_one_photograph_is_held_out_at_most_so_many_and_never_all(
+    count: int, fraction: float, most: int, held_out: int
+) -> None:
+    everything = listed(count)
+    training, kept = split_photographs(everything, fraction, most)
+    assert len(kept) == held_out
+    assert not set(training) & set(kept)
+    # What is held out beyond `most` is not trained on either.
+    assert (
+        Counter(training + kept) == Counter(everything) if held_out < most else len(training + kept) < len(everything)
+    )
+    assert training == [item for item in everything if item in training]  # in the order they came
+
+
+def test_about_the_share_asked_for_is_held_out() -> None:
+    assert 70 <= len(split_photographs(listed(400), 0.25, 400)[1]) <= 130  # 100 +- 30: over three standard deviations
+
+
+def test_the_split_depends_neither_on_order_nor_on_folder() -> None:
+    everything = listed(30)
+    moved = [Photograph(Path("elsewhere") / item.name, item.name, 5, 5) for item in reversed(everything)]
+    first = {item.name for item in split_photographs(everything, 0.2, 64)[1]}
+    assert {item.name for item in split_photographs(moved, 0.2, 64)[1]} == first
+
+
+@pytest.mark.parametrize("added", [1, 10, 40, 200])
+def test_a_growing_folder_keeps_its_held_out_photographs(added: int) -> None:
+    moved = []
+    for name in "abcdefgh":
+        before = listed(40, name)
+        held_out = {item.name for item in split_photographs(before, 0.25, 100)[1]}
+        training = {item.name for item in split_photographs(before + listed(added, f"new-{name}"), 0.25, 100)[0]}
+        moved += sorted(held_out & training)
+    assert moved == []
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_photograph_cannot_be_split(count: int) -> None:
+    with pytest.raises(BrixelError) as caught:
+        split_photographs(listed(count), 0.5, 64)
+    assert str(caught.value) == (
+        "One photograph cannot be split into training and held-out ones: add more, or give data.val_images."
+    )
+
+
+# --- seeds ---
+
+
+def test_seeds_stay_what_they_were() -> None:
+    # Of NumPy's SeedSequence, whose output is promised not to change: runs stay repeatable over versions.
+    assert seed_of(0, 0, 1) == 4324601099084218337
+    assert seed_of(1, 2, 3) == 6498626229777268288
+
+
+def test_seeds_differ_and_fit_into_63_bits() -> None:
+    seeds = [seed_of(a, b, c) for a in range(4) for b in range(4) for c in range(4)]
+    assert len(set(seeds)) == 64
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert max(seeds) > 2**61

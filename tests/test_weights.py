@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FIXTURES
+from safetensors.torch import load_file, save_file
+
+from brixel_cli.core.student import read_adapter
+from brixel_cli.core.weights import check_keys, import_released, load_pth, load_tensors, save_tensors
+from brixel_cli.errors import WeightsError
+
+RELEASED = FIXTURES / "official_layout_tiny.pth"
+CASES = load_file(FIXTURES / "official_layout_tiny_io.safetensors")
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    return load_pth(RELEASED)
+
+
+@pytest.mark.parametrize("case", sorted({key.split(".")[0] for key in CASES}))
+@torch.no_grad()
+def test_the_golden_case_of_the_released_layout(case: str) -> None:
+    adapter = read_adapter(str(RELEASED)).build().eval()
+    output = adapter(CASES[f"{case}.image"], [CASES[f"{case}.layer{number}"] for number in range(4)])
+    expected = CASES[f"{case}.expected"]
+    assert output.shape == expected.shape
+    assert (output - expected).abs().max() < 1e-4
+    assert expected.abs().mean() > 0.1
+
+
+def test_the_import_says_what_it_skipped(state: dict[str, torch.Tensor]) -> None:
+    released = import_released(state)
+    assert len(state) == 213
+    assert released.embed_dim == 64
+    # 30 whole tensors, and two of the three rows of the level embedding.
+    assert len(released.skipped) == 31
+    assert len(released.tensors) + 30 == 213
+    trained = sum(
+        t.numel() for k, t in state.items() if not k.endswith(("running_mean", "running_var", "batches_tracked"))
+    )
+    assert released.num_live_parameters + released.num_skipped_parameters == trained
+    assert re.search(
+        r"183 tensors taken \(323,488 parameters\); 31 skipped that never reach the output", released.summary
+    )
+    assert "adapter.guide_proj" in released.summary
+    assert "adapter.spm.conv3" in released.summary
+
+
+def test_a_missing_an_unknown_and_a_misshapen_key_are_named_together(state: dict[str, torch.Tensor]) -> None:
+    del state["head.mix.bias"]
+    state["adapter.surprise"] = torch.zeros(1)
+    state["adapter.spm.fc1.bias"] = torch.zeros(65)
+    with pytest.raises(WeightsError) as fault:
+        import_released(state, "mine.pth")
+    message = str(fault.value)
+    assert "mine.pth does not fit the released layout: 3 of its keys are wrong" in message
+    assert "missing: head.mix.bias" in message
+    assert "unknown: adapter.surprise" in message
+    assert "misshapen: adapter.spm.fc1.bias is (65,), expected (64,)" in message
+
+
+def test_something_else_is_no_released_checkpoint() -> None:
+    with pytest.raises(WeightsError, match=r"no released BRIXEL checkpoint: it has no key adapter.level_embed"):
+        import_released({"weight": torch.zeros(3)})
+
+
+class Trap:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (open, ("trap-was-sprung", "w"))  # type: ignore[return-value]
+
+
+def test_loading_never_unpickles_arbitrary_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": torch.zeros(1), "trap": Trap()}, "bad.pth")
+    with pytest.raises(WeightsError, match=r"bad.pth cannot be read as a state dict of plain tensors"):
+        load_pth(Path("bad.pth"))
+    Path("worse.pth").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(WeightsError, match="worse.pth cannot be read"):
+        load_pth(Path("worse.pth"))
+    assert not Path("trap-was-sprung").exists()
+
+
+def test_a_nested_or_missing_pth_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "nested.pth")
+    with pytest.raises(WeightsError, match="no flat state dict of tensors"):
+        load_pth(tmp_path / "nested.pth")
+    with pytest.raises(WeightsError, match="absent.pth cannot be read"):
+        load_pth(tmp_path / "absent.pth")
+
+
+def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(2, 3), "b": torch.tensor(4)}
+    save_tensors(tmp_path / "x.safetensors", tensors, {"note": "n"})
+    loaded, metadata = load_tensors(tmp_path / "x.safetensors")
+    assert metadata == {"note": "n"}
+    assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"a": torch.zeros(1)}, {})
+
+    def cut_short(tensors: object, partial: Path, metadata: object) -> None:
+        partial.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("brixel_cli.core.weights.save_file", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors(path, {"a": torch.ones(1)}, {})
+    assert load_tensors(path)[0]["a"].item() == 0
+
+
+def test_a_damaged_safetensors_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(WeightsError, match=r"x.safetensors cannot be read as safetensors"):
+        load_tensors(tmp_path / "x.safetensors")
+
+
+def test_many_wrong_keys_are_counted(tmp_path: Path) -> None:
+    save_file({f"k{number}": torch.zeros(1) for number in range(30)}, tmp_path / "x.safetensors")
+    found, _ = load_tensors(tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match="and 10 more"):
+        check_keys({}, found, "x")
