@@ -104,7 +104,8 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
         chunks = [chunk for chunk in plan_chunks(plan, store) if any(status[row] == MISSING for row in chunk)]
         num_before = int(np.sum(status == DONE))
         began = time.perf_counter()
-        with reporter.bar("extract", len(status), int(np.sum(status != MISSING)), "image") as bar:
+        bar_of_images = reporter.bar("extract", len(status), int(np.sum(status != MISSING)), "image")
+        with _threads(int(store.description["threads"])), bar_of_images as bar:
             for count in _compute(plan, model, store, status, chunks[runtime.rank :: runtime.world_size]):
                 bar.update(count * runtime.world_size)
         store.flush()
@@ -145,6 +146,7 @@ def _create(plan: ExtractPlan, model: ExtractionModel, reporter: Reporter) -> No
     )
     description = describe(plan, model) | {
         "root": str(plan.inputs.root),
+        "threads": torch.get_num_threads(),
         "batch_sizes": {f"{h}x{w}": count for (h, w), count in batch_sizes.items()},
     }
     filled = plan.filled()
@@ -279,6 +281,17 @@ def _workers(plan: ExtractPlan) -> int:
     if plan.options.workers is not None:
         return plan.options.workers
     return min(max(torch.get_num_threads(), 2), MOST_WORKERS)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with as many threads as the file was begun with: on a CPU the last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
