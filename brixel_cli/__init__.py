@@ -4,23 +4,33 @@ import brixel_cli
 
 student = brixel_cli.load_student("runs/demo")
 maps = student(images)  # (B, 3, H, W) normalised -> (B, D, 4h, 4w)
+
+features = brixel_cli.FeatureFile("photos.h5")  # what `brixel extract` wrote
+map_ = features["cat.jpg"]  # (D, h, w), float32
 """
 
 from __future__ import annotations
 
+import importlib
 import typing
 
 if typing.TYPE_CHECKING:
     from brixel_cli.core.student import load_student as load_student
+    from brixel_cli.data.feature_file import FeatureDataset as FeatureDataset
+    from brixel_cli.data.feature_file import FeatureFile as FeatureFile
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_student"]
+__all__ = ["FeatureDataset", "FeatureFile", "__version__", "load_student"]
+
+_HOMES = {
+    "load_student": "brixel_cli.core.student",
+    "FeatureFile": "brixel_cli.data.feature_file",
+    "FeatureDataset": "brixel_cli.data.feature_file",
+}
 
 
 def __getattr__(name: str) -> object:
     # torch takes seconds to import: `brixel --help` must not wait for it.
-    if name == "load_student":
-        from brixel_cli.core.student import load_student
-
-        return load_student
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,8 @@ import typer
 
 from brixel_cli import __version__
 from brixel_cli.console import error_boundary, print_version, set_quiet
+from brixel_cli.errors import UsageError
+from brixel_cli.extract_options import Device, ExtractOptions, Fit, Number, Precision, Source, Storage
 
 app = typer.Typer(
     name="brixel",
@@ -32,6 +34,20 @@ DISTILL_EXAMPLES = """
   brixel distill --resume --output runs/vits
 
   torchrun --nproc-per-node 4 -m brixel_cli distill --recipe vitl
+"""
+
+EXTRACT_EXAMPLES = """
+[bold]Examples[/bold]
+
+  brixel extract --input photos --res 448 --checkpoint runs/vits
+
+  brixel extract --input photos --res 448 --checkpoint runs/vits --dry-run
+
+  brixel extract --input "trip/**/*.jpg" --source backbone --backbone vit_small_patch14_dinov2.lvd142m
+
+  brixel extract --input clip.mp4 --every 10 --checkpoint runs/vits --pca 64 --preview
+
+  brixel extract --checkpoint runs/vits --export student.onnx
 """
 
 
@@ -89,6 +105,103 @@ def distill(
         shorthands = {"data.images": images, "init": init, "run.device": device}
         overrides = [f"{key}={json.dumps(value)}" for key, value in shorthands.items() if value is not None]
         run_distill(recipe, output, overrides + (set_ or []), resume, overwrite, dry_run, as_json)
+
+
+@app.command(epilog=EXTRACT_EXAMPLES)
+def extract(
+    input_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", help="Folder, image, video, quoted glob or .txt list; can be repeated.", show_default=False
+        ),
+    ] = None,
+    res: Annotated[int, typer.Option(help="Input side in pixels that the student or backbone sees.")] = 448,
+    fit: Annotated[
+        Fit, typer.Option(help="short: shorter side, aspect kept. centre: middle square. stretch: squeezed square.")
+    ] = "short",
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Student: run folder, .safetensors, released .pth, or hub id.", show_default=False),
+    ] = None,
+    source: Annotated[
+        Source, typer.Option(help="Whose maps: student, backbone, or teacher (backbone at the larger size).")
+    ] = "student",
+    backbone: Annotated[
+        str | None, typer.Option(help="timm name; default: the one of the student.", show_default=False)
+    ] = None,
+    backbone_weights: Annotated[
+        str | None,
+        typer.Option(help="pretrained, or a .safetensors or .pth file; default: as in training.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The .h5 file, or folder of single files. Default: beside the input.", show_default=False),
+    ] = None,
+    format_: Annotated[
+        Storage, typer.Option("--format", help="h5: one file. npy, safetensors: a folder with a file for each image.")
+    ] = "h5",
+    dtype: Annotated[
+        Number, typer.Option(help="How features are stored; int8 has a scale for each location.")
+    ] = "float16",
+    pca: Annotated[
+        int | None,
+        typer.Option(help="Store so many principal components of the set instead of all channels.", show_default=False),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where it runs.")] = "auto",
+    precision: Annotated[Precision, typer.Option(help="Arithmetic of the model.")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="Images at once: auto (by memory) or a number.")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read and decode images. Default: by the cores.", show_default=False)
+    ] = None,
+    every: Annotated[int, typer.Option(help="Of a video, take every so many frames.")] = 1,
+    preview: Annotated[bool, typer.Option("--preview", help="Also paint the features, beside the output.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that fails.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew over a feature file.")] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Write the model as an ONNX graph instead of features.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No hints and no progress bars.")] = False,
+) -> None:
+    """Write the dense features of images or video frames to disk.
+
+    The same command again continues an interrupted run. Exit code 1: some images failed; they are listed.
+    """
+    with error_boundary():
+        from brixel_cli.commands.extract import run_extract
+
+        set_quiet(quiet)
+        options = ExtractOptions(
+            inputs=input_ or [],
+            res=res,
+            fit=fit,
+            source=source,
+            checkpoint=checkpoint,
+            backbone=backbone,
+            backbone_weights=backbone_weights,
+            output=output,
+            storage=format_,
+            dtype=dtype,
+            pca=pca,
+            device=device,
+            precision=precision,
+            batch_size=_batch_size(batch_size),
+            workers=workers,
+            every=every,
+            strict=strict,
+            overwrite=overwrite,
+            preview=preview,
+        )
+        run_extract(options, export, dry_run, as_json)
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--batch-size must be auto or a number from 1 up, not {text}.")
+    return int(text)
 
 
 def main() -> None:

@@ -144,17 +144,19 @@ def test_a_truncated_png_is_an_error(tmp_path: Path) -> None:
         load_image(truncated(tmp_path / "cut.png"))
 
 
-@pytest.mark.parametrize("content", [b"", b"this is no picture"])
-def test_a_file_that_is_no_image_is_an_error_and_is_skipped(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "empty: 0 bytes"), (b"this is no picture", "not an image that Pillow can read")]
+)
+def test_a_file_that_is_no_image_is_an_error_and_is_skipped(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "text.jpg"
     path.write_bytes(content)
     with pytest.raises(BrixelError) as caught:
         load_image(path)
-    assert str(caught.value) == f"not an image that Pillow can read: {path}"
+    assert str(caught.value) == f"{reason}: {path}"
     noise().save(tmp_path / "good.png")
     found, skipped = scan_folder(tmp_path, 1)
     assert [item.name for item in found] == ["good.png"]
-    assert skipped == [Skipped("text.jpg", "not an image that Pillow can read")]
+    assert skipped == [Skipped("text.jpg", reason)]
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
@@ -235,7 +237,7 @@ def test_a_folder_of_unusable_files_is_an_error_that_shows_the_first_five(tmp_pa
         scan_folder(tmp_path, 1)
     lines = str(caught.value).splitlines()
     assert lines[0] == f"No usable photograph in {tmp_path}: 7 skipped."
-    assert lines[1:-1] == [f"  {number}.jpg: not an image that Pillow can read" for number in range(5)]
+    assert lines[1:-1] == [f"  {number}.jpg: empty: 0 bytes" for number in range(5)]
 
 
 def test_skipped_files_are_listed_up_to_a_limit() -> None:

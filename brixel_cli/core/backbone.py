@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import io
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from brixel_cli.core.weights import check_keys
+from brixel_cli.core.weights import check_keys, tensors_sha256
 from brixel_cli.errors import SizeError, UsageError, WeightsError
 
 
@@ -86,11 +85,7 @@ class Backbone(nn.Module):
     def sha256(self) -> str:
         """SHA-256 over names and values of the weights; the same however and in whatever file they were stored."""
         if self._sha256 is None:
-            digest = hashlib.sha256()
-            for key, tensor in sorted(self.vit.state_dict().items()):
-                digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            self._sha256 = digest.hexdigest()
+            self._sha256 = tensors_sha256(self.vit.state_dict())
         return self._sha256
 
     def train(self, mode: bool = True) -> Backbone:

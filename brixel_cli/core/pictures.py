@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from brixel_cli.core.losses import fit_basis
+from brixel_cli.core.losses import Basis, fit_basis
 
 TILE = 224
 BAR = 22
 GAP = 4
+
+
+@dataclass(frozen=True)
+class Palette:
+    """How features become colours: three principal components, and the range of each that is shown.
+
+    Attributes:
+        basis: the components.
+        low, high: of each component's scores, drawn as 0 and 255.
+    """
+
+    basis: Basis
+    low: Tensor
+    high: Tensor
+
+    @staticmethod
+    def fit(basis: Basis, references: Sequence[Tensor]) -> Palette:
+        """Range from the 1st to the 99th percentile of each component over reference maps (D, H, W)."""
+        scores = torch.cat([basis.project(map_[None].float())[0].flatten(1) for map_ in references], dim=1)
+        step = max(scores.shape[1] // 100_000, 1)
+        low, high = torch.quantile(scores[:, ::step], torch.tensor([0.01, 0.99]).to(scores), dim=1)
+        return Palette(basis, low, high)
+
+    def paint(self, map_: Tensor) -> Image.Image:
+        """A map (D, h, w) as a picture of h x w pixels."""
+        score = self.basis.project(map_[None].float())[0]
+        scaled = (score - self.low[:, None, None]) / (self.high - self.low).clamp(min=1e-12)[:, None, None]
+        pixels = (scaled.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        if pixels.shape[-1] < 3:  # a backbone with fewer than three channels, or a map with as few locations
+            pixels = np.pad(pixels, ((0, 0), (0, 0), (0, 3 - pixels.shape[-1])))
+        return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def pca_colours(maps: Sequence[Tensor], reference: Tensor) -> list[Image.Image]:
@@ -22,20 +54,8 @@ def pca_colours(maps: Sequence[Tensor], reference: Tensor) -> list[Image.Image]:
     Basis and colour range (1st to 99th percentile of each component) are fitted on the reference alone, so that
     equal colours mean equal features in all of them.
     """
-    basis = fit_basis(reference[None], 3, seed=0, share=1.0)
-    scores = basis.project(reference[None].float())[0].flatten(1)
-    low, high = torch.quantile(
-        scores[:, :: max(scores.shape[1] // 100_000, 1)], torch.tensor([0.01, 0.99]).to(scores), dim=1
-    )
-    colours = []
-    for map_ in maps:
-        score = basis.project(map_[None].float())[0]
-        scaled = (score - low[:, None, None]) / (high - low).clamp(min=1e-12)[:, None, None]
-        pixels = (scaled.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        if pixels.shape[-1] < 3:  # a backbone with fewer than three channels, or a map with as few locations
-            pixels = np.pad(pixels, ((0, 0), (0, 0), (0, 3 - pixels.shape[-1])))
-        colours.append(Image.fromarray(np.ascontiguousarray(pixels)))
-    return colours
+    palette = Palette.fit(fit_basis(reference[None], 3, seed=0, share=1.0), [reference])
+    return [palette.paint(map_) for map_ in maps]
 
 
 def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +23,26 @@ import numpy.typing as npt
 from brixel_cli.errors import BrixelError
 
 STATUS = "status"
-DONE = 1
+MISSING, DONE, FAILED = 0, 1, 2
 ATTRIBUTES = "description"
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One dataset of a file: the shape of a row, and a NumPy type name such as `float16`."""
+    """One dataset of a file, to be filled row by row.
+
+    Attributes:
+        shape: of a row.
+        dtype: NumPy type name, such as `float16`.
+        num_rows: rows of the dataset; None: as many as the file has.
+        live: rows that will be filled, ascending; the others get no room on the disk. None: all of them.
+    """
 
     shape: tuple[int, ...]
     dtype: str
+    num_rows: int | None = None
+    live: Sequence[int] | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -41,7 +52,7 @@ class Column:
 
 def bytes_needed(num_rows: int, columns: Mapping[str, Column]) -> int:
     """Bytes of a file's datasets."""
-    return num_rows * (1 + sum(column.row_bytes for column in columns.values()))
+    return num_rows + sum(column.row_bytes * _num_live(column, num_rows) for column in columns.values())
 
 
 def human_bytes(count: float) -> str:
@@ -64,48 +75,99 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def create_store(path: Path, num_rows: int, columns: Mapping[str, Column], description: Mapping[str, Any]) -> None:
+def create_store(
+    path: Path,
+    num_rows: int,
+    columns: Mapping[str, Column],
+    description: Mapping[str, Any],
+    filled: Mapping[str, Array] | None = None,
+    attributes: Mapping[str, str] | None = None,
+) -> None:
     """Create a file with all rows allocated and none done; it appears under its name only when complete.
 
     Args:
         path: of the new .h5 file; its folder is made.
-        num_rows: rows of every dataset.
-        columns: datasets by name.
+        num_rows: rows of `status`, and of every dataset that does not say otherwise.
+        columns: datasets by name; a name with a slash is a dataset in a group.
         description: what the file holds, JSON-able; stored as the file's attribute `description`.
+        filled: datasets whose values are known already; `status` may be among them. Bytes are UTF-8 text.
+        attributes: further attributes of the file.
 
     Raises:
-        BrixelError: it does not fit on the disk.
+        BrixelError: it does not fit on the disk, or cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BrixelError(f"The folder {path.parent} cannot be made: {error.strerror}. Choose another one.") from error
-    needed = bytes_needed(num_rows, columns)
+    contents = {STATUS: np.zeros(num_rows, np.uint8), **(filled or {})}
+    needed = bytes_needed(num_rows, columns) + sum(array.nbytes for name, array in contents.items() if name != STATUS)
     check_disk(path.parent, needed, f"{path.name}")
     partial = path.with_name(path.name + ".partial")
-    with h5py.File(partial, "w") as file:
-        file.attrs[ATTRIBUTES] = json.dumps(description, sort_keys=True)
-        layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        layout.set_layout(h5py.h5d.CONTIGUOUS)
-        layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        for name, column in columns.items():
-            space = h5py.h5s.create_simple((num_rows, *column.shape))
-            h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(column.dtype)), space, layout)
-        file.create_dataset(STATUS, data=np.zeros(num_rows, np.uint8))
     try:
+        with h5py.File(partial, "w") as file:
+            for key, value in {ATTRIBUTES: json.dumps(description, sort_keys=True), **(attributes or {})}.items():
+                file.attrs[key] = value
+            for name, array in contents.items():
+                text = array.dtype.kind == "S"
+                dtype = h5py.string_dtype("utf-8", array.dtype.itemsize) if text else array.dtype
+                file.create_dataset(name, data=array.astype(dtype), dtype=dtype)
+            for name, column in columns.items():
+                _allocate(file, name, column, num_rows)
+            spans = [span for name, column in columns.items() for span in _live_spans(file[name], column)]
         with open(partial, "r+b") as raw:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(raw.fileno(), 0, max(partial.stat().st_size, 1))
+                for offset, length in spans:
+                    os.posix_fallocate(raw.fileno(), offset, length)
             os.fsync(raw.fileno())
+        os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise BrixelError(f"{path} could not be created with {human_bytes(needed)}: {error.strerror}.") from error
-    os.replace(partial, path)
+        reason = error.strerror or str(error)
+        raise BrixelError(f"{path} could not be created with {human_bytes(needed)}: {reason}.") from error
+
+
+def _num_live(column: Column, num_rows: int) -> int:
+    if column.live is not None:
+        return len(column.live)
+    return num_rows if column.num_rows is None else column.num_rows
+
+
+def _allocate(file: Any, name: str, column: Column, num_rows: int) -> None:
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_layout(h5py.h5d.CONTIGUOUS)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    group, _, leaf = name.rpartition("/")
+    parent = file.require_group(group) if group else file
+    space = h5py.h5s.create_simple((num_rows if column.num_rows is None else column.num_rows, *column.shape))
+    h5py.h5d.create(parent.id, leaf.encode(), h5py.h5t.py_create(np.dtype(column.dtype)), space, layout)
+
+
+def _live_spans(dataset: Any, column: Column) -> list[tuple[int, int]]:
+    """(offset, length) in bytes of each run of rows that will be filled."""
+    if not column.row_bytes or not len(dataset):
+        return []
+    rows = np.arange(len(dataset)) if column.live is None else np.asarray(column.live, dtype=np.int64)
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+    start = dataset.id.get_offset()
+    return [(start + int(run[0]) * column.row_bytes, len(run) * column.row_bytes) for run in runs if len(run)]
+
+
+def _opened(path: Path) -> Any:
+    """The file, read-only and unlocked, so that it can be filled meanwhile."""
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        if "locking flag" not in str(error):
+            raise
+        return h5py.File(path, "r")  # this process has it open already, with h5py's default
 
 
 class Store:
     """A file made by `create_store`, opened for reading or for filling rows.
+
+    Rows are written with positioned writes: they cost no memory of ours, and outlive the process once written.
 
     Args:
         path: of the file.
@@ -116,34 +178,80 @@ class Store:
     """
 
     def __init__(self, path: Path, writable: bool = False):
+        places: dict[str, tuple[int | None, tuple[int, ...], np.dtype[Any]]] = {}
+
+        def visit(name: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset):
+                places[name] = item.id.get_offset(), item.shape, item.dtype
+
         try:
-            with h5py.File(path, "r", locking=False) as file:
-                self.description: dict[str, Any] = json.loads(file.attrs[ATTRIBUTES])
-                places = {
-                    name: (dataset.id.get_offset(), dataset.shape, dataset.dtype) for name, dataset in file.items()
-                }
+            with _opened(path) as file:
+                self.attributes = {key: str(value) for key, value in file.attrs.items()}
+                self.description: dict[str, Any] = json.loads(self.attributes[ATTRIBUTES])
+                file.visititems(visit)
         except (OSError, KeyError, ValueError) as error:
             raise BrixelError(f"{path} is not a feature file of brixel, or is damaged: {error}") from error
         self.path = path
-        self._rows: dict[str, npt.NDArray[Any]] = {
-            name: np.memmap(path, dtype, "r+" if writable else "r", offset, shape)
+        self._places = places
+        self._rows: dict[str, Array] = {
+            name: np.empty(shape, dtype) if offset is None else np.memmap(path, dtype, "r", offset, shape)
             for name, (offset, shape, dtype) in places.items()
         }
+        self._file = os.open(path, os.O_WRONLY) if writable else -1
+        if writable:
+            weakref.finalize(self, os.close, self._file)
 
     def __len__(self) -> int:
         return len(self._rows[STATUS])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rows
+
+    @property
+    def status(self) -> npt.NDArray[np.uint8]:
+        """Status of every row, copied: 0 missing, 1 done, 2 failed."""
+        return np.array(self._rows[STATUS])
 
     @property
     def missing(self) -> npt.NDArray[np.int64]:
         """Numbers of the rows that are not done."""
         return np.flatnonzero(self._rows[STATUS] != DONE)
 
-    def write(self, row: int, values: Mapping[str, npt.NDArray[Any]]) -> None:
+    def array(self, name: str) -> Array:
+        """A whole dataset, not copied; read-only."""
+        return self._rows[name]
+
+    def put(self, name: str, row: int, value: Array) -> None:
+        """Write one row of one dataset.
+
+        Raises:
+            ValueError: the value has not the shape of a row, or the store was opened read-only.
+        """
+        if self._file < 0:
+            raise ValueError(f"{self.path} was opened read-only")
+        offset, shape, dtype = self._places[name]
+        if value.shape != shape[1:]:
+            raise ValueError(f"{name}: a row has shape {shape[1:]}, not {value.shape}")
+        data = np.ascontiguousarray(value, dtype=dtype).reshape(-1).view(np.uint8).data
+        place = (offset or 0) + row * len(data)
+        while data:
+            written = os.pwrite(self._file, data, place)
+            data, place = data[written:], place + written
+
+    def mark(self, row: int, status: int) -> None:
+        """Set the status of a row, after its values."""
+        self.put(STATUS, row, np.array(status, np.uint8))
+
+    def write(self, row: int, values: Mapping[str, Array]) -> None:
         """Write one row of every dataset, then mark it done."""
         for name, value in values.items():
-            self._rows[name][row] = value
-        self._rows[STATUS][row] = DONE
+            self.put(name, row, value)
+        self.mark(row, DONE)
 
-    def read(self, name: str, rows: Sequence[int]) -> npt.NDArray[Any]:
+    def flush(self) -> None:
+        """Wait until all that was written is on the disk."""
+        os.fsync(self._file)
+
+    def read(self, name: str, rows: Sequence[int]) -> Array:
         """Rows of a dataset, copied, in the order asked for."""
         return np.asarray(self._rows[name][list(rows)])

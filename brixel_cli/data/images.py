@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from brixel_cli.errors import BrixelError
 
@@ -16,6 +17,11 @@ EXTENSIONS = (
     ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
     ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+
+
+MAX_PIXELS = 178_956_970
+"""Images with more pixels are refused: half a gigabyte as RGB, Pillow's own threshold for a decompression bomb."""
+ANIMATED = frozenset({"GIF", "WEBP", "PNG", "AVIF", "TIFF"})
 
 
 @dataclass(frozen=True)
@@ -36,18 +42,52 @@ class Skipped:
     reason: str
 
 
-def load_image(path: Path) -> Image.Image:
+def load_image(path: Path, still: bool = False) -> Image.Image:
     """Read an image as 8-bit RGB, EXIF orientation applied, 16-bit scaled to 8, transparency over white.
 
+    Args:
+        path: of the file.
+        still: whether to refuse files of several frames or pages, whose first would otherwise be taken.
+
     Raises:
-        BrixelError: the file is no image, is damaged, or cannot be opened; the message starts with the reason.
+        BrixelError: the file is no image, is damaged or too large; the message starts with the reason.
     """
+    with _opened(path, still) as image:
+        image.load()
+        return _to_rgb(_upright(image))
+
+
+def read_size(path: Path, still: bool = False) -> tuple[int, int]:
+    """Height and width of an image after rotation, from its header alone; arguments and errors as for `load_image`."""
+    with _opened(path, still) as image:
+        width, height = image.size
+        return (width, height) if _is_turned(image) else (height, width)
+
+
+@contextmanager
+def _opened(path: Path, still: bool) -> Iterator[Image.Image]:
+    """An image whose header has been read and found harmless; any fault within becomes a BrixelError."""
     try:
         with Image.open(path) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise BrixelError(f"{_reason(error)}: {path}") from error
+            if image.width * image.height > MAX_PIXELS:
+                size = f"{image.width}x{image.height}, over {MAX_PIXELS:,}"
+                raise ValueError(f"too many pixels (decompression bomb?): {size}")
+            if still and image.format in ANIMATED and getattr(image, "is_animated", False):
+                raise ValueError("animated, or several pages: save the one you want, or give it as a video")
+            yield image
+    except Exception as error:  # on damaged files Pillow raises all kinds, struct.error and IndexError among them
+        raise BrixelError(f"{_reason(error, path)}: {path}") from error
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Files below a folder that have the extension of an image, sorted; hidden files and folders are passed over."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in EXTENSIONS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
 
 
 def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Skipped]]:
@@ -64,21 +104,12 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Ski
         raise BrixelError(f"No folder of photographs at {folder}. Name yours with --images DIR.")
     found: list[Photograph] = []
     skipped: list[Skipped] = []
-    for path in sorted(folder.rglob("*")):
+    for path in image_files(folder):
         relative = path.relative_to(folder)
-        if (
-            path.suffix.lower() not in EXTENSIONS
-            or not path.is_file()
-            or any(p.startswith(".") for p in relative.parts)
-        ):
-            continue
         try:
-            with Image.open(path) as image:
-                width, height = image.size
-                if _is_turned(image):
-                    width, height = height, width
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            skipped.append(Skipped(str(relative), _reason(error)))
+            height, width = read_size(path)
+        except BrixelError as error:
+            skipped.append(Skipped(str(relative), str(error).removesuffix(f": {path}")))
             continue
         if min(height, width) < min_side:
             skipped.append(Skipped(str(relative), f"too small: {width}x{height}, shorter side under {min_side}"))
@@ -99,31 +130,59 @@ def describe_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
     return "\n".join(lines + ([f"  and {len(skipped) - limit} more"] if len(skipped) > limit else []))
 
 
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # a damaged EXIF block: the pixels may be sound
+        return 1
+
+
 def _is_turned(image: Image.Image) -> bool:
     """Whether the EXIF orientation turns an opened image by a quarter, unlike the size that it states."""
     if image.format == "TIFF":
         return False  # Pillow states the upright size of these
     if image.format == "PNG" and "exif" not in image.info:
         return False  # looking further would decode the whole image
-    return int(image.getexif().get(0x0112, 1)) >= 5
+    return _orientation(image) >= 5
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if _orientation(image) == 1:
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # as above
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        if image.mode.startswith("I;16") or values.max(initial=0) > 255:
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        most = values.max(initial=0)
+        if image.mode == "F" and most <= 1:
+            values = values * 255
+        elif image.mode.startswith("I;16") or most > 255:
             values = values / 257  # 16 bits: 65535 -> 255
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        if image.mode == "La":
+            image = image.convert("LA")
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None
+        return converted
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image that Pillow can read"
+        return "not an image that Pillow can read" if path.stat().st_size else "empty: 0 bytes"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels (decompression bomb?)"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__

@@ -54,8 +54,12 @@ def random_view(image: Image.Image, size: tuple[int, int], config: ViewConfig, s
 
 def normalise(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """An RGB image as the backbone wants it: (3, H, W), float32, in [0, 1], then minus mean over std."""
-    pixels = tvf.to_dtype(tvf.pil_to_tensor(image), torch.float32, scale=True)
-    normalised: Tensor = tvf.normalize(pixels, list(mean), list(std))
+    return normalise_pixels(tvf.pil_to_tensor(image), mean, std)
+
+
+def normalise_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The same for RGB pixels that are a tensor already: (..., 3, H, W), uint8."""
+    normalised: Tensor = tvf.normalize(tvf.to_dtype(pixels, torch.float32, scale=True), list(mean), list(std))
     return normalised
 
 

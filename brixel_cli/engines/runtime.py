@@ -21,16 +21,19 @@ class Runtime:
 
     Args:
         config: the recipe's `run` section.
+        device_option: what to call the choice of the device in errors.
 
     Raises:
         UsageError: the device asked for is not there.
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, device_option: str = "run.device"):
         available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if config.device != "auto" and not available.get(config.device, False):
             present = ", ".join(name for name, there in available.items() if there)
-            raise UsageError(f"run.device is {config.device}, which this machine does not have; present: {present}.")
+            raise UsageError(
+                f"{device_option} is {config.device}, which this machine does not have; present: {present}."
+            )
         self.accelerator = Accelerator(cpu=config.device == "cpu")
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index

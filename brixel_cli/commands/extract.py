@@ -1,0 +1,131 @@
+"""`brixel extract`: options to plan, plan to engine, result to table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from brixel_cli.console import Progress, is_first_process, print_files, print_json, print_table, say
+from brixel_cli.errors import BrixelError
+from brixel_cli.extract_options import ExtractOptions
+
+if TYPE_CHECKING:
+    from brixel_cli.engines.extraction import Extracted
+    from brixel_cli.engines.extraction_plan import ExtractPlan
+
+MOST_LISTED = 20
+
+
+def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_json: bool) -> None:
+    """Carry out `brixel extract` with options as the user gave them; see `app.extract` for what they mean.
+
+    Raises:
+        BrixelError: something the user can mend; also, at the end, that some images failed.
+    """
+    if export is not None:
+        _export(options, export, as_json)
+        return
+
+    # torch takes seconds to import: only now, when there is work for it.
+    from brixel_cli.engines.extraction import extract, plan_only
+
+    if dry_run:
+        _show_plan(plan_only(options, Progress()), as_json)
+        return
+    done = extract(options, Progress())
+    if as_json:
+        print_json(
+            {
+                "output": str(done.output),
+                "images": done.num_images,
+                "computed": done.num_computed,
+                "before": done.num_before,
+                "failed": len(done.failures),
+                "failures": done.failures,
+                "seconds": round(done.seconds, 3),
+                "pictures": [str(path) for path in done.pictures],
+            }
+        )
+    else:
+        _show_result(done)
+    say(f'read it: brixel_cli.FeatureFile("{done.output}")')
+    if done.failures and is_first_process():
+        raise BrixelError(
+            f"{len(done.failures)} of {done.num_images} images failed; {done.output} holds the others, "
+            "and the reasons in its dataset reason. Mend or remove them, then --overwrite."
+        )
+
+
+def _show_plan(plan: ExtractPlan, as_json: bool) -> None:
+    from brixel_cli.data.features import human_bytes
+
+    if as_json:
+        print_json(plan.summary())
+    else:
+        grids = list(plan.layout.rows_of_grid.items())
+        rows = [
+            ["images found", f"{len(plan.reasons):,}"],
+            ["  of them unusable", f"{len(plan.reasons) - plan.num_usable:,}"],
+            ["sizes rounded to the patch", f"{plan.num_snapped:,} (by {plan.most_snapped:.1f} px at most)"],
+            *([f"grid {h}x{w}", f"{len(images):,}"] for (h, w), images in grids[:MOST_LISTED]),
+            *([["other grids", f"{len(grids) - MOST_LISTED:,}"]] if len(grids) > MOST_LISTED else []),
+            ["channels", f"{plan.layout.channels:,} {plan.options.dtype}"],
+            ["disk needed", human_bytes(plan.bytes_needed)],
+            ["disk free", human_bytes(plan.bytes_free)],
+        ]
+        title = f"{plan.output}: {plan.facts.source} of {plan.facts.backbone}"
+        print_table(title, ["", ""], rows)
+        _show_failures(
+            {item.name: reason for item, reason in zip(plan.inputs.items, plan.reasons, strict=True) if reason}
+        )
+    say("dry run: nothing was written")
+
+
+def _show_result(done: Extracted) -> None:
+    rate = done.num_computed / done.seconds if done.seconds > 0 else 0.0
+    rows = [
+        ["images", f"{done.num_images:,}"],
+        ["  computed now", f"{done.num_computed:,}"],
+        ["  there before", f"{done.num_before:,}"],
+        ["  failed", f"{len(done.failures):,}"],
+        ["seconds", f"{done.seconds:,.1f}"],
+        ["images per second", f"{rate:,.2f}" if done.num_computed else "-"],
+    ]
+    print_table(str(done.output), ["", ""], rows)
+    _show_failures(done.failures)
+    print_files([str(done.output), *(str(path) for path in done.pictures)])
+
+
+def _show_failures(failures: dict[str, str]) -> None:
+    if not failures:
+        return
+    listed = list(failures.items())[:MOST_LISTED]
+    caption = None
+    if len(failures) > MOST_LISTED:
+        kinds = Counter(reason.split(":")[0].split("(")[0].strip()[:60] for reason in failures.values())
+        common = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
+        caption = f"and {len(failures) - MOST_LISTED} more. In all: {common}."
+    print_table(f"{len(failures)} images without features", ["image", "reason"], listed, caption)
+
+
+def _export(options: ExtractOptions, path: Path, as_json: bool) -> None:
+    from brixel_cli.engines.exporting import export
+
+    done = export(options, path, Progress())
+    if as_json:
+        print_json(
+            {"path": str(done.path), "dynamic": done.dynamic, "checked": done.checked, "error": done.largest_error}
+        )
+        return
+    rows = [
+        [f"{height}x{width}, batch of {batch}", f"{error:.1e}"]
+        for (batch, height, width), error in done.checked.items()
+    ]
+    print_table(
+        f"{done.path}: largest difference from PyTorch, by input",
+        ["input", "difference"],
+        rows,
+        f"Dynamic: {done.dynamic}.",
+    )
+    print_files([str(done.path)])

@@ -1,0 +1,73 @@
+"""How an image of any size becomes an input that the model can take: `--res`, `--fit`, and the patch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from brixel_cli.data.views import centre_view
+from brixel_cli.errors import BrixelError
+from brixel_cli.extract_options import Fit
+
+LEAST_SIDE = 8
+MOST_ELONGATED = 8
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What is done to every image.
+
+    Attributes:
+        res: input side in pixels: the shorter one for `short`, both for `centre` and `stretch`.
+        fit: `short` keeps the aspect, `centre` crops the middle square, `stretch` squeezes the image into a square.
+        patch_size: sides are rounded to multiples of it.
+        enlarge: the model's input over `res`: 1, or the teacher's factor.
+    """
+
+    res: int
+    fit: Fit
+    patch_size: int
+    enlarge: int = 1
+
+    def snap(self, side: float) -> int:
+        """The nearest multiple of the patch, at least one patch; halves go up."""
+        return max(int(side / self.patch_size + 0.5), 1) * self.patch_size
+
+    def student_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the student's input for an image of this size.
+
+        Raises:
+            BrixelError: the image is too small or too elongated to be of use; the message is the reason alone.
+        """
+        if min(height, width) < LEAST_SIDE:
+            raise BrixelError(f"too small: {width}x{height} pixels, shorter side under {LEAST_SIDE}")
+        side = self.snap(self.res)
+        if self.fit != "short":
+            return side, side
+        if max(height, width) > MOST_ELONGATED * min(height, width):
+            raise BrixelError(f"too elongated: {width}x{height} pixels, over {MOST_ELONGATED}:1; --fit centre takes it")
+        scale = self.res / min(height, width)
+        return (side, self.snap(width * scale)) if height <= width else (self.snap(height * scale), side)
+
+    def model_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the input that the model sees; raises as `student_size`."""
+        student = self.student_size(height, width)
+        return student[0] * self.enlarge, student[1] * self.enlarge
+
+    def snapped(self, height: int, width: int) -> float:
+        """By how many pixels the longer change of a side came about through rounding to the patch; 0 for none."""
+        chosen = self.student_size(height, width)
+        scale = self.res / min(height, width)
+        exact = (height * scale, width * scale) if self.fit == "short" else (self.res, self.res)
+        return max(abs(a - b) for a, b in zip(chosen, exact, strict=True))
+
+    def apply(self, image: Image.Image) -> Image.Image:
+        """The image at the size that the model sees, resized with antialiased bicubic interpolation.
+
+        Rounding to the patch changes the aspect by less than half a patch; nothing is cut off but by `centre`.
+        """
+        height, width = self.model_size(image.height, image.width)
+        if self.fit == "centre":
+            return centre_view(image, (height, width))
+        return image.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,0 +1,204 @@
+"""What `--input` names: folders, files, globs, text lists and videos, as one list of items with their sizes."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from brixel_cli.data.images import EXTENSIONS, image_files, load_image, read_size
+from brixel_cli.data.video import VIDEO_EXTENSIONS, Video
+from brixel_cli.errors import BrixelError, UsageError
+
+LIST_EXTENSIONS = frozenset({".txt", ".lst", ".list"})
+SCAN_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to be: a file, or a frame of a video.
+
+    Attributes:
+        path: of the file.
+        name: path below the common root of all items, with `#frame` for a frame; no two items share it.
+        height, width: in pixels after rotation; 0 where the header cannot be read.
+        reason: why it cannot be used; empty for a usable one.
+        file_size: in bytes.
+        modified: time of the last change in nanoseconds.
+        frame: 0-based number of the frame in its video; None for an image.
+    """
+
+    path: Path
+    name: str
+    height: int
+    width: int
+    reason: str
+    file_size: int
+    modified: int
+    frame: int | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All items, in the order in which they were named, and the folder that their names start from."""
+
+    root: Path
+    items: list[Item]
+    videos: dict[Path, Video]
+
+    def load(self, item: Item) -> Image.Image:
+        """The item's pixels, upright 8-bit RGB.
+
+        Raises:
+            BrixelError: it cannot be read; the message starts with the reason.
+        """
+        if item.frame is None:
+            return load_image(item.path, still=True)
+        return self.videos[item.path].frame(item.frame)
+
+
+def find_inputs(
+    references: Sequence[str], every: int, without: Sequence[Path] = (), tick: Callable[[int], object] | None = None
+) -> Inputs:
+    """Find all items by their headers alone; a file that cannot be read becomes an item with a reason.
+
+    Args:
+        references: a folder (searched recursively), an image, a video, a glob, or a text file with a path a line.
+        every: which frames of a video are taken: 1 all of them, 10 every tenth.
+        without: folders that are passed over: those that our own pictures go to.
+        tick: called with the number of items found since the last call.
+
+    Raises:
+        UsageError: a reference names nothing, or nothing at all was found.
+    """
+    paths: list[Path] = []
+    for reference in references:
+        paths += _expand(reference)
+    banned = [folder.absolute() for folder in without]
+    paths = [path for path in dict.fromkeys(path.absolute() for path in paths) if not _below(path, banned)]
+    if not paths:
+        listed = ", ".join(sorted(EXTENSIONS))
+        raise UsageError(f"No images in {', '.join(references)}. Files are taken by extension: {listed}.")
+    root = _root(references, paths)
+    videos: dict[Path, Video] = {}
+    items: list[Item] = []
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        for path, item in zip(paths, pool.map(lambda path: _scan(path, root), paths), strict=True):
+            items += _frames(path, root, every, videos) if item is None else [item]
+            if tick:
+                tick(1)
+    return Inputs(root, items, videos)
+
+
+def default_output(references: Sequence[str], suffix: str) -> Path:
+    """Where features go when the user does not say: beside the input, under its name."""
+    first = Path(references[0]).expanduser()
+    if not first.exists() and glob.has_magic(references[0]):
+        first = _fixed_part(references[0])
+    if len(references) > 1:
+        return first.absolute().parent / f"features{suffix}"
+    first = first.resolve() if first.name in ("", ".", "..") else first
+    return first.with_name((first.name if first.is_dir() else first.stem) + suffix)
+
+
+def _expand(reference: str) -> list[Path]:
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        found = image_files(path)
+        if not found:
+            raise UsageError(
+                f"No images in the folder {path}. Files are taken by extension: {', '.join(sorted(EXTENSIONS))}."
+            )
+        return found
+    if path.is_file():
+        return _read_list(path) if path.suffix.lower() in LIST_EXTENSIONS else [path]
+    if glob.has_magic(reference):
+        matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(reference), recursive=True))]
+        found = [match for match in matches if match.is_file()]
+        if found:
+            return found
+        raise UsageError(f"The pattern {reference} matches no file.")
+    raise UsageError(
+        f"Nothing at {path}. --input takes a folder, an image, a video, a quoted glob, or a .txt list of paths."
+    )
+
+
+def _read_list(path: Path) -> list[Path]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as a list of paths, one a line: {error}") from error
+    named = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not named:
+        raise UsageError(f"{path} names no images: it wants one path a line, relative to its own folder.")
+    return [path.parent / Path(line).expanduser() for line in named]
+
+
+def _below(path: Path, folders: Sequence[Path]) -> bool:
+    return any(folder in path.parents for folder in folders)
+
+
+def _fixed_part(pattern: str) -> Path:
+    parts = Path(pattern).expanduser().parts
+    fixed = []
+    for part in parts:
+        if glob.has_magic(part):
+            break
+        fixed.append(part)
+    return Path(*fixed) if fixed else Path.cwd()
+
+
+def _root(references: Sequence[str], paths: Sequence[Path]) -> Path:
+    only = Path(references[0]).expanduser()
+    if len(references) == 1 and only.is_dir():
+        return only.absolute()
+    return Path(os.path.commonpath([path.parent for path in paths]))
+
+
+def _name(path: Path, root: Path) -> str:
+    # A file name need not be UTF-8; the name in our file must.
+    return path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
+
+
+def _scan(path: Path, root: Path) -> Item | None:
+    if path.suffix.lower() in VIDEO_EXTENSIONS:
+        return None
+    try:
+        stat = path.stat()
+    except OSError as error:
+        return Item(path, _name(path, root), 0, 0, error.strerror or "cannot be opened", 0, 0)
+    height = width = 0
+    reason = ""
+    try:
+        height, width = read_size(path, still=True)
+    except BrixelError as error:
+        reason = reason_of(error, path)
+    return Item(path, _name(path, root), height, width, reason, stat.st_size, stat.st_mtime_ns)
+
+
+def reason_of(error: BrixelError, path: Path) -> str:
+    """The reason alone, without the path that `load_image` adds."""
+    return str(error).removesuffix(f": {path}")
+
+
+def _frames(path: Path, root: Path, every: int, videos: dict[Path, Video]) -> list[Item]:
+    name = _name(path, root)
+    try:
+        stat = path.stat()
+        videos[path] = video = Video(path)
+    except (OSError, BrixelError) as error:
+        if isinstance(error, UsageError):
+            raise
+        reason = reason_of(error, path) if isinstance(error, BrixelError) else (error.strerror or str(error))
+        return [Item(path, name, 0, 0, reason, 0, 0)]
+    numbers = range(0, video.num_frames, every)
+    digits = len(str(video.num_frames))
+    return [
+        Item(path, f"{name}#{n:0{digits}d}", video.height, video.width, "", stat.st_size, stat.st_mtime_ns, n)
+        for n in numbers
+    ]

@@ -1,0 +1,75 @@
+"""Frames of a video, in order, through PyAV (the extra `video`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from brixel_cli.errors import BrixelError, UsageError
+
+VIDEO_EXTENSIONS = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())  # noqa: SIM905
+
+
+class Video:
+    """A video file whose frames are asked for in rising order; going back starts it from the beginning.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        num_frames: counted over the file's packets, without decoding.
+        height, width: of a frame in pixels.
+
+    Raises:
+        UsageError: PyAV is not installed.
+        BrixelError: the file holds no video that can be read; the message starts with the reason.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._av = _load_av()
+        try:
+            with self._av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                self.height, self.width = int(stream.height), int(stream.width)
+                self.num_frames = sum(packet.size > 0 for packet in container.demux(stream))
+        except (OSError, ValueError, IndexError) as error:  # PyAV's own errors are of these kinds
+            raise BrixelError(f"not a video that can be read: {path}") from error
+        if not self.num_frames or not self.height or not self.width:
+            raise BrixelError(f"a video without frames: {path}")
+        self._frames: Iterator[Any] = iter(())
+        self._next = 0
+        self._begun = False
+
+    def frame(self, number: int) -> Image.Image:
+        """Frame `number`, 0-based, as 8-bit RGB.
+
+        Raises:
+            BrixelError: the video is damaged there, or ends earlier; the message starts with the reason.
+        """
+        if not self._begun or number < self._next:
+            self._frames, self._next, self._begun = self._decode(), 0, True
+        try:
+            for frame in self._frames:
+                self._next += 1
+                if self._next > number:
+                    image: Image.Image = frame.to_image()
+                    return image
+        except (OSError, ValueError) as error:
+            raise BrixelError(f"the video is damaged at frame {self._next}: {self.path}") from error
+        raise BrixelError(f"the video ends before this frame, after {self._next}: {self.path}")
+
+    def _decode(self) -> Iterator[Any]:
+        with self._av.open(str(self.path)) as container:
+            yield from container.decode(video=0)
+
+
+def _load_av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise UsageError("Reading videos needs PyAV, which is not installed: pip install 'brixel[video]'.") from error
+    return av

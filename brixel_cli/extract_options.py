@@ -1,0 +1,72 @@
+"""Every knob of an extraction, typed, with its unit; `app.extract` says what each means to the user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from brixel_cli.errors import UsageError
+
+Source = Literal["student", "backbone", "teacher"]
+Fit = Literal["short", "centre", "stretch"]
+Storage = Literal["h5", "npy", "safetensors"]
+Number = Literal["float16", "float32", "int8"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What `brixel extract` was told; checked at construction.
+
+    Attributes:
+        inputs: folders, images, videos, globs, text lists.
+        res: side in pixels of the student's input; the teacher's is `factor` times that.
+        fit: what `res` is the side of: the shorter side, the middle square, or the squeezed image.
+        output: feature file, or folder of single files; None: beside the input.
+        pca: number of principal components stored; None: the maps themselves.
+        batch_size: images at once; None: as many as memory takes.
+        workers: decoding threads; None: by the cores.
+        every: of a video, every so many frames.
+
+    Raises:
+        UsageError: a value is out of range, or two do not go together.
+    """
+
+    inputs: Sequence[str]
+    res: int = 448
+    fit: Fit = "short"
+    source: Source = "student"
+    checkpoint: str | None = None
+    backbone: str | None = None
+    backbone_weights: str | None = None
+    output: Path | None = None
+    storage: Storage = "h5"
+    dtype: Number = "float16"
+    pca: int | None = None
+    device: Device = "auto"
+    precision: Precision = "auto"
+    batch_size: int | None = None
+    workers: int | None = None
+    every: int = 1
+    strict: bool = False
+    overwrite: bool = False
+    preview: bool = False
+
+    def __post_init__(self) -> None:
+        least = {
+            "--res": self.res,
+            "--every": self.every,
+            "--batch-size": self.batch_size,
+            "--pca": self.pca,
+            "--workers": self.workers,
+        }
+        for name, value in least.items():
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}.")
+        if self.dtype == "int8" and self.storage == "npy":
+            raise UsageError(
+                "--dtype int8 stores a scale beside the map, which .npy cannot: take --format h5 or safetensors."
+            )

@@ -1,0 +1,308 @@
+"""Measure what `brixel extract` promises: python tests/measure/extraction_bars.py BAR --checkpoint RUN --photos DIR ...
+
+Bars: throughput, memory, kills, damaged, int8, writing, processes. Each prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+from PIL import Image
+
+
+def command(options: argparse.Namespace, folder: Path, output: Path, *more: str) -> list[str]:
+    arguments = ["extract", "--input", str(folder), "--res", str(options.res), "--output", str(output), *more]
+    arguments += ["--source", options.source, "--quiet"]
+    for name in ("checkpoint", "backbone", "backbone_weights", "precision", "batch_size"):
+        value = getattr(options, name)
+        arguments += [f"--{name.replace('_', '-')}", str(value)] if value else []
+    return arguments
+
+
+def run(options: argparse.Namespace, folder: Path, output: Path, *more: str) -> dict:
+    """Run the command to its end; its JSON, its seconds and its peak memory."""
+    output.unlink(missing_ok=True)
+    before = time.perf_counter()
+    arguments = [sys.executable, "-m", "brixel_cli", *command(options, folder, output, "--json", *more)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = process.communicate()
+    if "Traceback" in err:
+        raise SystemExit(err)
+    result = json.loads(out) if out else {"error": err}
+    return result | {"wall": time.perf_counter() - before, "code": process.returncode, "stderr": err}
+
+
+def peak_of(options: argparse.Namespace, folder: Path, output: Path) -> int:
+    """Peak resident memory of the command, in bytes."""
+    output.unlink(missing_ok=True)
+    pid = os.fork()
+    if pid == 0:
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 1)
+            os.execv(sys.executable, [sys.executable, "-m", "brixel_cli", *command(options, folder, output)])
+    _, code, usage = os.wait4(pid, 0)
+    if code:
+        raise SystemExit(f"the command ended with {code}")
+    return usage.ru_maxrss * 1024
+
+
+def many(photos: Path, folder: Path, count: int) -> Path:
+    """A folder of `count` photographs, repeated where there are fewer."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    for number, path in zip(range(count), itertools.cycle(files), strict=False):
+        os.symlink(path.resolve(), folder / f"{number:05}{path.suffix}")
+    return folder
+
+
+def rows_of(output: Path) -> dict[str, bytes]:
+    from brixel_cli import FeatureFile
+
+    features = FeatureFile(output)
+    return {features.paths[row]: features.stored(row)["features"].tobytes() for row in features.rows}
+
+
+def throughput(options: argparse.Namespace, scratch: Path) -> dict:
+    """The command's images per second, from the first image to the last, over a bare loop's with the same batches."""
+    import torch
+
+    from brixel_cli.data.feature_file import FeatureFile
+    from brixel_cli.engines.extraction_model import ExtractionModel
+    from brixel_cli.engines.extraction_plan import model_facts
+    from brixel_cli.engines.runtime import Runtime
+    from brixel_cli.extract_options import ExtractOptions
+    from brixel_cli.recipe import RunConfig
+
+    folder = many(options.photos, scratch / "photos", options.count)
+    result = run(options, folder, scratch / "f.h5")
+    features = FeatureFile(scratch / "f.h5")
+    sizes = {tuple(int(side) for side in size) for size in features.model_size}
+    facts = ExtractOptions(
+        [], options.res, source=options.source, checkpoint=options.checkpoint, backbone=options.backbone,
+        backbone_weights=options.backbone_weights, precision=options.precision,
+    )  # fmt: skip
+    runtime = Runtime(RunConfig(device="auto", precision=options.precision))
+    model = ExtractionModel(facts, model_facts(facts), runtime, reporter=None)
+    seconds = 0.0
+    for size in sorted(sizes):
+        rows = int((features.model_size == size).all(axis=1).sum())
+        batch = features.description["batch_sizes"][f"{size[0]}x{size[1]}"]
+        images = torch.randn(batch, 3, *size, device=runtime.device)
+        loops = [min(batch, rows - at) for at in range(0, rows, batch)]
+        with torch.inference_mode(), runtime.autocast():
+            (model.student or model.backbone)(images)  # not timed: the first pass compiles and allocates
+            began = time.perf_counter()
+            for count in loops:
+                (model.student or model.backbone)(images[:count]).float().sum().item()
+            seconds += time.perf_counter() - began
+    bare, ours = len(features) / seconds, result["computed"] / result["seconds"]
+    return {"images_per_second": ours, "bare_loop": bare, "share": ours / bare, "images": len(features)}
+
+
+def memory(options: argparse.Namespace, scratch: Path) -> dict:
+    """Peak memory at 200 images and at ten times as many."""
+    peaks = [
+        peak_of(options, many(options.photos, scratch / "photos", count), scratch / "f.h5")
+        for count in (options.count, 10 * options.count)
+    ]
+    return {
+        "images": options.count,
+        "peak_mib": [round(peak / 2**20, 1) for peak in peaks],
+        "ratio": peaks[1] / peaks[0],
+    }
+
+
+def kills(options: argparse.Namespace, scratch: Path) -> dict:
+    """Kill at random moments, resume; compare with a run that was left alone."""
+    folder = many(options.photos, scratch / "photos", options.count)
+    whole, output = scratch / "whole.h5", scratch / "killed.h5"
+    alone = run(options, folder, whole)
+    rng, done = random.Random(0), []
+    output.unlink(missing_ok=True)
+    arguments = [sys.executable, "-m", "brixel_cli", *command(options, folder, output)]
+    starting = alone["wall"] - alone["seconds"]
+    for _ in range(options.kills):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.8 * starting, starting + 2 * alone["seconds"] / options.kills))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if output.exists():
+            with h5py.File(output) as file:
+                done.append(int(np.sum(file["status"][:] == 1)))
+    final = subprocess.run(arguments, capture_output=True, check=False)
+    expected, found = rows_of(whole), rows_of(output)
+    return {"opened": len(done), "done_after_each": done, "code": final.returncode, "identical": expected == found}
+
+
+def damaged(options: argparse.Namespace, scratch: Path) -> dict:
+    """50 good photographs among 1,000 damaged and odd files."""
+    folder = many(options.photos, scratch / "photos", 50)
+    good = run(options, folder, scratch / "good.h5", "--batch-size", "1")
+    whole = [Image.open(path).convert("RGB").resize((160, 120)) for path in sorted(folder.iterdir())[:10]]
+    rng = random.Random(0)
+    modes = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F", "HSV", "LAB"]
+    for number in range(1000):
+        name, image, buffer = f"x{number:04}", whole[number % 10], io.BytesIO()
+        kind = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")[number % 6]
+        image.save(buffer, kind)
+        data = bytearray(buffer.getvalue())
+        extension = rng.choice([kind.lower(), kind.lower(), "jpg"])
+        if number % 20 == 0:
+            data = bytearray()
+        elif number % 20 == 1:
+            data, extension = bytearray(b"this is no image at all"), "jpg"
+        elif number % 20 == 2:
+            extension = "png"
+            side = io.BytesIO()
+            Image.new("RGB", (1, 1)).save(side, "PNG")
+            data = bytearray(side.getvalue())
+        elif number % 20 == 3:
+            extension = "gif"
+            moving = io.BytesIO()
+            image.save(moving, "GIF", save_all=True, append_images=[whole[(number + 1) % 10]])
+            data = bytearray(moving.getvalue())
+        elif number % 20 == 4:
+            mode, extension = modes[number // 20 % len(modes)], "tif"
+            try:
+                odd = (
+                    Image.new("I;16", (64, 64))
+                    if mode == "I;16"
+                    else Image.new("LAB", (64, 64))
+                    if mode == "LAB"
+                    else image.convert(mode)
+                )
+                stored = io.BytesIO()
+                odd.save(stored, "TIFF")
+                data = bytearray(stored.getvalue())
+            except (OSError, ValueError, KeyError):
+                pass
+        elif number % 2:
+            data = data[: rng.randrange(len(data))]
+        else:
+            for _ in range(rng.randrange(1, 200)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        (folder / f"{name}.{extension}").write_bytes(data)
+    result = run(options, folder, scratch / "f.h5", "--batch-size", "1")
+    expected, found = rows_of(scratch / "good.h5"), rows_of(scratch / "f.h5")
+    return {
+        "files": result["images"],
+        "readable": result["computed"],
+        "failed_with_reason": sum(bool(reason) for reason in result["failures"].values()),
+        "good_rows_identical": sum(found.get(name) == row for name, row in expected.items()),
+        "good": good["computed"],
+        "code": result["code"],
+        "traceback": "Traceback" in result["stderr"],
+    }
+
+
+def int8(options: argparse.Namespace, scratch: Path) -> dict:
+    """Cosine of int8 against float32 features, at every location."""
+    from brixel_cli import FeatureFile
+
+    folder = many(options.photos, scratch / "photos", options.count)
+    files = []
+    for dtype in ("float32", "int8"):
+        run(options, folder, scratch / f"{dtype}.h5", "--dtype", dtype)
+        files.append(FeatureFile(scratch / f"{dtype}.h5"))
+    cosines = []
+    for row in files[0].rows:
+        exact, rounded = files[0][row], files[1][row]
+        norms = np.linalg.norm(exact, axis=0) * np.linalg.norm(rounded, axis=0)
+        cosines.append((exact * rounded).sum(axis=0).ravel() / norms.ravel())
+    every = np.concatenate(cosines)
+    return {"images": len(cosines), "mean": float(every.mean()), "worst": float(every.min())}
+
+
+def writing(options: argparse.Namespace, scratch: Path) -> dict:
+    """Rows through the store against one plain sequential file, both synced: MB/s."""
+    from brixel_cli.data.features import Column, Store, create_store
+
+    row = np.random.default_rng(0).integers(0, 255, 12_600_000, np.uint8)
+    count, speeds = options.count, {"plain": 0.0, "store": 0.0}
+    for _ in range(3):  # the better of three, taken in turn
+        plain = scratch / "plain.bin"
+        with open(plain, "wb", buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, row.nbytes * count)
+            began = time.perf_counter()
+            for _ in range(count):
+                file.write(row)
+            os.fsync(file.fileno())
+            speeds["plain"] = max(speeds["plain"], row.nbytes * count / (time.perf_counter() - began) / 1e6)
+        plain.unlink()
+        create_store(scratch / "s.h5", count, {"features": Column(row.shape, "uint8")}, {})
+        store = Store(scratch / "s.h5", writable=True)
+        began = time.perf_counter()
+        for number in range(count):
+            store.write(number, {"features": row})
+        store.flush()
+        speeds["store"] = max(speeds["store"], row.nbytes * count / (time.perf_counter() - began) / 1e6)
+        (scratch / "s.h5").unlink()
+    return {**speeds, "share": speeds["store"] / speeds["plain"]}
+
+
+def processes(options: argparse.Namespace, scratch: Path) -> dict:
+    """One process against two under torchrun, with as many threads each."""
+    folder = many(options.photos, scratch / "photos", options.count)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    run(options, folder, scratch / "one.h5")
+    (scratch / "two.h5").unlink(missing_ok=True)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "brixel_cli",
+    ]
+    subprocess.run(
+        [*launch, *command(options, folder, scratch / "two.h5", "--device", "cpu")], check=True, capture_output=True
+    )
+    return {"images": options.count, "identical": rows_of(scratch / "one.h5") == rows_of(scratch / "two.h5")}
+
+
+BARS = {bar.__name__: bar for bar in (throughput, memory, kills, damaged, int8, writing, processes)}
+COUNTS = {"throughput": 500, "memory": 200, "kills": 300, "int8": 50, "writing": 100, "processes": 20}
+
+
+def main() -> None:
+    """Measure one bar."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bar", choices=BARS)
+    parser.add_argument("--photos", type=Path, default=Path("photos"))
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp/brixel_bars"))
+    parser.add_argument("--res", type=int, default=448)
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--source", default="student")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--backbone")
+    parser.add_argument("--backbone-weights")
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--batch-size")
+    options = parser.parse_args()
+    options.count = options.count or COUNTS.get(options.bar, 0)
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    result = BARS[options.bar](options, options.scratch)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    sys.stdout.write(json.dumps({"bar": options.bar, **result, "largest_child_mib": round(children / 1024, 1)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

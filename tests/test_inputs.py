@@ -1,0 +1,228 @@
+"""What --input names, odd and damaged images, and how sizes come about."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_photograph
+from PIL import Image
+
+from brixel_cli.data import images as images_module
+from brixel_cli.data.fitting import Fitting
+from brixel_cli.data.images import load_image, read_size
+from brixel_cli.data.inputs import default_output, find_inputs
+from brixel_cli.errors import BrixelError, UsageError
+
+
+def names(*references: str, **options) -> list[str]:
+    return [item.name for item in find_inputs(references, 1, **options).items]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    folder = tmp_path / "tree"
+    for name in ("b.png", "a.jpg", "sub/c.webp", "sub/.hidden/d.png", ".e.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        make_photograph(folder / name, 1, 40, 30)
+    (folder / "notes.md").write_text("no image")
+    return folder
+
+
+def test_a_folder_is_searched_recursively_and_sorted(tree: Path):
+    assert names(str(tree)) == ["a.jpg", "b.png", "sub/c.webp"]
+
+
+def test_files_globs_and_lists_name_the_same_images(tree: Path, tmp_path: Path):
+    assert names(str(tree / "a.jpg")) == ["a.jpg"]
+    assert names(str(tree / "**/*.webp")) == ["c.webp"]
+    assert names(str(tree / "a.jpg"), str(tree / "sub")) == ["a.jpg", "sub/c.webp"]
+    assert names(str(tree / "a.jpg"), str(tree)) == ["a.jpg", "b.png", "sub/c.webp"]  # named twice, taken once
+    listed = tmp_path / "list.txt"
+    listed.write_text("# a comment\n\ntree/sub/c.webp\ntree/gone.png\n")
+    found = find_inputs([str(listed)], 1)
+    assert [(item.name, item.reason) for item in found.items] == [
+        ("sub/c.webp", ""),
+        ("gone.png", "No such file or directory"),
+    ]
+
+
+def test_our_own_pictures_are_not_taken_for_inputs(tree: Path):
+    assert names(str(tree), without=[tree / "sub"]) == ["a.jpg", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("nowhere", "Nothing at nowhere. --input takes a folder, an image, a video, a quoted glob, or a .txt list"),
+        ("*.nothing", "The pattern .*nothing matches no file."),
+        ("EMPTY", "No images in the folder .*empty. Files are taken by extension: .avif, .bmp"),
+        ("LIST", "names no images: it wants one path a line"),
+    ],
+)
+def test_a_reference_that_names_nothing_says_so(tmp_path: Path, reference: str, message: str):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.txt").write_text("# nothing\n")
+    path = {"EMPTY": str(tmp_path / "empty"), "LIST": str(tmp_path / "list.txt")}.get(reference, reference)
+    with pytest.raises(UsageError, match=message):
+        find_inputs([path], 1)
+
+
+def test_the_output_lies_beside_the_input(tree: Path):
+    assert default_output([str(tree)], ".h5") == tree.parent / "tree.h5"
+    assert default_output([f"{tree}/"], "_npy") == tree.parent / "tree_npy"
+    assert default_output([str(tree / "a.jpg")], ".h5") == tree / "a.h5"
+    assert default_output([str(tree / "*.jpg")], ".h5") == tree.parent / "tree.h5"
+    assert default_output([str(tree / "a.jpg"), str(tree)], ".h5") == tree / "features.h5"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "I;16", "F"])
+def test_every_mode_is_read_as_rgb(tmp_path: Path, mode: str):
+    grey = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (32, 1)))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    elif mode == "I":
+        image = Image.fromarray(np.asarray(grey).astype(np.int32) * 257)
+    elif mode == "LAB":
+        image = Image.merge("LAB", (grey, Image.new("L", grey.size, 128), Image.new("L", grey.size, 128)))
+    elif mode == "P":
+        image = grey.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    else:
+        image = grey.convert("RGB").convert(mode) if mode not in ("L", "F", "1") else grey.convert(mode)
+    path = tmp_path / "image.tif"
+    if mode in ("LA", "P", "RGBA"):
+        path = path.with_suffix(".png")
+    image.save(path)
+    assert read_size(path, still=True) == (32, 64)
+    loaded = np.asarray(load_image(path, still=True).convert("L")).astype(float)
+    assert loaded.shape == (32, 64)
+    assert loaded[:, -8:].mean() - loaded[:, :8].mean() > 150
+    if mode not in ("1", "P", "LAB"):
+        assert np.abs(loaded - np.asarray(grey)).max() <= 3
+
+
+def test_float_images_from_0_to_1_are_not_black(tmp_path: Path):
+    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(tmp_path / "half.tif")
+    assert np.asarray(load_image(tmp_path / "half.tif")).mean() == pytest.approx(128, abs=1)
+
+
+def test_orientation_counts_in_header_and_pixels(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "turned.jpg", exif=exif)
+    assert read_size(tmp_path / "turned.jpg") == (60, 40)
+    assert load_image(tmp_path / "turned.jpg").size == (40, 60)
+
+
+def odd_files(folder: Path) -> dict[str, str]:
+    """Files that will not do, with what their reason must say."""
+    frames = [Image.new("RGB", (30, 30), colour) for colour in ("red", "green")]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(folder / "moving.webp", save_all=True, append_images=frames[1:])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("I am a text.")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    Image.new("RGB", (900, 20)).save(folder / "strip.png")
+    return {
+        "moving.gif": "animated, or several pages",
+        "moving.webp": "animated, or several pages",
+        "empty.png": "empty: 0 bytes",
+        "text.jpg": "not an image that Pillow can read",
+        "dot.png": "too small: 1x1 pixels",
+        "strip.png": "too elongated: 900x20 pixels, over 8:1",
+    }
+
+
+def test_odd_files_become_items_with_a_reason(tmp_path: Path):
+    reasons = odd_files(tmp_path)
+    fitting = Fitting(64, "short", 16)
+    for item in find_inputs([str(tmp_path)], 1).items:
+        reason = item.reason
+        if not reason:
+            with pytest.raises(BrixelError) as caught:
+                fitting.model_size(item.height, item.width)
+            reason = str(caught.value)
+        assert reasons[item.name] in reason
+
+
+def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 1000)
+    Image.new("RGB", (40, 40)).save(tmp_path / "bomb.png")
+    assert "too many pixels (decompression bomb?): 40x40, over 1,000" in find_inputs([str(tmp_path)], 1).items[0].reason
+
+
+def test_no_damage_raises_anything_but_our_own_error(tmp_path: Path):
+    rng = random.Random(0)
+    whole = Image.open(make_photograph(tmp_path / "whole.png", 3, 64, 48))
+    for number in range(120):
+        kind = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")[number % 6]
+        buffer = io.BytesIO()
+        whole.save(buffer, kind)
+        data = bytearray(buffer.getvalue())
+        if number % 2:
+            data = data[: rng.randrange(len(data))]
+        else:
+            for _ in range(rng.randrange(1, 60)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        path = tmp_path / f"damaged.{kind.lower()}"
+        path.write_bytes(data)
+        try:
+            read_size(path, still=True)
+            assert load_image(path, still=True).mode == "RGB"
+        except BrixelError as error:
+            assert str(error).endswith(f": {path}")  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("fit", "height", "width", "expected"),
+    [
+        ("short", 300, 400, (112, 154)),
+        ("short", 400, 300, (154, 112)),
+        ("short", 50, 50, (112, 112)),
+        ("centre", 300, 400, (112, 112)),
+        ("stretch", 300, 400, (112, 112)),
+    ],
+)
+def test_sizes_are_multiples_of_the_patch(fit, height: int, width: int, expected: tuple[int, int]):
+    fitting = Fitting(112, fit, 14)
+    assert fitting.model_size(height, width) == expected
+    assert Fitting(112, fit, 14, enlarge=4).model_size(height, width) == (expected[0] * 4, expected[1] * 4)
+    image = Image.new("RGB", (width, height))
+    assert fitting.apply(image).size == expected[::-1]
+
+
+def test_snapping_is_measured():
+    assert Fitting(112, "short", 14).snapped(300, 400) == pytest.approx(154 - 112 * 4 / 3)
+    assert Fitting(112, "short", 14).snapped(112, 112) == 0
+    assert Fitting(100, "centre", 16).snapped(300, 300) == pytest.approx(4)
+
+
+def test_videos_need_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    (tmp_path / "clip.mp4").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"Reading videos needs PyAV, .* pip install 'brixel\[video\]'"):
+        find_inputs([str(tmp_path / "clip.mp4")], 1)
+
+
+def test_video_frames_are_items(tmp_path: Path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(10):
+            frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), (number * 25, 0, 0)))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    found = find_inputs([str(path)], every=4)
+    assert [item.name for item in found.items] == ["clip.mp4#00", "clip.mp4#04", "clip.mp4#08"]
+    reds = [np.asarray(found.load(item))[..., 0].mean() for item in found.items]
+    assert reds == pytest.approx([0, 100, 200], abs=12)
+    assert np.asarray(found.load(found.items[0]))[..., 0].mean() == pytest.approx(0, abs=12)  # back to the beginning
+    with pytest.raises(BrixelError, match="the video ends before this frame, after 10"):
+        found.videos[path].frame(12)
+    path.write_bytes(path.read_bytes()[:200])
+    assert find_inputs([str(path)], 1).items[0].reason == "not a video that can be read"
