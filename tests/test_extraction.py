@@ -28,6 +28,7 @@ from brixel_cli.core.student import StudentCard, load_student, save_student
 from brixel_cli.data.views import normalise
 from brixel_cli.engines.extraction import extract
 from brixel_cli.engines.extraction_model import ExtractionModel
+from brixel_cli.engines.extraction_plan import newest_student
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.extract_options import ExtractOptions
 from brixel_cli.recipe import AdapterConfig, FusionConfig
@@ -373,7 +374,7 @@ def test_the_command_says_what_it_did(model, mixed: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--input", "x"], "No student to extract with: give --checkpoint RUN"),
+        (["--input", "x"], "No student to extract with, and none under ./runs: train one with brixel distill"),
         ([], "--input is missing: a folder, an image"),
         (["--input", "x", "--source", "backbone"], "--source backbone: give --backbone NAME"),
         (["--input", "x", "--batch-size", "many"], "--batch-size must be auto or a number from 1 up, not many."),
@@ -389,7 +390,10 @@ def test_the_command_says_what_it_did(model, mixed: Path, tmp_path: Path):
         ),
     ],
 )
-def test_wrong_options_are_usage_errors(arguments: list[str], message: str):
+def test_wrong_options_are_usage_errors(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # where there are no runs
     result = CliRunner().invoke(app, ["extract", *arguments])
     assert result.exit_code == 2
     assert message in result.stderr
@@ -435,3 +439,14 @@ def test_missing_packages_of_the_export_are_named(options, tmp_path: Path, liste
     monkeypatch.setattr(exporting, "PACKAGES", ("onnx_of_another_world",))
     with pytest.raises(UsageError, match=r"--export needs onnx_of_another_world: pip install 'brixel\[onnx\]'"):
         exporting.export(options(inputs=[]), tmp_path / "x.onnx", listener)
+
+
+def test_the_newest_run_is_the_student_where_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name, age in (("old", 200), ("new", 100), ("empty", 0)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        if name != "empty":
+            student = tmp_path / "runs" / name / "student.safetensors"
+            student.touch()
+            os.utime(student, (time.time() - age,) * 2)
+    assert newest_student() == "runs/new"

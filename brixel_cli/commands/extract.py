@@ -101,12 +101,12 @@ def _show_failures(failures: dict[str, str]) -> None:
     if not failures:
         return
     listed = list(failures.items())[:MOST_LISTED]
-    caption = None
+    notes = []
     if len(failures) > MOST_LISTED:
         kinds = Counter(reason.split(":")[0].split("(")[0].strip()[:60] for reason in failures.values())
         common = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
-        caption = f"and {len(failures) - MOST_LISTED} more. In all: {common}."
-    print_table(f"{len(failures)} images without features", ["image", "reason"], listed, caption)
+        notes = [f"and {len(failures) - MOST_LISTED} more. In all: {common}."]
+    print_table(f"{len(failures)} images without features", ["image", "reason"], listed, notes)
 
 
 def _export(options: ExtractOptions, path: Path, as_json: bool) -> None:
@@ -126,6 +126,6 @@ def _export(options: ExtractOptions, path: Path, as_json: bool) -> None:
         f"{done.path}: largest difference from PyTorch, by input",
         ["input", "difference"],
         rows,
-        f"Dynamic: {done.dynamic}.",
+        [f"Dynamic: {done.dynamic}."],
     )
     print_files([str(done.path)])

@@ -65,7 +65,7 @@ def export(options: ExtractOptions, path: Path, reporter: Reporter) -> Exported:
     _check(path)
     if options.source == "teacher":
         raise UsageError("--export with --source teacher: the teacher is the backbone at a larger --res; export that.")
-    facts = model_facts(options)
+    facts = model_facts(options, reporter)
     side = max(round(options.res / facts.patch_size), 1) * facts.patch_size
     check_size(side, side, facts.patch_size)
     cpu = Runtime(RunConfig(device="cpu", precision="float32"))

@@ -43,9 +43,8 @@ class ExtractionModel:
         self.facts, self.runtime, self.reporter = facts, runtime, reporter
         self.student: Student | None = None
         if facts.adapter is not None:
-            assert options.checkpoint is not None
             self.student = load_student(
-                options.checkpoint,
+                facts.adapter.path,
                 backbone=options.backbone,
                 backbone_weights=facts.weights,
                 device=str(runtime.device),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from brixel_cli.core.backbone import load_backbone
-from brixel_cli.core.student import StoredAdapter, read_adapter
+from brixel_cli.core.student import FILE_NAME, StoredAdapter, read_adapter
 from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, Grid, Layout, text_array
 from brixel_cli.data.features import FAILED, MISSING, Array
 from brixel_cli.data.fitting import Fitting
@@ -21,6 +21,7 @@ from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.extract_options import ExtractOptions, Source
 
 DEFAULT_FACTOR = 4
+RUNS = "runs"
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
     """
     if not options.inputs:
         raise UsageError("--input is missing: a folder, an image, a video, a quoted glob, or a .txt list of paths.")
-    facts = model_facts(options)
+    facts = model_facts(options, reporter)
     if options.pca is not None and options.pca > facts.embed_dim:
         raise UsageError(f"--pca {options.pca}: the maps of {facts.backbone} have only {facts.embed_dim} channels.")
     suffix = ".h5" if options.storage == "h5" else f"_{options.storage}"
@@ -193,19 +194,34 @@ def preview_folder(output: Path) -> Path:
     return output.with_name(f"{output.stem if output.suffix == '.h5' else output.name}_preview")
 
 
-def model_facts(options: ExtractOptions) -> ModelFacts:
+def newest_student() -> str:
+    """The run under ./runs whose student was saved last: what is meant where no checkpoint is named.
+
+    Raises:
+        UsageError: there is none.
+    """
+    students = sorted(Path(RUNS).glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime)
+    if not students:
+        raise UsageError(
+            f"No student to extract with, and none under ./{RUNS}: train one with brixel distill, give --checkpoint "
+            "RUN (a run folder, .safetensors, released .pth or hub id), or take the plain maps with --source backbone "
+            "--backbone NAME."
+        )
+    return str(students[-1].parent)
+
+
+def model_facts(options: ExtractOptions, reporter: Reporter) -> ModelFacts:
     """Read the checkpoint's description and build the backbone's shapes.
 
     Raises:
         UsageError: the model is not fully named.
         WeightsError: the checkpoint cannot be read.
     """
-    adapter = read_adapter(options.checkpoint) if options.checkpoint else None
-    if adapter is None and options.source == "student":
-        raise UsageError(
-            "No student to extract with: give --checkpoint RUN (a run folder, .safetensors, released .pth or hub "
-            "id), train one with brixel distill, or take the plain maps with --source backbone --backbone NAME."
-        )
+    checkpoint = options.checkpoint
+    if checkpoint is None and options.source == "student":
+        checkpoint = newest_student()
+        reporter.say(f"student: {checkpoint}, the newest under {RUNS}")
+    adapter = read_adapter(checkpoint) if checkpoint else None
     name = options.backbone or (adapter.card.backbone if adapter else "")
     if not name:
         where = f"{adapter.path} does not say which backbone it belongs to" if adapter else f"--source {options.source}"

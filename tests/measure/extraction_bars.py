@@ -81,6 +81,7 @@ def throughput(options: argparse.Namespace, scratch: Path) -> dict:
     """The command's images per second, from the first image to the last, over a bare loop's with the same batches."""
     import torch
 
+    from brixel_cli.console import Progress
     from brixel_cli.data.feature_file import FeatureFile
     from brixel_cli.engines.extraction_model import ExtractionModel
     from brixel_cli.engines.extraction_plan import model_facts
@@ -97,7 +98,7 @@ def throughput(options: argparse.Namespace, scratch: Path) -> dict:
         backbone_weights=options.backbone_weights, precision=options.precision,
     )  # fmt: skip
     runtime = Runtime(RunConfig(device="auto", precision=options.precision))
-    model = ExtractionModel(facts, model_facts(facts), runtime, reporter=None)
+    model = ExtractionModel(facts, model_facts(facts, Progress()), runtime, Progress())
     seconds = 0.0
     for size in sorted(sizes):
         rows = int((features.model_size == size).all(axis=1).sum())
