@@ -5,8 +5,6 @@ Under torchrun only the first process speaks, except to report its own failure.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.formatting import to_json
 
 _quiet = False
 
@@ -65,7 +64,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def print_json(result: Mapping[str, Any]) -> None:
     """One line of JSON to stdout, for programs; nan and infinity become null."""
     if is_first_process():
-        sys.stdout.write(json.dumps(_jsonable(result)) + "\n")
+        sys.stdout.write(to_json(result) + "\n")
 
 
 def print_version(version: str) -> None:
@@ -115,13 +114,3 @@ class Progress:
             disable=_quiet or not is_first_process(), dynamic_ncols=True,
         ) as bar:  # fmt: skip
             yield bar
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -181,6 +181,10 @@ class OptimConfig(Section):
     average: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the moving average of the weights that is validated and saved; 0 switches averaging off."""
 
+    def images_per_pass(self, world_size: int = 1) -> int:
+        """Images that one process handles at once."""
+        return max(self.batch_size // (self.accumulate * world_size), 1)
+
     @model_validator(mode="after")
     def _consistent(self) -> OptimConfig:
         if (self.steps is None) == (self.epochs is None):

@@ -383,3 +383,111 @@ def test_the_environment_stays_as_it_was(tiny_recipe: Recipe, tmp_path: Path, li
     assert {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "PYTEST"))} == {
         key: value for key, value in before.items() if not key.startswith(("ACCELERATE", "PYTEST"))
     }
+
+
+# What a reviewer found
+
+
+def test_the_photographs_of_a_resumed_run_must_be_the_same(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for number in range(6):
+        make_photograph(folder / f"{number}.png", number)
+    recipe = with_changes(tiny_recipe_file, f"data.images={folder}")
+    distill(recipe, RunFolder(tmp_path / "run"), listener)
+    make_photograph(folder / "late.png", 50)
+    with pytest.raises(
+        UsageError, match=r"The photographs are not those that .* was begun with: 5 training and 1 held"
+    ):
+        distill(recipe, RunFolder(tmp_path / "run"), listener, resume=True)
+
+
+def test_held_out_photographs_are_never_trained_on(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
+    (tmp_path / "all" / "val").mkdir(parents=True)
+    for number in range(5):
+        make_photograph(tmp_path / "all" / f"{number}.png", number)
+    for number in range(2):
+        make_photograph(tmp_path / "all" / "val" / f"{number}.png", 20 + number)
+    recipe = with_changes(
+        tiny_recipe_file, f"data.images={tmp_path / 'all'}", f"data.val_images={tmp_path / 'all' / 'val'}"
+    )
+    distill(recipe, RunFolder(tmp_path / "run"), listener)
+    assert "5 training and 2 held-out photographs" in listener.said[0]
+    same = with_changes(tiny_recipe_file, f"data.images={tmp_path / 'all'}", f"data.val_images={tmp_path / 'all'}")
+    with pytest.raises(BrixelError, match="All photographs in data.images .* are held out by data.val_images"):
+        distill(same, RunFolder(tmp_path / "other"), listener)
+
+
+@pytest.mark.parametrize("cached", ["true", "false"])
+def test_damaged_photographs_are_told_again_after_resuming(
+    tiny_recipe_file: Path, tmp_path: Path, cached: str, listener: Listener
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for number in range(6):
+        make_photograph(folder / f"{number}.png", number)
+    data = (folder / "3.png").read_bytes()
+    (folder / "3.png").write_bytes(data[: len(data) // 2])
+    recipe = with_changes(tiny_recipe_file, f"data.images={folder}", f"cache.enabled={cached}")
+    first = distill(recipe, RunFolder(tmp_path / "run"), listener)
+    assert first.results["num_skipped"] == 1
+    listed = (tmp_path / "run" / "skipped.csv").read_text()
+    assert "3.png,image file is truncated" in listed
+    again = distill(recipe, RunFolder(tmp_path / "run"), Listener(), resume=True)
+    assert again.results == first.results
+    assert (tmp_path / "run" / "skipped.csv").read_text() == listed
+
+
+def test_a_damaged_held_out_photograph_does_not_count(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    folder = tmp_path / "held_out"
+    folder.mkdir()
+    for number in range(3):
+        make_photograph(folder / f"{number}.png", 30 + number)
+    data = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(data[: len(data) // 2])
+    recipe = with_changes(tiny_recipe_file, f"data.val_images={folder}")
+    assert distill(recipe, RunFolder(tmp_path / "run"), listener).results["best"]["num_images"] == 2
+    for number in (0, 2):
+        (folder / f"{number}.png").write_bytes((folder / "1.png").read_bytes())
+    with pytest.raises(BrixelError, match=r"None of the 3 .*photographs can be read"):
+        distill(recipe, RunFolder(tmp_path / "other"), listener)
+
+
+def test_checkpointing_does_not_change_a_run(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
+    for name in ("false", "true"):
+        changes = (f"adapter.checkpointing={name}", "adapter.kind=deformable", "run.precision=float32")
+        distill(with_changes(tiny_recipe_file, *changes), RunFolder(tmp_path / name), listener)
+    one, two = (tensors_of(tmp_path / name, "last.safetensors") for name in ("false", "true"))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=1e-4)
+
+
+def test_an_output_that_cannot_be_a_folder_is_named(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(UsageError, match=r"taken/run cannot be made into a run folder: Not a directory"):
+        distill(tiny_recipe, RunFolder(tmp_path / "taken" / "run"), listener)
+
+
+def test_a_run_works_from_any_folder(tiny_recipe_file: Path, tmp_path: Path, listener: Listener, monkeypatch) -> None:
+    from safetensors.torch import save_file
+
+    from brixel_cli.core.backbone import load_backbone
+
+    monkeypatch.chdir(tmp_path)
+    save_file(load_backbone("test_vit", "random").vit.state_dict(), "backbone.safetensors")
+    recipe = with_changes(tiny_recipe_file, "backbone.weights=backbone.safetensors")
+    distill(recipe, RunFolder(tmp_path / "run"), listener)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_student(tmp_path / "run")(torch.randn(1, 3, 32, 32)).shape == (1, 64, 8, 8)
+    assert (
+        distill(recipe_of(tmp_path / "run"), RunFolder(tmp_path / "run"), listener, resume=True).results["steps"] == 4
+    )
+
+
+def recipe_of(folder: Path) -> Recipe:
+    return load_recipe(str(folder / "recipe.yaml"))

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from brixel_cli.data import features
-from brixel_cli.data.features import Column, Store, bytes_needed, check_disk, create_store, human_bytes
+from brixel_cli.data.features import Column, Store, bytes_needed, check_disk, create_store
 from brixel_cli.errors import BrixelError
+from brixel_cli.formatting import human_bytes
 
 COLUMNS = {"maps": Column((4, 3, 2), "float16"), "scale": Column((), "float32"), "number": Column((2,), "int64")}
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from brixel_cli.console import Progress, print_files, print_json, print_table, say
 from brixel_cli.errors import UsageError
+from brixel_cli.formatting import human_bytes
 from brixel_cli.recipe import Recipe
 from brixel_cli.recipe_files import load_recipe
 
@@ -52,7 +53,8 @@ def run_distill(
     else:
         _show_results(done.results, recipe)
         print_files(files)
-    say(f'load it: brixel_cli.load_student("{folder}")')
+    if recipe.backbone.weights != "random":  # those are gone with this process
+        say(f'load it: brixel_cli.load_student("{folder}")')
 
 
 def _recipe_and_folder(
@@ -89,8 +91,6 @@ def _show_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(plan))
         return
-    from brixel_cli.data.features import human_bytes
-
     rows = [
         ["live parameters (adapter)", f"{plan.num_live_parameters:,}"],
         ["frozen parameters (backbone)", f"{plan.num_frozen_parameters:,}"],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from brixel_cli.console import Progress, is_first_process, print_files, print_json, print_table, say
 from brixel_cli.errors import BrixelError
 from brixel_cli.extract_options import ExtractOptions
+from brixel_cli.formatting import human_bytes
 
 if TYPE_CHECKING:
     from brixel_cli.engines.extraction import Extracted
@@ -58,8 +59,6 @@ def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_
 
 
 def _show_plan(plan: ExtractPlan, as_json: bool) -> None:
-    from brixel_cli.data.features import human_bytes
-
     if as_json:
         print_json(plan.summary())
     else:

@@ -199,7 +199,7 @@ def _load_file(vit: nn.Module, name: str, path: Path) -> None:
     what = f"{path} does not hold weights of {name}"
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda state, _: state)
     try:
-        state = convert(timm.models.load_state_dict(str(path)), vit)
+        state = convert(timm.models.load_state_dict(str(path), weights_only=True), vit)
     except Exception as error:  # timm, torch and safetensors each raise their own kinds here
         raise WeightsError(f"{what}: {_first_lines(error)}") from error
     expected = vit.state_dict()

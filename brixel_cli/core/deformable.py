@@ -207,8 +207,9 @@ class DeformableAdapter(Adapter):
     def difference(
         self, images: Tensor, maps: Sequence[Tensor], middle: tuple[int, int], fine: tuple[int, int]
     ) -> Tensor:
-        stride4 = self.run(self.stem, images)
-        stride8 = self.run(self.conv2, stride4)
+        # Never recomputed: their BatchNorm would see each batch twice.
+        stride4 = self.stem(images)
+        stride8 = self.conv2(stride4)
         tokens = resize(self.fc2(stride8), middle).flatten(2).transpose(1, 2) + self.level_embed
         for map_, extractors in zip(maps, self.extractors, strict=True):
             features = map_.flatten(2).transpose(1, 2)

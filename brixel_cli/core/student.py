@@ -102,13 +102,16 @@ class StoredAdapter:
     card: StudentCard
     released: ReleasedStudent | None
 
-    def build(self) -> Adapter:
+    def build(self, config: AdapterConfig | None = None) -> Adapter:
         """The adapter with its stored weights.
+
+        Args:
+            config: of the same architecture as the stored one, where memory layout or training options shall differ.
 
         Raises:
             WeightsError: the stored tensors do not fit the stored description.
         """
-        adapter = build_adapter(self.card.embed_dim, self.card.factor, self.card.adapter)
+        adapter = build_adapter(self.card.embed_dim, self.card.factor, config or self.card.adapter)
         check_keys(adapter.state_dict(), self.tensors, f"{self.path} does not fit its own description")
         adapter.load_state_dict(self.tensors)
         return adapter
@@ -193,6 +196,8 @@ def load_student(
     trunk = load_backbone(name, str(backbone_weights or card.backbone_weights), dtype=dtype, device=device)
     if trunk.embed_dim != card.embed_dim:
         raise WeightsError(f"{stored.path} has width {card.embed_dim}, the backbone {name} has {trunk.embed_dim}.")
+    if card.backbone_weights == "random" and card.backbone_sha256 and trunk.sha256 != card.backbone_sha256:
+        raise WeightsError(f"{stored.path} was trained on random backbone weights, which are gone with that run.")
     if card.backbone_sha256 and trunk.sha256 != card.backbone_sha256:
         raise WeightsError(
             f"The weights of {name} ({trunk.weights}) are not those that {stored.path} was trained on: "

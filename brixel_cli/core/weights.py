@@ -30,13 +30,20 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and string metadata as safetensors; a reader sees the old file or the new one, never a part."""
+    """Write tensors and string metadata as safetensors; a reader sees the old file or the new one, never a part.
+
+    Raises:
+        WeightsError: the file cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial, dict(metadata))
-    partial.chmod(path.parent.stat().st_mode & 0o666)  # readable to whoever can read the folder
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial, dict(metadata))
+        partial.chmod(path.parent.stat().st_mode & 0o666)  # readable to whoever can read the folder
+        with open(partial, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be written: {error}. Make room, or choose another folder.") from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -47,7 +54,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
 
@@ -115,8 +122,8 @@ class ReleasedStudent:
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _wb(name: str, *shape: int, bias: tuple[int, ...] | None = None) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": shape, f"{name}.bias": bias or shape[:1]}
+def _wb(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 
 
 def _batch_norm(name: str, channels: int) -> dict[str, tuple[int, ...]]:

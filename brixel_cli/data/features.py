@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from brixel_cli.errors import BrixelError
+from brixel_cli.formatting import human_bytes
 
 STATUS = "status"
 MISSING, DONE, FAILED = 0, 1, 2
@@ -53,15 +54,6 @@ class Column:
 def bytes_needed(num_rows: int, columns: Mapping[str, Column]) -> int:
     """Bytes of a file's datasets."""
     return num_rows + sum(column.row_bytes * _num_live(column, num_rows) for column in columns.values())
-
-
-def human_bytes(count: float) -> str:
-    """A number of bytes for people: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def check_disk(folder: Path, needed: int, what: str) -> None:
@@ -103,7 +95,7 @@ def create_store(
     contents = {STATUS: np.zeros(num_rows, np.uint8), **(filled or {})}
     needed = bytes_needed(num_rows, columns) + sum(array.nbytes for name, array in contents.items() if name != STATUS)
     check_disk(path.parent, needed, f"{path.name}")
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two runs may create the same file at once
     try:
         with h5py.File(partial, "w") as file:
             for key, value in {ATTRIBUTES: json.dumps(description, sort_keys=True), **(attributes or {})}.items():

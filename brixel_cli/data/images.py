@@ -14,9 +14,11 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from brixel_cli.errors import BrixelError
 
 EXTENSIONS = (
-    ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
-    ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+    ".apng", ".avif", ".bmp", ".dds", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf",
+    ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".sgi", ".tga",
+    ".tif", ".tiff", ".webp",
 )  # fmt: skip
+"""Of the formats that Pillow reads by itself; its stubs for HDF5 and the like are left out."""
 
 
 MAX_PIXELS = 178_956_970
@@ -116,9 +118,11 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Ski
         else:
             found.append(Photograph(path, str(relative), height, width))
     if not found:
-        reasons = "".join(f"\n  {item.name}: {item.reason}" for item in skipped[:5])
+        others = sum(path.is_file() for path in folder.rglob("*")) - len(skipped)
+        reasons = f"\n{describe_skipped(skipped, 5)}" if skipped else ""
         raise BrixelError(
-            f"No usable photograph in {folder}: {len(skipped)} skipped.{reasons}\n"
+            f"No usable photograph in {folder}: {len(skipped)} skipped, "
+            f"{others} files with other extensions.{reasons}\n"
             "Name another folder with --images DIR, or lower data.min_side."
         )
     return found, skipped

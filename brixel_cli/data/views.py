@@ -107,10 +107,9 @@ class Views(Dataset[View]):
     def __len__(self) -> int:
         return len(self.photographs) * self.config.per_image
 
-    def name(self, number: int) -> str:
-        """The name of the photograph that a view is cut from, and which of its views it is, where it has several."""
-        photograph, variant = divmod(number, self.config.per_image)
-        return self.photographs[photograph].name + (f"#{variant}" if self.config.per_image > 1 else "")
+    def photograph(self, number: int) -> Photograph:
+        """The photograph that a view is to be cut from."""
+        return self.photographs[number // self.config.per_image]
 
     def __getitem__(self, key: tuple[int, int]) -> View:
         epoch, number = key
@@ -156,6 +155,7 @@ def split_photographs(
 
     ranked = sorted(photographs, key=place)
     num_held_out = sum(place(photograph) < fraction for photograph in ranked)
-    held_out = ranked[: min(max(num_held_out, 1), len(ranked) - 1)]
-    training = [photograph for photograph in photographs if photograph not in set(held_out)]
-    return training, [photograph for photograph in photographs if photograph in set(held_out[:most])]
+    kept_back = ranked[: min(max(num_held_out, 1), len(ranked) - 1)]
+    withheld, held_out = set(kept_back), set(kept_back[:most])
+    training = [photograph for photograph in photographs if photograph not in withheld]
+    return training, [photograph for photograph in photographs if photograph in held_out]

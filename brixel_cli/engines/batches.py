@@ -15,15 +15,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from brixel_cli.core.backbone import Backbone
-from brixel_cli.data.features import Column, Store, bytes_needed, create_store, human_bytes
-from brixel_cli.data.images import Skipped
+from brixel_cli.data.features import Column, Store, bytes_needed, create_store
+from brixel_cli.data.images import Skipped, load_image
 from brixel_cli.data.views import View, Views, reduce_view, seed_of
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
+from brixel_cli.errors import BrixelError
+from brixel_cli.formatting import human_bytes
 from brixel_cli.recipe import Recipe
 
 Key = tuple[int, int]
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 CACHE_BATCH = 8
 
 
@@ -36,12 +38,14 @@ class Batch:
         maps: the backbone's four maps of them, each (B, D, h, w).
         targets: the teacher's maps (B, D, factor * h, factor * w).
         names: the photographs, for messages.
+        replaced: for each, whether it stands in for a damaged one.
     """
 
     images: Tensor
     maps: list[Tensor]
     targets: Tensor
     names: list[str]
+    replaced: list[bool]
 
 
 class Batches(Protocol):
@@ -89,7 +93,7 @@ def compute_maps(
     backbone: Backbone, runtime: Runtime, pixels: Tensor, factor: int
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """From teacher views (B, 3, 4S, 4S): the student's views, the backbone's four maps of those, and the targets."""
-    pixels = pixels.to(runtime.device, non_blocking=True)
+    pixels = pixels.to(runtime.device)
     images = reduce_view(pixels, factor)
     with runtime.autocast():
         return images, backbone.intermediate_maps(images), backbone.last_map(pixels)
@@ -109,11 +113,13 @@ class OnlineBatches:
             batch_sampler=keys,  # type: ignore[arg-type]
             num_workers=self.workers,
             collate_fn=list,
-            pin_memory=self.runtime.device.type == "cuda",
         )
-        for batch in loader:
-            self.skipped.extend(skipped for view in batch for skipped in view.skipped if skipped not in self.skipped)
-            yield batch
+        try:
+            for batch in loader:
+                self.skipped.extend(item for view in batch for item in view.skipped if item not in self.skipped)
+                yield batch
+        except BrixelError as error:  # a worker's comes wrapped in its traceback
+            raise BrixelError(str(error).strip().rpartition("BrixelError: ")[2]) from error
 
     def iterate(self, keys: Iterable[Sequence[Key]]) -> Iterator[Batch]:
         """One batch for each list of keys, in order."""
@@ -122,6 +128,7 @@ class OnlineBatches:
             yield Batch(
                 *compute_maps(self.backbone, self.runtime, pixels, self.views.config.factor),
                 names=[view.name for view in views],
+                replaced=[bool(view.skipped) for view in views],
             )
 
 
@@ -131,31 +138,42 @@ class CachedBatches:
     def __init__(self, store: Store, views: Views, first_row: int, device: torch.device):
         self.store, self.views, self.first_row, self.device = store, views, first_row, device
         self.skipped: list[Skipped] = []
+        for number in range(0, len(views), views.config.per_image):
+            wanted = views.photographs[number // views.config.per_image]
+            if self._used(number) != wanted.name:
+                self.skipped.append(Skipped(wanted.name, _damage(wanted.path)))
+
+    def _used(self, number: int) -> str:
+        """The photograph that a view was cut from: another than the wanted one where that was damaged."""
+        return self.views.photographs[int(self.store.read("photograph", [self.first_row + number])[0])].name
 
     def iterate(self, keys: Iterable[Sequence[Key]]) -> Iterator[Batch]:
         """One batch for each list of keys, in order."""
         for batch in keys:
             rows = [self.first_row + number for _, number in batch]
             maps = self._tensor("maps", rows)
+            sources = [(self._used(number), self.views.photograph(number).name) for _, number in batch]
             yield Batch(
                 images=self._tensor("images", rows),
                 maps=list(maps.unbind(1)),
                 targets=self._tensor("targets", rows),
-                names=[self.views.name(number) for _, number in batch],
+                names=[used for used, _ in sources],
+                replaced=[used != wanted for used, wanted in sources],
             )
 
     def _tensor(self, name: str, rows: list[int]) -> Tensor:
-        return torch.from_numpy(self.store.read(name, rows)).to(self.device, non_blocking=True).float()
+        return torch.from_numpy(self.store.read(name, rows)).to(self.device).float()
 
 
 def cache_columns(recipe: Recipe, embed_dim: int, patch_size: int) -> dict[str, Column]:
-    """Datasets of a cache: for each view the student's image, the backbone's four maps of it, and the target."""
+    """Datasets of a cache: for each view its image, maps and target, and the photograph that it was really cut from."""
     height, width = recipe.student_hw
     h, w, factor = height // patch_size, width // patch_size, recipe.views.factor
     return {
         "images": Column((3, height, width), "float16"),
         "maps": Column((4, embed_dim, h, w), "float16"),
         "targets": Column((embed_dim, factor * h, factor * w), "float16"),
+        "photograph": Column((), "int32"),
     }
 
 
@@ -190,31 +208,43 @@ def open_cache(
     columns = cache_columns(recipe, backbone.embed_dim, backbone.patch_size)
     if runtime.is_first and not path.exists():
         reporter.say(f"cache: {num_rows} views need {human_bytes(bytes_needed(num_rows, columns))} on disk, at {path}")
+        others = [file for file in folder.glob("*.h5") if file != path] if folder.is_dir() else []
+        if others:
+            taken = human_bytes(sum(file.stat().st_size for file in others))
+            reporter.say(f"cache: {len(others)} other files in {folder} take {taken}; delete those no longer needed")
         create_store(path, num_rows, columns, description)
     runtime.wait()
     store = Store(path, writable=True)
     starts = [sum(len(views) for views in parts[:number]) for number in range(len(parts))]
     missing = {int(row) for row in store.missing}
     runtime.wait()  # every process has read the same list before the first row is filled
-    sources = []
     with reporter.bar("cache", num_rows, num_rows - len(missing), "view") as bar:
         for views, first_row in zip(parts, starts, strict=True):
             rows = [row for row in range(first_row, first_row + len(views)) if row in missing]
             mine = rows[runtime.rank :: runtime.world_size]
-            chunks = [mine[at : at + CACHE_BATCH] for at in range(0, len(mine), CACHE_BATCH)]
-            source = CachedBatches(store, views, first_row, runtime.device)
+            at_once = min(CACHE_BATCH, recipe.optim.images_per_pass(runtime.world_size))
+            chunks = [mine[at : at + at_once] for at in range(0, len(mine), at_once)]
+            numbers = {photograph.name: number for number, photograph in enumerate(views.photographs)}
             online = OnlineBatches(views, backbone, runtime, recipe.run.workers)
             batches = online.iterate([(0, row - first_row) for row in chunk] for chunk in chunks)
             for chunk, batch in zip(chunks, batches, strict=True):
                 maps = torch.stack(batch.maps, dim=1)
                 for place, row in enumerate(chunk):
                     tensors = {"images": batch.images, "maps": maps, "targets": batch.targets}
-                    store.write(row, {name: _half(tensor[place]) for name, tensor in tensors.items()})
+                    arrays = {name: _half(tensor[place]) for name, tensor in tensors.items()}
+                    photograph = np.array(numbers[batch.names[place]], np.int32)
+                    store.write(row, {**arrays, "photograph": photograph})
                 bar.update(len(chunk) * runtime.world_size)
-            source.skipped = online.skipped
-            sources.append(source)
     runtime.wait()
-    return sources
+    return [CachedBatches(store, views, row, runtime.device) for views, row in zip(parts, starts, strict=True)]
+
+
+def _damage(path: Path) -> str:
+    try:
+        load_image(path)
+    except BrixelError as error:
+        return str(error).removesuffix(f": {path}")
+    return "could not be read when the cache was filled"
 
 
 def _half(tensor: Tensor) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -25,10 +24,12 @@ from brixel_cli.engines.batches import Batch, Batches, OnlineBatches, batch_keys
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.run_folder import RunFolder, write_text
 from brixel_cli.engines.runtime import Runtime
-from brixel_cli.engines.setup import check_view_sizes, find_photographs, make_adapter, make_views
+from brixel_cli.engines.setup import check_view_sizes, find_photographs, make_adapter, make_views, resolve_paths
 from brixel_cli.engines.validation import Validation, validate
 from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.formatting import to_json
 from brixel_cli.recipe import OptimConfig, Recipe
+from brixel_cli.recipe_files import dump_recipe
 
 MOST_REFUSED = 3
 BASIS_VIEWS = 16
@@ -87,6 +88,7 @@ class Trainer:
         self.step = 0
         self.refused_in_a_row = 0
         self.best: dict[str, Any] | None = None
+        self.damaged: dict[str, str] = {}
 
     @property
     def deployed(self) -> Adapter:
@@ -145,7 +147,8 @@ class Trainer:
             }
         if self.loss.basis:
             tensors |= {"basis.components": self.loss.basis.components, "basis.mean": self.loss.basis.mean}
-        return tensors, {"step": self.step, "refused_in_a_row": self.refused_in_a_row, "best": self.best}
+        facts = {"step": self.step, "refused_in_a_row": self.refused_in_a_row, "best": self.best}
+        return tensors, {**facts, "damaged": self.damaged}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Continue from a stored state."""
@@ -161,13 +164,16 @@ class Trainer:
             if stored:
                 # The fused update walks memory in the parameter's own layout, channels_last included.
                 self.optimizer.state[parameter] = {
-                    key: value if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(value)
+                    key: value.to(parameter.device)
+                    if key == "step"
+                    else torch.empty_like(parameter, requires_grad=False).copy_(value)
                     for key, value in stored.items()
                 }
         if "basis.mean" in tensors:
             device = self.runtime.device
             self.loss.basis = Basis(tensors["basis.components"].to(device), tensors["basis.mean"].to(device))
         self.step, self.refused_in_a_row, self.best = facts["step"], facts["refused_in_a_row"], facts["best"]
+        self.damaged = facts["damaged"]
 
 
 def distill(
@@ -188,7 +194,8 @@ def distill(
     Raises:
         BrixelError: something the user can mend; what was computed before stays in the folder.
     """
-    if not (overwrite and not resume):
+    recipe = resolve_paths(recipe)
+    if resume or not overwrite:
         folder.check(recipe, resume)
     runtime = Runtime(recipe.run)
     share = recipe.optim.accumulate * runtime.world_size
@@ -212,22 +219,19 @@ def distill(
     if photographs.skipped:
         reporter.warn(f"skipped {len(photographs.skipped)} photographs:\n{describe_skipped(photographs.skipped)}")
 
-    # The folder, and the state of an interrupted run.
+    # The state of an interrupted run.
     stored = folder.load_state() if resume else None
-    if runtime.is_first:
-        if resume:
-            write_text(folder.recipe, folder.recipe.read_text(encoding="utf-8"))
-        else:
-            folder.begin(recipe)
-        folder.write_skipped(photographs.skipped)
-    runtime.wait()
     if stored:
+        if stored[1]["photographs"] != photographs.fingerprint:
+            raise UsageError(
+                f"The photographs are not those that {folder.path} was begun with: {stored[1]['photographs']} then, "
+                f"{photographs.fingerprint} now. Put them back as they were, or begin a run in another folder."
+            )
         trainer.restore(*stored)
         reporter.say(f"resuming {folder.path} after step {trainer.step}")
-    if runtime.is_first:
-        folder.rewind_metrics(trainer.step)
+    del stored  # it maps the file that the next checkpoint replaces
 
-    # Where batches come from.
+    # Where batches come from. The disk may not suffice: an old run in this folder is cleared away only after that.
     training_views, held_out_views = make_views(recipe, photographs, backbone)
     sources: list[Batches]
     if recipe.cache.enabled:
@@ -235,6 +239,14 @@ def distill(
     else:
         sources = [OnlineBatches(v, backbone, runtime, recipe.run.workers) for v in (training_views, held_out_views)]
     training, held_out = sources
+    if runtime.is_first:
+        if resume:
+            write_text(folder.recipe, dump_recipe(recipe))  # what stands under `run` may have changed
+        else:
+            folder.begin(recipe)
+        folder.write_skipped(photographs.skipped)
+        folder.rewind_metrics(trainer.step)
+    runtime.wait()
 
     _fit_fixed_basis(trainer, training, len(training_views))
     total = num_steps(recipe.optim, len(training_views))
@@ -243,17 +255,24 @@ def distill(
     def check_up() -> None:
         """Validate, keep the best student, write the checkpoint."""
         if trainer.step % recipe.run.validate_every == 0 or trainer.step == total:
-            validation = validate(trainer.deployed, backbone, held_out, len(held_out_views), runtime)
-            improved = trainer.best is None or validation.student["cosine"] > trainer.best["student"]["cosine"]
+            at_once = recipe.optim.images_per_pass(runtime.world_size)
+            validation = validate(trainer.deployed, backbone, held_out, len(held_out_views), runtime, at_once)
+            improved = _is_better(validation, trainer.best)
             if improved:
                 trainer.best = _summary(validation, trainer.step)
             if runtime.is_first:
                 _record_validation(validation, trainer.step, folder, writer)
                 if improved:
                     save_student(folder.student, trainer.deployed.state_dict(), _card(recipe, backbone, trainer.step))
+        damaged = runtime.gather([(item.name, item.reason) for item in training.skipped + held_out.skipped])
+        if not set(damaged) <= set(trainer.damaged.items()):
+            trainer.damaged |= dict(sorted(damaged))
+            listed = describe_skipped(_skipped(trainer.damaged))
+            reporter.warn(f"{len(trainer.damaged)} damaged photographs were replaced by others:\n{listed}")
         if runtime.is_first:
             save_student(folder.last, trainer.deployed.state_dict(), _card(recipe, backbone, trainer.step))
-            folder.save_state(*trainer.state())
+            tensors, facts = trainer.state()
+            folder.save_state(tensors, {**facts, "photographs": photographs.fingerprint})
 
     # The loop.
     keys = batch_keys(
@@ -262,7 +281,6 @@ def distill(
     )  # fmt: skip
     passes = training.iterate(keys)
     steps_per_epoch = len(training_views) / recipe.optim.batch_size
-    num_reported = 0
     with reporter.bar("distil", total, trainer.step, "step") as bar:
         while trainer.step < total:
             began = time.perf_counter()
@@ -282,15 +300,9 @@ def distill(
             due = trainer.step % recipe.run.checkpoint_every == 0 or trainer.step % recipe.run.validate_every == 0
             if due or trainer.step == total:
                 check_up()
-            damaged = training.skipped + held_out.skipped
-            if len(damaged) > num_reported:
-                num_reported = len(damaged)
-                reporter.warn(
-                    f"{num_reported} damaged photographs were replaced by others:\n{describe_skipped(damaged)}"
-                )
     if writer:
         writer.close()
-    return _finish(trainer, folder, photographs.skipped + training.skipped + held_out.skipped)
+    return _finish(trainer, folder, photographs.skipped + _skipped(trainer.damaged))
 
 
 def _fit_fixed_basis(trainer: Trainer, training: Batches, num_views: int) -> None:
@@ -302,6 +314,19 @@ def _fit_fixed_basis(trainer: Trainer, training: Batches, num_views: int) -> Non
         basis = fit_basis(targets, edge.components, trainer.recipe.seed)
         from_first = trainer.runtime.from_first
         trainer.loss.basis = Basis(from_first(basis.components), from_first(basis.mean))
+
+
+def _skipped(damaged: dict[str, str]) -> list[Skipped]:
+    return [Skipped(name, reason) for name, reason in damaged.items()]
+
+
+def _is_better(validation: Validation, best: dict[str, Any] | None) -> bool:
+    """Whether an adapter surpasses the best so far in held-out cosine; one that is not a number never does."""
+    cosine = validation.student["cosine"]
+    if best is None:
+        return True
+    former = best["student"]["cosine"]
+    return math.isfinite(cosine) and (former is None or not math.isfinite(former) or cosine > former)
 
 
 def _card(recipe: Recipe, backbone: Backbone, step: int) -> StudentCard:
@@ -372,7 +397,7 @@ def _finish(trainer: Trainer, folder: RunFolder, skipped: list[Skipped]) -> Dist
     results = {"steps": trainer.step, "best": trainer.best, "num_skipped": len(skipped)}
     if trainer.runtime.is_first:
         folder.write_skipped(skipped)
-        write_text(folder.results, json.dumps(results, indent=2) + "\n")
+        write_text(folder.results, to_json(results, indent=2) + "\n")
     trainer.runtime.wait()
     pictures = dict.fromkeys(folder.picture(step) for step in (trainer.best["step"], trainer.step))
     written = [folder.student, folder.last, folder.results, folder.metrics, folder.skipped, *pictures]

@@ -17,7 +17,7 @@ from torch import Tensor
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
 from brixel_cli.data.feature_file import FORMAT, FeatureFile, text_array
-from brixel_cli.data.features import DONE, FAILED, MISSING, Array, Store, check_disk, create_store, human_bytes
+from brixel_cli.data.features import DONE, FAILED, MISSING, Array, Store, check_disk, create_store
 from brixel_cli.data.inputs import reason_of
 from brixel_cli.engines.extraction_model import ExtractionModel, encode
 from brixel_cli.engines.extraction_plan import ExtractPlan, make_plan, preview_folder
@@ -28,6 +28,7 @@ from brixel_cli.engines.runtime import Runtime
 from brixel_cli.engines.sinks import make_sink
 from brixel_cli.errors import BrixelError
 from brixel_cli.extract_options import ExtractOptions
+from brixel_cli.formatting import human_bytes
 from brixel_cli.recipe import RunConfig
 
 PCA_SAMPLE = 64

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
 
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.cost import Cost, count_cost, count_parameters, fake_tensors, hollow
-from brixel_cli.core.losses import DistillationLoss, fit_basis
-from brixel_cli.data.features import bytes_needed, human_bytes
-from brixel_cli.engines.batches import Batch, cache_columns
+from brixel_cli.core.losses import Basis, DistillationLoss, fit_basis
+from brixel_cli.data.features import bytes_needed
+from brixel_cli.engines.batches import CACHE_BATCH, Batch, cache_columns
 from brixel_cli.engines.distillation import Trainer, num_steps
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
-from brixel_cli.engines.setup import Photographs, check_view_sizes, find_photographs, make_adapter
-from brixel_cli.errors import BrixelError
-from brixel_cli.recipe import Recipe
+from brixel_cli.engines.setup import Photographs, check_view_sizes, find_photographs, make_adapter, resolve_paths
+from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.formatting import human_bytes
+from brixel_cli.recipe import Recipe, SpectralConfig
 
 LONGEST_MEASUREMENT = 45.0
 """Seconds; what would take longer on one image is estimated from its FLOP."""
@@ -75,6 +75,7 @@ class _Counts:
     backbone: Cost
     adapter: Cost
     frozen_bytes: int
+    batch_bytes: int
     num_frozen: int
     num_live: int
     embed_dim: int
@@ -87,7 +88,10 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
     Raises:
         BrixelError: the recipe cannot be carried out: a size does not fit, `init` or a weights file is missing.
     """
+    recipe = resolve_paths(recipe)
     runtime = Runtime(recipe.run)
+    if runtime.world_size > 1:
+        raise UsageError("A dry run takes one process: leave torchrun out.")
     notes = []
     photographs: Photographs | None = None
     try:
@@ -98,14 +102,15 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
     if weights not in ("pretrained", "random") and not Path(weights).expanduser().is_file():
         notes.append(f"backbone: no weights at {weights}")
 
-    passes = recipe.optim.accumulate * runtime.world_size
-    per_pass = max(recipe.optim.batch_size // passes, 1)
+    passes = recipe.optim.accumulate
+    per_pass = recipe.optim.images_per_pass()
     counts = _count(recipe, runtime, per_pass, reporter)
     cached = recipe.cache.enabled
     device_bytes = _device_memory(runtime)
     state_bytes = counts.num_live * 4 * (5 if recipe.optim.average else 4)  # weights, gradients, two moments, average
-    working = max(counts.adapter.peak_bytes, 0 if cached else counts.teacher.peak_bytes * per_pass)
-    memory_bytes = counts.frozen_bytes + state_bytes + working
+    teacher_at_once = min(CACHE_BATCH, per_pass) if cached else per_pass
+    working = max(counts.adapter.peak_bytes, counts.teacher.peak_bytes * teacher_at_once)
+    memory_bytes = counts.frozen_bytes + state_bytes + counts.batch_bytes + working
 
     times, how = _time(recipe, runtime, counts, per_pass, memory_bytes, device_bytes, reporter)
     columns = cache_columns(recipe, counts.embed_dim, counts.patch_size)
@@ -149,7 +154,9 @@ def _count(recipe: Recipe, runtime: Runtime, per_pass: int, reporter: Reporter) 
     num_live = count_parameters(adapter)
     height, width = recipe.student_hw
     factor = recipe.views.factor
-    with fake_tensors(), runtime.autocast():
+    # The spectral term's bins depend on values, which fake tensors lack; its memory is that of the edge term's kind.
+    loss = recipe.loss.model_copy(update={"spectral": SpectralConfig(weight=0.0)})
+    with fake_tensors(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=runtime.bfloat16):
         hollow(meta)
         hollow(adapter)
         big, small = torch.empty(1, 3, *recipe.views.teacher_hw), torch.empty(1, 3, height, width)
@@ -159,9 +166,20 @@ def _count(recipe: Recipe, runtime: Runtime, per_pass: int, reporter: Reporter) 
         images = torch.empty(per_pass, 3, height, width)
         maps = [torch.empty(per_pass, meta.embed_dim, h, w) for _ in range(4)]
         targets = torch.empty(per_pass, meta.embed_dim, factor * h, factor * w)
-        trained = count_cost(lambda: nn.functional.l1_loss(adapter(images, maps).float(), targets).backward())
+        batch_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (images, *maps, targets))
+        basis = Basis(torch.empty(meta.embed_dim, loss.edge.components), torch.empty(meta.embed_dim))
+        terms = DistillationLoss(loss, basis)
+        trained = count_cost(lambda: terms(adapter(images, maps).float(), targets).total.backward())
     return _Counts(
-        teacher, trunk, trained, frozen_bytes, count_parameters(meta), num_live, meta.embed_dim, meta.patch_size
+        teacher=teacher,
+        backbone=trunk,
+        adapter=trained,
+        frozen_bytes=frozen_bytes,
+        batch_bytes=batch_bytes,
+        num_frozen=count_parameters(meta),
+        num_live=num_live,
+        embed_dim=meta.embed_dim,
+        patch_size=meta.patch_size,
     )
 
 
@@ -193,7 +211,7 @@ def _time(
         maps = [map_.repeat(per_pass, 1, 1, 1) for map_ in backbone.intermediate_maps(small)]
     grid = [recipe.views.factor * side for side in maps[-1].shape[-2:]]
     targets = torch.randn(per_pass, counts.embed_dim, *grid, device=runtime.device)
-    batch = Batch(small.repeat(per_pass, 1, 1, 1), maps, targets, ["random input"] * per_pass)
+    batch = Batch(small.repeat(per_pass, 1, 1, 1), maps, targets, ["random input"] * per_pass, [False] * per_pass)
     if recipe.loss.edge.weight and recipe.loss.edge.basis == "fixed":
         trainer.loss = DistillationLoss(recipe.loss, fit_basis(targets, recipe.loss.edge.components, recipe.seed))
     accumulate = recipe.optim.accumulate

@@ -14,6 +14,7 @@ results.json           the final table
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,8 @@ from torch import Tensor
 from brixel_cli.core.student import FILE_NAME
 from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.images import Skipped
-from brixel_cli.errors import UsageError
+from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.formatting import to_json
 from brixel_cli.recipe import Recipe
 from brixel_cli.recipe_files import dump_recipe, load_recipe, recipe_differences
 
@@ -73,24 +75,29 @@ class RunFolder:
 
     def begin(self, recipe: Recipe) -> None:
         """Make the folder and write the resolved recipe, removing what an earlier run left here."""
-        self.pictures.mkdir(parents=True, exist_ok=True)
-        leftovers = [self.student, self.last, self.state, self.metrics, self.skipped, self.results]
-        for file in (*leftovers, *self.pictures.glob("step_*.png"), *self.tensorboard.glob("events.*")):
-            file.unlink(missing_ok=True)
+        # The state goes first: without it, no kill can leave an old run's half to be resumed.
+        leftovers = [self.state, self.recipe, self.results, self.student, self.last, self.metrics, self.skipped]
+        try:
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            for file in (*leftovers, *self.pictures.glob("step_*.png"), *self.tensorboard.glob("events.*")):
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be made into a run folder: {error.strerror}.") from error
         write_text(self.recipe, dump_recipe(recipe))
 
     def write_skipped(self, skipped: Sequence[Skipped]) -> None:
         """List the photographs left out; no file where there are none."""
         if skipped:
-            with open(self.skipped, "w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(["file", "reason"])
-                writer.writerows((item.name, item.reason) for item in skipped)
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(["file", "reason"])
+            writer.writerows((item.name, item.reason) for item in skipped)
+            write_text(self.skipped, text.getvalue())
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(to_json(entry) + "\n")
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which will be made again, and a line cut short by a kill."""
@@ -107,7 +114,7 @@ class RunFolder:
 
     def save_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write all that resuming needs: tensors, and facts such as the step."""
-        save_tensors(self.state, tensors, {"facts": json.dumps(facts)})
+        save_tensors(self.state, tensors, {"facts": to_json(facts)})
 
     def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Read it back; None where no checkpoint has been written yet."""
@@ -118,7 +125,16 @@ class RunFolder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically.
+
+    Raises:
+        BrixelError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise BrixelError(
+            f"{path} cannot be written: {error.strerror}. Make room, or choose another folder."
+        ) from error

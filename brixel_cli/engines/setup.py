@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +11,12 @@ import torch
 
 from brixel_cli.core.adapter import Adapter, build_adapter
 from brixel_cli.core.backbone import Backbone, check_size
-from brixel_cli.core.student import StoredAdapter, read_adapter
+from brixel_cli.core.student import read_adapter
 from brixel_cli.data.images import Photograph, Skipped, scan_folder
 from brixel_cli.data.views import Views, split_photographs
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.errors import SizeError, UsageError
-from brixel_cli.recipe import Recipe, ViewConfig
+from brixel_cli.errors import BrixelError, SizeError, UsageError
+from brixel_cli.recipe import AdapterConfig, Recipe, ViewConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,33 @@ class Photographs:
     held_out: list[Photograph]
     skipped: list[Skipped]
 
+    @property
+    def fingerprint(self) -> str:
+        """How many there are, and a short digest of their names and sizes: the same photographs, the same text."""
+        facts = [[(p.name, p.height, p.width) for p in part] for part in (self.training, self.held_out)]
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+        return f"{len(self.training)} training and {len(self.held_out)} held-out ({digest})"
+
+
+def resolve_paths(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that the run it is written into can be used from any folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return path and str(Path(path).expanduser().absolute())
+
+    weights, init = recipe.backbone.weights, recipe.init
+    backbone = {} if weights in ("pretrained", "random") else {"weights": absolute(weights)}
+    return recipe.model_copy(
+        update={
+            "backbone": recipe.backbone.model_copy(update=backbone),
+            "data": recipe.data.model_copy(
+                update={"images": absolute(recipe.data.images), "val_images": absolute(recipe.data.val_images)}
+            ),
+            "cache": recipe.cache.model_copy(update={"directory": absolute(recipe.cache.directory)}),
+            "init": absolute(init) if init and Path(init).expanduser().exists() else init,
+        }
+    )
+
 
 def find_photographs(recipe: Recipe) -> Photographs:
     """Find the recipe's photographs and hold some out.
@@ -34,11 +63,18 @@ def find_photographs(recipe: Recipe) -> Photographs:
     """
     data = recipe.data
     min_side = data.min_side or min(recipe.views.teacher_hw)
-    found, skipped = scan_folder(Path(data.images).expanduser(), min_side)
+    found, skipped = scan_folder(Path(data.images), min_side)
     if data.val_images is None:
         training, held_out = split_photographs(found, data.val_fraction, data.max_val_images)
     else:
-        training, (held_out, more) = found, scan_folder(Path(data.val_images).expanduser(), min_side)
+        held_out, more = scan_folder(Path(data.val_images), min_side)
+        withheld = {photograph.path.resolve() for photograph in held_out}
+        training = [photograph for photograph in found if photograph.path.resolve() not in withheld]
+        if not training:
+            raise BrixelError(
+                f"All photographs in data.images ({data.images}) are held out by data.val_images ({data.val_images}): "
+                "name different folders."
+            )
         held_out, skipped = held_out[: data.max_val_images], skipped + more
     return Photographs(training, held_out, skipped)
 
@@ -76,25 +112,30 @@ def make_adapter(recipe: Recipe, backbone: Backbone, reporter: Reporter | None =
     torch.manual_seed(recipe.seed)
     if recipe.init is None:
         return build_adapter(backbone.embed_dim, recipe.views.factor, recipe.adapter)
-    stored: StoredAdapter = read_adapter(recipe.init)
-    wanted = {
-        "embed_dim": backbone.embed_dim,
-        "views.factor": recipe.views.factor,
-        "adapter.kind": recipe.adapter.kind,
-        "adapter.residual": recipe.adapter.residual,
-        f"adapter.{recipe.adapter.kind}": getattr(recipe.adapter, recipe.adapter.kind).model_dump(),
-    }
+    stored = read_adapter(recipe.init)
     card = stored.card
-    found = {
-        "embed_dim": card.embed_dim,
-        "views.factor": card.factor,
-        "adapter.kind": card.adapter.kind,
-        "adapter.residual": card.adapter.residual,
-        f"adapter.{recipe.adapter.kind}": getattr(card.adapter, recipe.adapter.kind).model_dump(),
-    }
-    different = [f"{key}: recipe {wanted[key]}, file {found[key]}" for key in wanted if wanted[key] != found[key]]
+    wanted = _architecture(backbone.embed_dim, recipe.views.factor, recipe.adapter)
+    found = _architecture(card.embed_dim, card.factor, card.adapter)
+    different = [
+        f"{key}: recipe {wanted.get(key, '-')}, file {found.get(key, '-')}"
+        for key in wanted | found
+        if wanted.get(key) != found.get(key)
+    ]
     if different:
         raise UsageError(f"init: {stored.path} does not fit the recipe:\n  " + "\n  ".join(different))
-    if stored.released and reporter:
+    if reporter and stored.released:
         reporter.say(f"init: {stored.path}: {stored.released.summary}")
-    return stored.build()
+    if reporter and card.backbone.partition(".")[0] != backbone.name.partition(".")[0]:
+        reporter.warn(
+            f"init: {stored.path} belongs to {card.backbone or 'an unnamed backbone'}, not to {backbone.name}"
+        )
+    return stored.build(recipe.adapter)
+
+
+def _architecture(embed_dim: int, factor: int, config: AdapterConfig) -> dict[str, object]:
+    """What two adapters must have in common for one to take the other's weights."""
+    options = getattr(config, config.kind).model_dump()
+    options.pop("drop_path", None)
+    fixed = {"embed_dim": embed_dim, "views.factor": factor, "adapter.kind": config.kind}
+    chosen = {f"adapter.{config.kind}.{key}": value for key, value in options.items()}
+    return {**fixed, "adapter.residual": config.residual, **chosen}

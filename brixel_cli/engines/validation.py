@@ -13,9 +13,10 @@ from brixel_cli.core.metrics import FIDELITY, fidelity, share_of_gap_closed
 from brixel_cli.core.pictures import denormalise, panel, pca_colours
 from brixel_cli.engines.batches import Batches
 from brixel_cli.engines.runtime import Runtime
+from brixel_cli.errors import BrixelError
 
 PICTURE_ROWS = 4
-VALIDATION_BATCH = 4
+LARGEST_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,25 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(adapter: Adapter, backbone: Backbone, batches: Batches, num_images: int, runtime: Runtime) -> Validation:
-    """Measure an adapter, in eval mode, on the first `num_images` held-out views, shared out over the processes."""
+def validate(
+    adapter: Adapter, backbone: Backbone, batches: Batches, num_images: int, runtime: Runtime, at_once: int
+) -> Validation:
+    """Measure an adapter, in eval mode, on the first `num_images` held-out views, shared out over the processes.
+
+    Args:
+        adapter: to be measured.
+        backbone: whose normalisation the pictures undo.
+        batches: of held-out views; damaged ones, for which others stand in, are left out.
+        num_images: held-out views.
+        runtime: device and processes.
+        at_once: images in a pass, at most.
+
+    Raises:
+        BrixelError: none of them can be read.
+    """
     mine = list(range(runtime.rank, num_images, runtime.world_size))
-    chunks = [
-        [(0, number) for number in mine[at : at + VALIDATION_BATCH]] for at in range(0, len(mine), VALIDATION_BATCH)
-    ]
+    step = min(at_once, LARGEST_BATCH)
+    chunks = [[(0, number) for number in mine[at : at + step]] for at in range(0, len(mine), step)]
     measured: list[tuple[dict[str, float], dict[str, float]]] = []
     rows: list[list[Image.Image]] = []
     was_training = adapter.training
@@ -49,6 +63,8 @@ def validate(adapter: Adapter, backbone: Backbone, batches: Batches, num_images:
             predictions = adapter(batch.images, batch.maps).float()
         bilinear = resize(batch.maps[-1], (predictions.shape[-2], predictions.shape[-1]))
         for place, target in enumerate(batch.targets):
+            if batch.replaced[place]:
+                continue
             measured.append((fidelity(bilinear[place], target), fidelity(predictions[place], target)))
             if len(rows) < PICTURE_ROWS and runtime.is_first:
                 image = denormalise(batch.images[place], backbone.mean, backbone.std)
@@ -56,6 +72,8 @@ def validate(adapter: Adapter, backbone: Backbone, batches: Batches, num_images:
                 rows.append([image, *pca_colours(maps, reference=target)])
     adapter.train(was_training)
     measured = runtime.gather(measured)
+    if not measured:
+        raise BrixelError(f"None of the {num_images} held-out photographs can be read: {batches.skipped[0].reason}.")
     backbone_mean, student_mean = (
         {name: sum(pair[which][name] for pair in measured) / len(measured) for name in FIDELITY} for which in (0, 1)
     )
