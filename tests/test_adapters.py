@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from brixel_cli.core.adapter import build_adapter, resize
+from brixel_cli.core.adapter import resize
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.cost import count_parameters
 from brixel_cli.core.deformable import DeformableAttention
+from brixel_cli.core.student import build_adapter
 from brixel_cli.errors import UsageError
 from brixel_cli.recipe import AdapterConfig, DeformableConfig, FusionConfig
 

@@ -92,7 +92,7 @@ def test_the_cache_holds_what_would_be_computed(
         torch.testing.assert_close(stored.images, computed.images, atol=2e-3, rtol=2e-3)
         assert len(stored.maps) == 4
         torch.testing.assert_close(stored.maps[1], computed.maps[1], atol=2e-3, rtol=2e-3)
-        assert stored.names == ["2.png#1", "1.png#0"]
+        assert stored.names == ["2.png", "1.png"]
 
 
 def test_the_disk_need_is_announced_before_the_cache_is_filled(
@@ -100,10 +100,11 @@ def test_the_disk_need_is_announced_before_the_cache_is_filled(
 ) -> None:
     views = views_of(recipe, backbone)
     open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run), listener)
-    # A view: image 3*32*32, maps 4*64*2*2, target 64*8*8, two bytes each, and a byte of status: 16,385; 16 of them.
-    assert listener.said[0].startswith("cache: 16 views need 256.0 KiB on disk, at ")
+    # A view: image 3*32*32, maps 4*64*2*2, target 64*8*8, two bytes each, 4 bytes for the photograph's number and one
+    # of status: 16,389; 16 of them are 262,224 bytes.
+    assert listener.said[0].startswith("cache: 16 views need 256.1 KiB on disk, at ")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 10))
-    with pytest.raises(BrixelError, match=r"h5 needs 256.0 KiB, but .* has 10 B free. Make room"):
+    with pytest.raises(BrixelError, match=r"h5 needs 256.1 KiB, but .* has 10 B free. Make room"):
         open_cache(recipe, tmp_path / "other", backbone, [views], Runtime(recipe.run), listener)
 
 

@@ -17,10 +17,11 @@ from PIL import Image
 from brixel_cli.core.student import load_student
 from brixel_cli.core.weights import load_tensors
 from brixel_cli.engines.batches import batch_keys
-from brixel_cli.engines.distillation import Trainer, distill, learning_rate, num_steps
+from brixel_cli.engines.distillation import distill
 from brixel_cli.engines.run_folder import RunFolder
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.engines.setup import make_adapter
+from brixel_cli.engines.trainer import Trainer, learning_rate, num_steps
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.recipe import OptimConfig, Recipe
 from brixel_cli.recipe_files import load_recipe

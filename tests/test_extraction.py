@@ -22,9 +22,8 @@ from typer.testing import CliRunner
 
 import brixel_cli
 from brixel_cli.app import app
-from brixel_cli.core.adapter import build_adapter
 from brixel_cli.core.backbone import load_backbone
-from brixel_cli.core.student import StudentCard, load_student, save_student
+from brixel_cli.core.student import StudentCard, build_adapter, load_student, save_student
 from brixel_cli.data.views import normalise
 from brixel_cli.engines.extraction import extract
 from brixel_cli.engines.extraction_model import ExtractionModel

@@ -225,7 +225,7 @@ def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BrixelError) as caught:
         scan_folder(tmp_path, 1)
     assert str(caught.value) == (
-        f"No usable photograph in {tmp_path}: 0 skipped.\n"
+        f"No usable photograph in {tmp_path}: 0 skipped, 0 files with other extensions.\n"
         "Name another folder with --images DIR, or lower data.min_side."
     )
 
@@ -236,8 +236,8 @@ def test_a_folder_of_unusable_files_is_an_error_that_shows_the_first_five(tmp_pa
     with pytest.raises(BrixelError) as caught:
         scan_folder(tmp_path, 1)
     lines = str(caught.value).splitlines()
-    assert lines[0] == f"No usable photograph in {tmp_path}: 7 skipped."
-    assert lines[1:-1] == [f"  {number}.jpg: empty: 0 bytes" for number in range(5)]
+    assert lines[0] == f"No usable photograph in {tmp_path}: 7 skipped, 0 files with other extensions."
+    assert lines[1:-1] == [*(f"  {number}.jpg: empty: 0 bytes" for number in range(5)), "  and 2 more"]
 
 
 def test_skipped_files_are_listed_up_to_a_limit() -> None:

@@ -59,7 +59,7 @@ def test_our_own_pictures_are_not_taken_for_inputs(tree: Path):
     [
         ("nowhere", "Nothing at nowhere. --input takes a folder, an image, a video, a quoted glob, or a .txt list"),
         ("*.nothing", "The pattern .*nothing matches no file."),
-        ("EMPTY", "No images in the folder .*empty. Files are taken by extension: .avif, .bmp"),
+        ("EMPTY", "No images in the folder .*empty. Files are taken by extension: .apng, .avif"),
         ("LIST", "names no images: it wants one path a line"),
     ],
 )

@@ -160,7 +160,7 @@ def test_fixed_views_begin_with_the_centre_and_are_the_same_in_every_epoch(photo
     views = views_of(photographs, kind="fixed", per_image=3)
     centre = views_of(photographs)
     assert len(views) == 24
-    assert [views.name(number) for number in (0, 4, 23)] == ["0.png#0", "1.png#1", "7.png#2"]
+    assert [views.photograph(number).name for number in (0, 4, 23)] == ["0.png", "1.png", "7.png"]
     assert torch.equal(views[0, 6].pixels, centre[0, 2].pixels)
     for number in (6, 7, 8):
         assert views[0, number].name == "2.png"

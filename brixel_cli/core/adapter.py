@@ -1,4 +1,4 @@
-"""What is common to both adapters, and the one place that chooses between them.
+"""What is common to both adapters.
 
 An adapter maps the student's image and the four maps of its frozen backbone to the sharp map:
 images (B, 3, H, W) and four maps (B, D, h, w) -> (B, D, factor * h, factor * w).
@@ -73,13 +73,3 @@ class Adapter(nn.Module):
             output: Tensor = checkpoint(block, *inputs, use_reentrant=False)
             return output
         return block(*inputs)
-
-
-def build_adapter(embed_dim: int, factor: int, config: AdapterConfig) -> Adapter:
-    """The adapter that the recipe asks for, with fresh weights; its output starts out equal to its residual."""
-    from brixel_cli.core.deformable import DeformableAdapter
-    from brixel_cli.core.fusion import FusionAdapter
-
-    kinds = {"fusion": FusionAdapter, "deformable": DeformableAdapter}
-    adapter = kinds[config.kind](embed_dim, factor, config)
-    return adapter.to(memory_format=torch.channels_last) if config.channels_last else adapter

@@ -12,12 +12,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from brixel_cli.core.adapter import Adapter, build_adapter
+from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.deformable import DeformableAdapter
+from brixel_cli.core.fusion import FusionAdapter
 from brixel_cli.core.weights import ReleasedStudent, check_keys, import_released, load_pth, load_tensors, save_tensors
 from brixel_cli.errors import UsageError, WeightsError
 from brixel_cli.recipe import AdapterConfig
 
+ADAPTERS: dict[str, type[Adapter]] = {"fusion": FusionAdapter, "deformable": DeformableAdapter}
 FORMAT = "brixel-student-1"
 FILE_NAME = "student.safetensors"
 RELEASED_BACKBONES = {
@@ -26,6 +29,12 @@ RELEASED_BACKBONES = {
     1024: "vit_large_patch16_dinov3.lvd1689m",
     1280: "vit_huge_plus_patch16_dinov3.lvd1689m",
 }
+
+
+def build_adapter(embed_dim: int, factor: int, config: AdapterConfig) -> Adapter:
+    """The adapter that the recipe asks for, with fresh weights; its output starts out equal to its residual."""
+    adapter = ADAPTERS[config.kind](embed_dim, factor, config)
+    return adapter.to(memory_format=torch.channels_last) if config.channels_last else adapter
 
 
 class Student(nn.Module):

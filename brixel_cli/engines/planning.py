@@ -15,10 +15,10 @@ from brixel_cli.core.cost import Cost, count_cost, count_parameters, fake_tensor
 from brixel_cli.core.losses import Basis, DistillationLoss, fit_basis
 from brixel_cli.data.features import bytes_needed
 from brixel_cli.engines.batches import CACHE_BATCH, Batch, cache_columns
-from brixel_cli.engines.distillation import Trainer, num_steps
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.engines.setup import Photographs, check_view_sizes, find_photographs, make_adapter, resolve_paths
+from brixel_cli.engines.trainer import Trainer, num_steps
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.formatting import human_bytes
 from brixel_cli.recipe import Recipe, SpectralConfig

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from brixel_cli.core.adapter import Adapter, build_adapter
+from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, check_size
-from brixel_cli.core.student import read_adapter
+from brixel_cli.core.student import build_adapter, read_adapter
 from brixel_cli.data.images import Photograph, Skipped, scan_folder
 from brixel_cli.data.views import Views, split_photographs
 from brixel_cli.engines.reporting import Reporter
