@@ -125,10 +125,8 @@ def make_adapter(recipe: Recipe, backbone: Backbone, reporter: Reporter | None =
         raise UsageError(f"init: {stored.path} does not fit the recipe:\n  " + "\n  ".join(different))
     if reporter and stored.released:
         reporter.say(f"init: {stored.path}: {stored.released.summary}")
-    if reporter and card.backbone.partition(".")[0] != backbone.name.partition(".")[0]:
-        reporter.warn(
-            f"init: {stored.path} belongs to {card.backbone or 'an unnamed backbone'}, not to {backbone.name}"
-        )
+    if reporter and card.backbone and card.backbone.partition(".")[0] != backbone.name.partition(".")[0]:
+        reporter.warn(f"init: {stored.path} belongs to {card.backbone}, not to {backbone.name}")
     return stored.build(recipe.adapter)
 
 
