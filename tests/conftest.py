@@ -67,6 +67,11 @@ def tiny_recipe(tiny_recipe_file: Path) -> Recipe:
     return load_recipe(str(tiny_recipe_file))
 
 
+def with_changes(file: Path, *overrides: str) -> Recipe:
+    """A recipe file with overrides."""
+    return load_recipe(str(file), overrides)
+
+
 class Listener:
     """A reporter that keeps what it hears."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Listener, make_photograph
+from conftest import Listener, with_changes
 from PIL import Image
 
 from brixel_cli.core.student import load_student
@@ -43,10 +43,6 @@ def assert_same_run(one: Path, other: Path) -> None:
         return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
     assert figures(one) == figures(other)
-
-
-def with_changes(file: Path, *overrides: str) -> Recipe:
-    return load_recipe(str(file), overrides)
 
 
 # The run as a whole
@@ -240,52 +236,6 @@ def test_three_refusals_in_a_row_end_the_run_with_the_file_names(
     assert (tmp_path / "run" / "state.safetensors").exists()
 
 
-# Photographs
-
-
-def test_unusable_photographs_are_listed_with_reasons_and_skipped(
-    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
-) -> None:
-    folder = tmp_path / "mixed"
-    folder.mkdir()
-    for number in range(6):
-        make_photograph(folder / f"{number}.png", number)
-    make_photograph(folder / "small.png", 9, width=40, height=40)
-    (folder / "text.jpg").write_text("no image")
-    data = (folder / "0.png").read_bytes()
-    (folder / "cut.png").write_bytes(data[: len(data) // 2])  # its header is fine: found out when it is read
-    recipe = with_changes(tiny_recipe_file, f"data.images={folder}", "data.val_fraction=0.1")
-    results = distill(recipe, RunFolder(tmp_path / "run"), listener).results
-    listed = (tmp_path / "run" / "skipped.csv").read_text()
-    assert 'small.png,"too small: 40x40, shorter side under 128"' in listed
-    assert "text.jpg,not an image that Pillow can read" in listed
-    assert "cut.png,image file is truncated" in listed
-    assert results["num_skipped"] == 3
-    assert any("damaged photographs were replaced" in message for message in listener.warned)
-
-
-def test_no_photographs_is_an_error(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(BrixelError, match="No usable photograph in"):
-        distill(
-            with_changes(tiny_recipe_file, f"data.images={tmp_path / 'empty'}"), RunFolder(tmp_path / "run"), listener
-        )
-    with pytest.raises(BrixelError, match=r"No folder of photographs at .*nowhere. Name yours with --images DIR"):
-        distill(with_changes(tiny_recipe_file, "data.images=nowhere"), RunFolder(tmp_path / "run"), listener)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_held_out_folder_of_its_own(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
-    folder = tmp_path / "held_out"
-    folder.mkdir()
-    for number in range(3):
-        make_photograph(folder / f"{number}.png", 100 + number)
-    recipe = with_changes(tiny_recipe_file, f"data.val_images={folder}", "data.max_val_images=2")
-    results = distill(recipe, RunFolder(tmp_path / "run"), listener).results
-    assert results["best"]["num_images"] == 2
-    assert "8 training and 2 held-out" in listener.said[0]
-
-
 # Knobs
 
 
@@ -386,76 +336,7 @@ def test_the_environment_stays_as_it_was(tiny_recipe: Recipe, tmp_path: Path, li
     }
 
 
-# What a reviewer found
-
-
-def test_the_photographs_of_a_resumed_run_must_be_the_same(
-    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
-) -> None:
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    for number in range(6):
-        make_photograph(folder / f"{number}.png", number)
-    recipe = with_changes(tiny_recipe_file, f"data.images={folder}")
-    distill(recipe, RunFolder(tmp_path / "run"), listener)
-    make_photograph(folder / "late.png", 50)
-    with pytest.raises(
-        UsageError, match=r"The photographs are not those that .* was begun with: 5 training and 1 held"
-    ):
-        distill(recipe, RunFolder(tmp_path / "run"), listener, resume=True)
-
-
-def test_held_out_photographs_are_never_trained_on(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
-    (tmp_path / "all" / "val").mkdir(parents=True)
-    for number in range(5):
-        make_photograph(tmp_path / "all" / f"{number}.png", number)
-    for number in range(2):
-        make_photograph(tmp_path / "all" / "val" / f"{number}.png", 20 + number)
-    recipe = with_changes(
-        tiny_recipe_file, f"data.images={tmp_path / 'all'}", f"data.val_images={tmp_path / 'all' / 'val'}"
-    )
-    distill(recipe, RunFolder(tmp_path / "run"), listener)
-    assert "5 training and 2 held-out photographs" in listener.said[0]
-    same = with_changes(tiny_recipe_file, f"data.images={tmp_path / 'all'}", f"data.val_images={tmp_path / 'all'}")
-    with pytest.raises(BrixelError, match="All photographs in data.images .* are held out by data.val_images"):
-        distill(same, RunFolder(tmp_path / "other"), listener)
-
-
-@pytest.mark.parametrize("cached", ["true", "false"])
-def test_damaged_photographs_are_told_again_after_resuming(
-    tiny_recipe_file: Path, tmp_path: Path, cached: str, listener: Listener
-) -> None:
-    folder = tmp_path / "mixed"
-    folder.mkdir()
-    for number in range(6):
-        make_photograph(folder / f"{number}.png", number)
-    data = (folder / "3.png").read_bytes()
-    (folder / "3.png").write_bytes(data[: len(data) // 2])
-    recipe = with_changes(tiny_recipe_file, f"data.images={folder}", f"cache.enabled={cached}")
-    first = distill(recipe, RunFolder(tmp_path / "run"), listener)
-    assert first.results["num_skipped"] == 1
-    listed = (tmp_path / "run" / "skipped.csv").read_text()
-    assert "3.png,image file is truncated" in listed
-    again = distill(recipe, RunFolder(tmp_path / "run"), Listener(), resume=True)
-    assert again.results == first.results
-    assert (tmp_path / "run" / "skipped.csv").read_text() == listed
-
-
-def test_a_damaged_held_out_photograph_does_not_count(
-    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
-) -> None:
-    folder = tmp_path / "held_out"
-    folder.mkdir()
-    for number in range(3):
-        make_photograph(folder / f"{number}.png", 30 + number)
-    data = (folder / "1.png").read_bytes()
-    (folder / "1.png").write_bytes(data[: len(data) // 2])
-    recipe = with_changes(tiny_recipe_file, f"data.val_images={folder}")
-    assert distill(recipe, RunFolder(tmp_path / "run"), listener).results["best"]["num_images"] == 2
-    for number in (0, 2):
-        (folder / f"{number}.png").write_bytes((folder / "1.png").read_bytes())
-    with pytest.raises(BrixelError, match=r"None of the 3 .*photographs can be read"):
-        distill(recipe, RunFolder(tmp_path / "other"), listener)
+# Surroundings
 
 
 def test_checkpointing_does_not_change_a_run(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
