@@ -27,7 +27,6 @@ from brixel_cli.core.student import StudentCard, build_adapter, load_student, sa
 from brixel_cli.data.views import normalise
 from brixel_cli.engines.extraction import extract
 from brixel_cli.engines.extraction_model import ExtractionModel
-from brixel_cli.engines.extraction_plan import newest_student
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.extract_options import ExtractOptions
 from brixel_cli.recipe import AdapterConfig, FusionConfig
@@ -438,14 +437,3 @@ def test_missing_packages_of_the_export_are_named(options, tmp_path: Path, liste
     monkeypatch.setattr(exporting, "PACKAGES", ("onnx_of_another_world",))
     with pytest.raises(UsageError, match=r"--export needs onnx_of_another_world: pip install 'brixel\[onnx\]'"):
         exporting.export(options(inputs=[]), tmp_path / "x.onnx", listener)
-
-
-def test_the_newest_run_is_the_student_where_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    for name, age in (("old", 200), ("new", 100), ("empty", 0)):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        if name != "empty":
-            student = tmp_path / "runs" / name / "student.safetensors"
-            student.touch()
-            os.utime(student, (time.time() - age,) * 2)
-    assert newest_student() == "runs/new"

@@ -139,7 +139,7 @@ class CachedBatches:
         self.store, self.views, self.first_row, self.device = store, views, first_row, device
         self.skipped: list[Skipped] = []
         for number in range(0, len(views), views.config.per_image):
-            wanted = views.photographs[number // views.config.per_image]
+            wanted = views.photograph(number)
             if self._used(number) != wanted.name:
                 self.skipped.append(Skipped(wanted.name, _damage(wanted.path)))
 

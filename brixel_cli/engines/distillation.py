@@ -91,7 +91,6 @@ def distill(
             )
         trainer.restore(*stored)
         reporter.say(f"resuming {folder.path} after step {trainer.step}")
-    del stored  # it maps the file that the next checkpoint replaces
 
     # Where batches come from. The disk may not suffice: an old run in this folder is cleared away only after that.
     training_views, held_out_views = make_views(recipe, photographs, backbone)
