@@ -1,0 +1,372 @@
+"""What a benchmark found out, and its form on disk: results.json for programs, results.csv for spreadsheets."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from brixel_cli.errors import BrixelError
+from brixel_cli.formatting import to_json
+
+FORMAT = "brixel-benchmark-1"
+FILE_NAME = "results.json"
+TABLE_NAME = "results.csv"
+
+Kind = Literal["backbone", "bilinear", "student", "baseline", "teacher"]
+How = Literal["measured", "counted"]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where the figures were taken.
+
+    Attributes:
+        device: `cpu`, `cuda` or `mps`.
+        processor: name of the CPU or GPU.
+        threads: of the computation, on a CPU.
+        memory_bytes: that the device has in all.
+        precision: arithmetic of the networks, `float32` or `bfloat16`.
+        system: operating system.
+        versions: of brixel, torch, timm and Python.
+    """
+
+    device: str
+    processor: str
+    threads: int
+    memory_bytes: int
+    precision: str
+    system: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for. Rows measured under other settings are not taken up again.
+
+    Attributes:
+        highres: whether the teacher's rows were asked for.
+        batch_size: images at once.
+        compiled: whether torch.compile was used.
+        seconds: of timing for each model and size.
+        max_images: photographs for the fidelity, at most.
+        baselines: functions from elsewhere, as `module:function` or `file.py:function`.
+        budget_bytes: memory budget to be answered, or None.
+    """
+
+    highres: bool
+    batch_size: int
+    compiled: bool
+    seconds: float
+    max_images: int
+    baselines: tuple[str, ...]
+    budget_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the benchmark.
+
+    Attributes:
+        name: of the recipe or run folder; unique, and what rows refer to.
+        backbone: timm name.
+        weights: where the backbone's weights are from: `random`, `pretrained` or a path.
+        student: the trained student's file, or None where the adapter has random weights.
+        adapter: `fusion` or `deformable`.
+        dtype: in which the weights are held.
+        embed_dim, patch_size: of the backbone.
+        factor: output grid over token grid; teacher input over student input.
+        trained_size: student input (height, width) in pixels of the training, or of the recipe.
+        images: folder of the photographs of the fidelity, or None where there are none.
+        num_images: how many.
+    """
+
+    name: str
+    backbone: str
+    weights: str
+    student: str | None
+    adapter: str
+    dtype: str
+    embed_dim: int
+    patch_size: int
+    factor: int
+    trained_size: tuple[int, int]
+    images: str | None
+    num_images: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of a call on one batch: median, 10 % and 90 % quantile over rounds in which all rows took turns."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+    compile_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class ImageFidelity:
+    """Fidelity of one photograph's map to the teacher's; `cosine_p5` is the 5th percentile over its locations."""
+
+    name: str
+    l1: float
+    cosine: float
+    cosine_p5: float
+    edge: float
+    spectral: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Fidelity to the teacher over all photographs; what the metrics are is in `core.metrics.fidelity`.
+
+    Attributes:
+        l1, cosine, edge, spectral: means over photographs.
+        cosine_p5: 5th percentile over all locations of all photographs.
+        cosine_worst: of the photograph with the lowest mean cosine.
+        gap_closed: share of the gap between bilinear backbone and teacher that is closed, by metric: 1 is the teacher;
+            None where there is no gap.
+        images: photograph by photograph.
+    """
+
+    l1: float
+    cosine: float
+    cosine_p5: float
+    cosine_worst: float
+    edge: float
+    spectral: float
+    gap_closed: dict[str, float | None]
+    images: tuple[ImageFidelity, ...]
+
+    @property
+    def worst_images(self) -> list[ImageFidelity]:
+        """Photographs by cosine, worst first."""
+        return sorted(self.images, key=lambda image: image.cosine)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to a map, for one model and one size.
+
+    Attributes:
+        model: name of its `Model`.
+        kind: what it is.
+        label: what it is called: its kind, or the baseline's own name.
+        size: student input S (height, width) in pixels, the same for all rows that are compared.
+        input_size: image (height, width) that the row's network sees: S, for the teacher `factor` times that.
+        grid: of its map (height, width).
+        frozen_parameters, adapter_parameters: numbers; a baseline's own are not known, and left at 0.
+        gflop: of one image; a multiply-add is 2, attention counted. None where it cannot be counted.
+        formula_gflop: of its vision transformer, by the closed formula.
+        counted_vit_gflop: the same by the counter; what the two differ by is said below the table.
+        uncounted: operators that do arithmetic which `gflop` lacks.
+        weights_bytes: of its weights.
+        peak_bytes: beyond the weights, on one batch.
+        memory: how `peak_bytes` was obtained.
+        latency: None where the row was not run.
+        fidelity: None where there are no real weights, no photographs or nothing to compare.
+        note: why something is missing; may be empty.
+    """
+
+    model: str
+    kind: Kind
+    label: str
+    size: tuple[int, int]
+    input_size: tuple[int, int]
+    grid: tuple[int, int]
+    frozen_parameters: int
+    adapter_parameters: int
+    gflop: float | None
+    formula_gflop: float | None
+    counted_vit_gflop: float | None
+    uncounted: tuple[str, ...]
+    weights_bytes: int
+    peak_bytes: int | None
+    memory: How
+    latency: Latency | None = None
+    fidelity: Fidelity | None = None
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[str, tuple[int, int], str]:
+        """What names a row within a benchmark."""
+        return self.model, self.size, self.label
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Weights and peak together: what a device needs, beside the libraries' own."""
+        return None if self.peak_bytes is None else self.weights_bytes + self.peak_bytes
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """A row beside the teacher of its model and size: how many times less it takes; None where unknown."""
+
+    faster: float | None
+    less_flop: float | None
+    less_memory: float | None
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """Whether one model, row and size stays within the budget; `largest` marks the largest size that does."""
+
+    model: str
+    label: str
+    size: tuple[int, int]
+    total_bytes: int
+    memory: How
+    fits: bool
+    largest: bool
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One label of one model over sizes: how it generalises. Lists run in parallel, smallest size first."""
+
+    model: str
+    label: str
+    kind: Kind
+    sizes: tuple[tuple[int, int], ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of one photograph: input, maps of all rows, teacher; `rank` 1 is the worst of its model and size."""
+
+    model: str
+    size: tuple[int, int]
+    image: str
+    rank: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole benchmark.
+
+    Attributes:
+        command: the line that makes it again.
+        created: date and time, ISO 8601, UTC.
+        environment: where.
+        settings: how.
+        models: of which the rows speak.
+        rows: by model, then size, in the order in which they are printed.
+        budget: answers to --budget; empty where none was given.
+        pictures: of worst photographs; paths are relative to the folder of results.json.
+        notes: to be read with the table.
+    """
+
+    command: str
+    created: str
+    environment: Environment
+    settings: Settings
+    models: tuple[Model, ...]
+    rows: tuple[Row, ...]
+    budget: tuple[BudgetRow, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    notes: tuple[str, ...] = ()
+    format: str = field(default=FORMAT)
+
+    def model(self, name: str) -> Model:
+        """The model that a row names."""
+        return next(model for model in self.models if model.name == name)
+
+    def teacher(self, row: Row) -> Row | None:
+        """The teacher's row of the same model and size."""
+        for other in self.rows:
+            if other.kind == "teacher" and (other.model, other.size) == (row.model, row.size):
+                return other
+        return None
+
+    def ratios(self, row: Row) -> Ratios:
+        """How many times less time, arithmetic and memory above weights a row takes than its teacher."""
+        teacher = self.teacher(row)
+        if teacher is None:
+            return Ratios(None, None, None)
+        return Ratios(
+            _over(teacher.latency and teacher.latency.median, row.latency and row.latency.median),
+            _over(teacher.gflop, row.gflop),
+            _over(teacher.peak_bytes, row.peak_bytes) if teacher.memory == row.memory else None,
+        )
+
+    def images_per_second(self, row: Row) -> float | None:
+        """Throughput of a row."""
+        return _over(self.settings.batch_size, row.latency and row.latency.median)
+
+    def curves(self) -> list[Curve]:
+        """Rows of several sizes, by model and label; labels with one size only are left out."""
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.model, row.label), []).append(row)
+        found = []
+        for (model, label), rows in groups.items():
+            ordered = tuple(sorted(rows, key=lambda row: row.size[0] * row.size[1]))
+            if len(ordered) > 1:
+                found.append(Curve(model, label, ordered[0].kind, tuple(row.size for row in ordered), ordered))
+        return found
+
+    def to_json(self) -> str:
+        """As results.json has it; nan becomes null."""
+        return to_json(dataclasses.asdict(self), indent=2) + "\n"
+
+    def to_csv(self) -> str:
+        """A line for each row, all columns of the table."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for row in self.rows:
+            writer.writerow(["" if value is None else value for value in self._cells(row)])
+        return text.getvalue()
+
+    def _cells(self, row: Row) -> list[object]:
+        ratios, latency, fidelity = self.ratios(row), row.latency, row.fidelity
+        sizes = [f"{height}x{width}" for height, width in (row.size, row.input_size, row.grid)]
+        gaps = fidelity.gap_closed if fidelity else {}
+        return [
+            row.model, row.label, *sizes, row.frozen_parameters, row.adapter_parameters, row.gflop, row.formula_gflop,
+            row.counted_vit_gflop, row.weights_bytes, row.peak_bytes, row.memory,
+            *((latency.median, latency.low, latency.high, latency.rounds) if latency else [None] * 4),
+            self.images_per_second(row), ratios.faster, ratios.less_flop, ratios.less_memory,
+            *(getattr(fidelity, name) if fidelity else None for name in _FIDELITY),
+            *(gaps.get(name) for name in ("l1", "cosine", "edge", "spectral")), row.note,
+        ]  # fmt: skip
+
+
+_FIDELITY = ("l1", "cosine", "cosine_p5", "cosine_worst", "edge", "spectral")
+_COLUMNS = (
+    "model", "row", "size", "input", "grid", "frozen_parameters", "adapter_parameters", "gflop", "formula_gflop",
+    "counted_vit_gflop", "weights_bytes", "peak_bytes", "memory", "seconds", "seconds_q10", "seconds_q90", "rounds",
+    "images_per_second", "times_faster", "times_less_flop", "times_less_memory", *_FIDELITY,
+    "gap_closed_l1", "gap_closed_cosine", "gap_closed_edge", "gap_closed_spectral", "note",
+)  # fmt: skip
+
+
+def _over(above: float | None, below: float | None) -> float | None:
+    return above / below if above and below else None
+
+
+def read_results(path: Path) -> Results:
+    """Read results.json back, or the one in a folder.
+
+    Raises:
+        BrixelError: it is missing, or not of this format.
+    """
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        results = TypeAdapter(Results).validate_json(file.read_bytes())
+    except OSError as error:
+        raise BrixelError(f"No results of a benchmark at {file}: {error.strerror}.") from error
+    except ValidationError as error:
+        raise BrixelError(f"{file} holds no results of this version of brixel benchmark.") from error
+    if results.format != FORMAT:
+        raise BrixelError(f"{file} is of format {results.format}, not {FORMAT}: run brixel benchmark again.")
+    return results
