@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +10,16 @@ import psutil
 import torch
 
 from brixel_cli.core.backbone import load_backbone
-from brixel_cli.core.cost import Cost, count_cost, count_parameters, fake_tensors, hollow
-from brixel_cli.core.losses import Basis, DistillationLoss, fit_basis
 from brixel_cli.data.features import bytes_needed
-from brixel_cli.engines.batches import CACHE_BATCH, Batch, cache_columns
+from brixel_cli.engines.batches import CACHE_BATCH, cache_columns
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
-from brixel_cli.engines.setup import Photographs, check_view_sizes, find_photographs, make_adapter, resolve_paths
-from brixel_cli.engines.trainer import Trainer, num_steps
+from brixel_cli.engines.setup import Photographs, find_photographs, resolve_paths
+from brixel_cli.engines.trainer import num_steps
+from brixel_cli.engines.training_cost import TrainingCounts, count_training, random_batch, random_update, timed
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.formatting import human_bytes
-from brixel_cli.recipe import Recipe, SpectralConfig
+from brixel_cli.recipe import Recipe
 
 LONGEST_MEASUREMENT = 45.0
 """Seconds; what would take longer on one image is estimated from its FLOP."""
@@ -67,21 +65,6 @@ class Plan:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """One image through teacher and backbone, one pass of the adapter with its gradients."""
-
-    teacher: Cost
-    backbone: Cost
-    adapter: Cost
-    frozen_bytes: int
-    batch_bytes: int
-    num_frozen: int
-    num_live: int
-    embed_dim: int
-    patch_size: int
-
-
 def plan(recipe: Recipe, reporter: Reporter) -> Plan:
     """Build everything that `recipe` asks for, with random weights in place of pretrained ones, and cost one step.
 
@@ -104,15 +87,14 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
 
     passes = recipe.optim.accumulate
     per_pass = recipe.optim.images_per_pass()
-    counts = _count(recipe, runtime, per_pass, reporter)
+    counts = count_training(recipe, runtime, reporter)
     cached = recipe.cache.enabled
     device_bytes = _device_memory(runtime)
-    state_bytes = counts.num_live * 4 * (5 if recipe.optim.average else 4)  # weights, gradients, two moments, average
     teacher_at_once = min(CACHE_BATCH, per_pass) if cached else per_pass
     working = max(counts.adapter.peak_bytes, counts.teacher.peak_bytes * teacher_at_once)
-    memory_bytes = counts.frozen_bytes + state_bytes + counts.batch_bytes + working
+    memory_bytes = counts.frozen_bytes + counts.state_bytes + counts.batch_bytes + working
 
-    times, how = _time(recipe, runtime, counts, per_pass, memory_bytes, device_bytes, reporter)
+    times, how = _time(recipe, runtime, counts, memory_bytes, device_bytes, reporter)
     columns = cache_columns(recipe, counts.embed_dim, counts.patch_size)
     cache_bytes = bytes_needed(1, columns) if cached else 0
     num_views = len(photographs.training) * recipe.views.per_image if photographs else None
@@ -146,43 +128,6 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
     )
 
 
-def _count(recipe: Recipe, runtime: Runtime, per_pass: int, reporter: Reporter) -> _Counts:
-    meta = load_backbone(recipe.backbone.name, "random", recipe.backbone.dtype, device="meta")
-    check_view_sizes(recipe, meta.patch_size)
-    frozen_bytes = sum(parameter.numel() * parameter.element_size() for parameter in meta.parameters())
-    adapter = make_adapter(recipe, meta, reporter).to("meta")
-    num_live = count_parameters(adapter)
-    height, width = recipe.student_hw
-    factor = recipe.views.factor
-    # The spectral term's bins depend on values, which fake tensors lack; its memory is that of the edge term's kind.
-    loss = recipe.loss.model_copy(update={"spectral": SpectralConfig(weight=0.0)})
-    with fake_tensors(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=runtime.bfloat16):
-        hollow(meta)
-        hollow(adapter)
-        big, small = torch.empty(1, 3, *recipe.views.teacher_hw), torch.empty(1, 3, height, width)
-        teacher = count_cost(lambda: meta.last_map(big))
-        trunk = count_cost(lambda: meta.intermediate_maps(small))
-        h, w = height // meta.patch_size, width // meta.patch_size
-        images = torch.empty(per_pass, 3, height, width)
-        maps = [torch.empty(per_pass, meta.embed_dim, h, w) for _ in range(4)]
-        targets = torch.empty(per_pass, meta.embed_dim, factor * h, factor * w)
-        batch_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (images, *maps, targets))
-        basis = Basis(torch.empty(meta.embed_dim, loss.edge.components), torch.empty(meta.embed_dim))
-        terms = DistillationLoss(loss, basis)
-        trained = count_cost(lambda: terms(adapter(images, maps).float(), targets).total.backward())
-    return _Counts(
-        teacher=teacher,
-        backbone=trunk,
-        adapter=trained,
-        frozen_bytes=frozen_bytes,
-        batch_bytes=batch_bytes,
-        num_frozen=count_parameters(meta),
-        num_live=num_live,
-        embed_dim=meta.embed_dim,
-        patch_size=meta.patch_size,
-    )
-
-
 def _device_memory(runtime: Runtime) -> int:
     if runtime.device.type == "cuda":
         return int(torch.cuda.mem_get_info(runtime.device)[0])
@@ -190,16 +135,16 @@ def _device_memory(runtime: Runtime) -> int:
 
 
 def _time(
-    recipe: Recipe, runtime: Runtime, counts: _Counts, per_pass: int, needed: int, there: int, reporter: Reporter
+    recipe: Recipe, runtime: Runtime, counts: TrainingCounts, needed: int, there: int, reporter: Reporter
 ) -> tuple[tuple[float, float] | None, str]:
     """Seconds of an update and of computing one view's maps, and how that was found out."""
     if needed * 1.2 > there:
         return None, f"not timed: needs {human_bytes(needed)}, this machine has {human_bytes(there)} to spare"
     reporter.say("timing one step, with random weights")
     backbone = load_backbone(recipe.backbone.name, "random", recipe.backbone.dtype, str(runtime.device))
-    trainer = Trainer(recipe, make_adapter(recipe, backbone), runtime)
+    batch = random_batch(recipe, backbone, runtime)
     big = torch.randn(1, 3, *recipe.views.teacher_hw, device=runtime.device)
-    small = torch.randn(1, 3, *recipe.student_hw, device=runtime.device)
+    small = batch.images[:1]
     how = "measured on random input"
     with runtime.autocast():
         trunk_seconds = _seconds(lambda: backbone.intermediate_maps(small), runtime)
@@ -208,17 +153,10 @@ def _time(
             teacher_seconds = _seconds(lambda: backbone.last_map(big), runtime)
         else:
             how = "adapter and backbone measured on random input, teacher estimated from its FLOP"
-        maps = [map_.repeat(per_pass, 1, 1, 1) for map_ in backbone.intermediate_maps(small)]
-    grid = [recipe.views.factor * side for side in maps[-1].shape[-2:]]
-    targets = torch.randn(per_pass, counts.embed_dim, *grid, device=runtime.device)
-    batch = Batch(small.repeat(per_pass, 1, 1, 1), maps, targets, ["random input"] * per_pass, [False] * per_pass)
-    if recipe.loss.edge.weight and recipe.loss.edge.basis == "fixed":
-        trainer.loss = DistillationLoss(recipe.loss, fit_basis(targets, recipe.loss.edge.components, recipe.seed))
-    accumulate = recipe.optim.accumulate
-    update_seconds = _seconds(lambda: trainer.update(iter([batch] * accumulate), lr=1e-6), runtime)
+    update_seconds = _seconds(random_update(recipe, backbone, runtime, batch), runtime)
     view_seconds = teacher_seconds + trunk_seconds
     if not recipe.cache.enabled:
-        update_seconds += view_seconds * per_pass * accumulate
+        update_seconds += view_seconds * recipe.optim.batch_size
     return (update_seconds, view_seconds), how
 
 
@@ -226,16 +164,7 @@ def _seconds(call: Callable[[], object], runtime: Runtime) -> float:
     """Time of the faster of two calls after a first one, or of the first one where that was long."""
     times = []
     for _ in range(3):
-        _synchronise(runtime)
-        began = time.perf_counter()
-        call()
-        _synchronise(runtime)
-        times.append(time.perf_counter() - began)
+        times.append(timed(call, runtime))
         if times[0] > LONGEST_MEASUREMENT / 3:
             return times[0]
     return min(times[1:])
-
-
-def _synchronise(runtime: Runtime) -> None:
-    if runtime.device.type == "cuda":
-        torch.cuda.synchronize(runtime.device)

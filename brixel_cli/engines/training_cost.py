@@ -1,0 +1,123 @@
+"""What an update costs: counted on hollow models, timed on random input."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.cost import Cost, count_cost, count_parameters, fake_tensors, hollow
+from brixel_cli.core.losses import Basis, DistillationLoss, fit_basis
+from brixel_cli.engines.batches import Batch
+from brixel_cli.engines.reporting import Reporter
+from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.setup import check_view_sizes, make_adapter
+from brixel_cli.engines.trainer import Trainer
+from brixel_cli.recipe import Recipe, SpectralConfig
+
+
+@dataclass(frozen=True)
+class TrainingCounts:
+    """One image through teacher and backbone, one pass of the adapter with its gradients; bytes on each process.
+
+    Attributes:
+        teacher, backbone: of one image.
+        adapter: of one pass: forward, losses, backward.
+        frozen_bytes: the backbone's weights.
+        state_bytes: the adapter's weights, gradients, moments and average.
+        batch_bytes: images, maps and targets of one pass.
+        num_frozen, num_live: parameters of backbone and adapter.
+        embed_dim, patch_size: of the backbone.
+    """
+
+    teacher: Cost
+    backbone: Cost
+    adapter: Cost
+    frozen_bytes: int
+    state_bytes: int
+    batch_bytes: int
+    num_frozen: int
+    num_live: int
+    embed_dim: int
+    patch_size: int
+
+
+def count_training(recipe: Recipe, runtime: Runtime, reporter: Reporter | None = None) -> TrainingCounts:
+    """Count the recipe's models and one pass of its training, without computing.
+
+    Raises:
+        BrixelError: the recipe cannot be carried out: a size does not fit, `init` is missing.
+    """
+    meta = load_backbone(recipe.backbone.name, "random", recipe.backbone.dtype, device="meta")
+    check_view_sizes(recipe, meta.patch_size)
+    frozen_bytes = sum(parameter.numel() * parameter.element_size() for parameter in meta.parameters())
+    adapter = make_adapter(recipe, meta, reporter).to("meta")
+    num_live = count_parameters(adapter)
+    height, width = recipe.student_hw
+    factor, per_pass = recipe.views.factor, recipe.optim.images_per_pass()
+    # The spectral term's bins depend on values, which fake tensors lack; its memory is that of the edge term's kind.
+    loss = recipe.loss.model_copy(update={"spectral": SpectralConfig(weight=0.0)})
+    with fake_tensors(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=runtime.bfloat16):
+        hollow(meta)
+        hollow(adapter)
+        big, small = torch.empty(1, 3, *recipe.views.teacher_hw), torch.empty(1, 3, height, width)
+        teacher = count_cost(lambda: meta.last_map(big))
+        trunk = count_cost(lambda: meta.intermediate_maps(small))
+        h, w = height // meta.patch_size, width // meta.patch_size
+        images = torch.empty(per_pass, 3, height, width)
+        maps = [torch.empty(per_pass, meta.embed_dim, h, w) for _ in range(4)]
+        targets = torch.empty(per_pass, meta.embed_dim, factor * h, factor * w)
+        batch_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (images, *maps, targets))
+        basis = Basis(torch.empty(meta.embed_dim, loss.edge.components), torch.empty(meta.embed_dim))
+        terms = DistillationLoss(loss, basis)
+        trained = count_cost(lambda: terms(adapter(images, maps).float(), targets).total.backward())
+    return TrainingCounts(
+        teacher=teacher,
+        backbone=trunk,
+        adapter=trained,
+        frozen_bytes=frozen_bytes,
+        state_bytes=num_live * 4 * (5 if recipe.optim.average else 4),  # weights, gradients, two moments, average
+        batch_bytes=batch_bytes,
+        num_frozen=count_parameters(meta),
+        num_live=num_live,
+        embed_dim=meta.embed_dim,
+        patch_size=meta.patch_size,
+    )
+
+
+@torch.no_grad()
+def random_batch(recipe: Recipe, backbone: Backbone, runtime: Runtime) -> Batch:
+    """A batch of the size of the recipe's passes, of random numbers in the place of images and targets."""
+    per_pass = recipe.optim.images_per_pass()
+    image = torch.randn(1, 3, *recipe.student_hw, device=runtime.device)
+    with runtime.autocast():
+        maps = [map_.repeat(per_pass, 1, 1, 1) for map_ in backbone.intermediate_maps(image)]
+    grid = [recipe.views.factor * side for side in maps[-1].shape[-2:]]
+    targets = torch.randn(per_pass, backbone.embed_dim, *grid, device=runtime.device)
+    return Batch(image.repeat(per_pass, 1, 1, 1), maps, targets, ["random input"] * per_pass, [False] * per_pass)
+
+
+def random_update(recipe: Recipe, backbone: Backbone, runtime: Runtime, batch: Batch) -> Callable[[], object]:
+    """A call that makes one update of a fresh adapter as the recipe says, on a batch that stays the same."""
+    trainer = Trainer(recipe, make_adapter(recipe, backbone), runtime)
+    if recipe.loss.edge.weight and recipe.loss.edge.basis == "fixed":
+        basis = fit_basis(batch.targets, recipe.loss.edge.components, recipe.seed)
+        trainer.loss = DistillationLoss(recipe.loss, basis)
+    return lambda: trainer.update(iter([batch] * recipe.optim.accumulate), lr=1e-6)
+
+
+def timed(call: Callable[[], object], runtime: Runtime) -> float:
+    """Seconds of a call, until the device has done its work."""
+    _synchronise(runtime)
+    began = time.perf_counter()
+    call()
+    _synchronise(runtime)
+    return time.perf_counter() - began
+
+
+def _synchronise(runtime: Runtime) -> None:
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize(runtime.device)
