@@ -77,11 +77,12 @@ class Model:
         backbone: timm name.
         weights: where the backbone's weights are from: `random`, `pretrained` or a path.
         student: the trained student's file, or None where the adapter has random weights.
+        student_sha256: of its weights; empty without one.
         adapter: `fusion` or `deformable`.
         dtype: in which the weights are held.
         embed_dim, patch_size: of the backbone.
         factor: output grid over token grid; teacher input over student input.
-        trained_size: student input (height, width) in pixels of the training, or of the recipe.
+        trained_size: student input (height, width) in pixels of the training, or of the recipe; None: not known.
         images: folder of the photographs of the fidelity, or None where there are none.
         num_images: how many.
     """
@@ -90,12 +91,13 @@ class Model:
     backbone: str
     weights: str
     student: str | None
+    student_sha256: str
     adapter: str
     dtype: str
     embed_dim: int
     patch_size: int
     factor: int
-    trained_size: tuple[int, int]
+    trained_size: tuple[int, int] | None
     images: str | None
     num_images: int
 
@@ -170,6 +172,7 @@ class Row:
         weights_bytes: of its weights.
         peak_bytes: beyond the weights, on one batch.
         memory: how `peak_bytes` was obtained.
+        kept_bytes: what the libraries keep after a first call (kernels, thread pools), not in `peak_bytes`; or None.
         latency: None where the row was not run.
         fidelity: None where there are no real weights, no photographs or nothing to compare.
         note: why something is missing; may be empty.
@@ -190,6 +193,7 @@ class Row:
     weights_bytes: int
     peak_bytes: int | None
     memory: How
+    kept_bytes: int | None = None
     latency: Latency | None = None
     fidelity: Fidelity | None = None
     note: str = ""
