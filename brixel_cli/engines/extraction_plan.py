@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from brixel_cli.core.backbone import load_backbone
-from brixel_cli.core.student import FILE_NAME, StoredAdapter, read_adapter
+from brixel_cli.core.student import StoredAdapter, read_adapter
 from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, Grid, Layout, text_array
 from brixel_cli.data.features import FAILED, MISSING, Array
 from brixel_cli.data.fitting import Fitting
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
 from brixel_cli.engines.reporting import Reporter
+from brixel_cli.engines.run_folder import RUNS, newest_run
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.extract_options import ExtractOptions, Source
 
 DEFAULT_FACTOR = 4
-RUNS = "runs"
 
 
 @dataclass(frozen=True)
@@ -200,14 +200,14 @@ def newest_student() -> str:
     Raises:
         UsageError: there is none.
     """
-    students = sorted(Path(RUNS).glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime)
-    if not students:
+    newest = newest_run()
+    if newest is None:
         raise UsageError(
             f"No student to extract with, and none under ./{RUNS}: train one with brixel distill, give --checkpoint "
             "RUN (a run folder, .safetensors, released .pth or hub id), or take the plain maps with --source backbone "
             "--backbone NAME."
         )
-    return str(students[-1].parent)
+    return str(newest)
 
 
 def model_facts(options: ExtractOptions, reporter: Reporter) -> ModelFacts:

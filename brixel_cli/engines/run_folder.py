@@ -31,6 +31,16 @@ from brixel_cli.formatting import to_json
 from brixel_cli.recipe import Recipe
 from brixel_cli.recipe_files import dump_recipe, load_recipe, recipe_differences
 
+RUNS = "runs"
+"""Where runs go unless --output says otherwise, and where the newest student is looked for."""
+
+
+def newest_run() -> Path | None:
+    """The run under ./runs whose student was saved last; None where there is none."""
+    students = Path(RUNS).glob(f"*/{FILE_NAME}")
+    newest = max(students, key=lambda path: path.stat().st_mtime, default=None)
+    return newest.parent if newest else None
+
 
 class RunFolder:
     """The files of one distillation run."""

@@ -1,0 +1,127 @@
+"""Every knob of a benchmark, typed, with its unit; `app.benchmark` says what each means to the user."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from brixel_cli.errors import UsageError
+from brixel_cli.extract_options import Device, Precision
+
+MOST_SIZES = 5
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What `brixel benchmark` was told; checked at construction.
+
+    Attributes:
+        highres: whether the teacher is a row.
+        models: shipped recipes, recipe files or run folders, by commas; None: the newest student, or a default.
+        sizes: student inputs in pixels, as `parse_sizes` reads them; None: those of the training.
+        checkpoint: a student, as `load_student` takes it; the only model.
+        backbone_weights: `pretrained` or a file, for all models.
+        images: folder of photographs for the fidelity; None: the held-out ones of the run.
+        max_images: of them, at most.
+        batch_size: images at once, in timing and memory.
+        seconds: of timing for each model and size.
+        budget: such as `4GB`.
+        baselines: functions from elsewhere, `module:function` or `file.py:function`.
+
+    Raises:
+        UsageError: a value is out of range, or two do not go together.
+    """
+
+    highres: bool = False
+    models: str | None = None
+    sizes: str | None = None
+    checkpoint: str | None = None
+    backbone_weights: str | None = None
+    images: Path | None = None
+    max_images: int = 64
+    batch_size: int = 1
+    precision: Precision = "float32"
+    device: Device = "auto"
+    compiled: bool = field(default=False, metadata={"option": "compile"})
+    seconds: float = 20.0
+    budget: str | None = None
+    baselines: tuple[str, ...] = field(default=(), metadata={"option": "baseline"})
+    output: Path = Path("runs/benchmark")
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("--max-images", self.max_images), ("--batch-size", self.batch_size)):
+            if value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}.")
+        if not self.seconds > 0:
+            raise UsageError(f"--seconds must be above 0, not {self.seconds:g}.")
+        if self.models and self.checkpoint:
+            raise UsageError("--models names recipes and run folders, --checkpoint one student: give one of them.")
+        if self.sizes:
+            parse_sizes(self.sizes, 1)
+        if self.budget:
+            parse_bytes(self.budget)
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget in bytes; None where none was given."""
+        return parse_bytes(self.budget) if self.budget else None
+
+    @property
+    def command(self) -> str:
+        """The command line that says the same."""
+        parts = ["brixel", "benchmark"]
+        for knob in fields(self):
+            value = getattr(self, knob.name)
+            if value == knob.default:
+                continue
+            name = "--compare-highres" if knob.name == "highres" else "--" + knob.metadata.get("option", knob.name)
+            name = name.replace("_", "-")
+            if value is True:
+                parts.append(name)
+            else:
+                for item in value if isinstance(value, tuple) else (value,):
+                    parts += [name, f"{item:g}" if isinstance(item, float) else str(item)]
+        return shlex.join(parts)
+
+
+def parse_bytes(text: str) -> int:
+    """`4GB`, `512 MiB` or a plain number as bytes; GB is 10^9, GiB 2^30.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
+        raise UsageError(f"--budget must be a size such as 4GB, 512MiB or 800MB, not {text}.")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def parse_sizes(text: str, patch_size: int) -> list[tuple[int, int]]:
+    """Sizes (height, width) in pixels: `112`, `96x128`, `84,112,168`, or a range `128..512`.
+
+    A range has both ends and up to three sizes between, in equal ratios; its sizes are rounded to the patch.
+    Sizes given one by one are taken as they are.
+
+    Raises:
+        UsageError: the text is none of these, or a range runs backwards.
+    """
+    sizes: list[tuple[int, int]] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:(x|\.\.)\s*(\d+))?\s*", part)
+        if match is None or int(match[1]) == 0 or (match[3] is not None and int(match[3]) == 0):
+            raise UsageError(f"--sizes takes 112, 96x128, 84,112,168 or 128..512, in pixels; not {text}.")
+        first, last = int(match[1]), int(match[3] or match[1])
+        if match[2] != "..":
+            sizes.append((first, last))
+            continue
+        if last <= first:
+            raise UsageError(f"--sizes {part.strip()}: the range runs from the smaller size to the larger.")
+        for step in range(MOST_SIZES):
+            side = first * (last / first) ** (step / (MOST_SIZES - 1))
+            side = max(round(side / patch_size), 1) * patch_size
+            sizes.append((side, side))
+    return list(dict.fromkeys(sizes))
