@@ -12,11 +12,12 @@ import torch
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.data.features import bytes_needed
 from brixel_cli.engines.batches import CACHE_BATCH, cache_columns
+from brixel_cli.engines.latency import call_seconds
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.engines.setup import Photographs, find_photographs, resolve_paths
 from brixel_cli.engines.trainer import num_steps
-from brixel_cli.engines.training_cost import TrainingCounts, count_training, random_batch, random_update, timed
+from brixel_cli.engines.training_cost import TrainingCounts, count_training, random_batch, random_update
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.formatting import human_bytes
 from brixel_cli.recipe import Recipe
@@ -164,7 +165,7 @@ def _seconds(call: Callable[[], object], runtime: Runtime) -> float:
     """Time of the faster of two calls after a first one, or of the first one where that was long."""
     times = []
     for _ in range(3):
-        times.append(timed(call, runtime))
+        times.append(call_seconds(call, runtime.device))
         if times[0] > LONGEST_MEASUREMENT / 3:
             return times[0]
     return min(times[1:])

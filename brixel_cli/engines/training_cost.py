@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -107,17 +106,3 @@ def random_update(recipe: Recipe, backbone: Backbone, runtime: Runtime, batch: B
         basis = fit_basis(batch.targets, recipe.loss.edge.components, recipe.seed)
         trainer.loss = DistillationLoss(recipe.loss, basis)
     return lambda: trainer.update(iter([batch] * recipe.optim.accumulate), lr=1e-6)
-
-
-def timed(call: Callable[[], object], runtime: Runtime) -> float:
-    """Seconds of a call, until the device has done its work."""
-    _synchronise(runtime)
-    began = time.perf_counter()
-    call()
-    _synchronise(runtime)
-    return time.perf_counter() - began
-
-
-def _synchronise(runtime: Runtime) -> None:
-    if runtime.device.type == "cuda":
-        torch.cuda.synchronize(runtime.device)
