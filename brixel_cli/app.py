@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from brixel_cli import __version__
+from brixel_cli.benchmark_options import BenchmarkOptions
 from brixel_cli.console import error_boundary, print_version, set_quiet
 from brixel_cli.errors import UsageError
 from brixel_cli.extract_options import Device, ExtractOptions, Fit, Number, Precision, Source, Storage
@@ -48,6 +49,20 @@ EXTRACT_EXAMPLES = """
   brixel extract --input clip.mp4 --every 10 --checkpoint runs/vits --pca 64 --preview
 
   brixel extract --checkpoint runs/vits --export student.onnx
+"""
+
+BENCHMARK_EXAMPLES = """
+[bold]Examples[/bold]
+
+  brixel benchmark --compare-highres
+
+  brixel benchmark --compare-highres --models vits,vitb,vitl,vithplus --output runs/family
+
+  brixel benchmark --compare-highres --checkpoint runs/vits --sizes 128..512 --images ~/photos
+
+  brixel benchmark --models vits,vitb,vitl,vithplus --budget 4GB --dry-run
+
+  brixel benchmark --compare-highres --baseline bilateral.py:upsample
 """
 
 
@@ -194,6 +209,95 @@ def extract(
             preview=preview,
         )
         run_extract(options, export, dry_run, as_json)
+
+
+@app.command(epilog=BENCHMARK_EXAMPLES)
+def benchmark(
+    compare_highres: Annotated[
+        bool, typer.Option("--compare-highres", help="Also run the teacher: the same backbone on the large image.")
+    ] = False,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipes or run folders, by commas. Default: the newest student under runs, or dinov2_vits.",
+            show_default=False,
+        ),
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Student inputs in pixels: 112, 96x128, 84,112,168 or 128..512. Default: that of the training.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="One student: run folder, .safetensors, released .pth, or hub id.", show_default=False),
+    ] = None,
+    backbone_weights: Annotated[
+        str | None,
+        typer.Option(help="pretrained, or a .safetensors or .pth file; default: as in training.", show_default=False),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Photographs for the fidelity. Default: the run's held-out ones.", show_default=False
+        ),
+    ] = None,
+    max_images: Annotated[int, typer.Option(help="So many photographs at most.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images at once, for time and memory.")] = 1,
+    precision: Annotated[
+        Precision, typer.Option(help="Weights and arithmetic; auto: bfloat16 where the device computes in it.")
+    ] = "float32",
+    device: Annotated[Device, typer.Option(help="Where it runs.")] = "auto",
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Use torch.compile; its own time is reported apart.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(help="Timing of each model and size; rows with slower calls than this are not run.")
+    ] = 20.0,
+    budget: Annotated[
+        str | None, typer.Option(help="Memory, such as 4GB: which models and sizes fit?", show_default=False)
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE.py:FUNCTION", help="A function from elsewhere as a row; can be repeated.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of results and pictures.")] = Path("runs/benchmark"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure anew what was measured before.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count only; run and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No hints and no progress bars.")] = False,
+) -> None:
+    """Measure what a student costs beside its backbone and its teacher, and how close it comes to the teacher.
+
+    The same command again takes up what was measured before. Without a student, cost only, with random weights.
+    """
+    with error_boundary():
+        from brixel_cli.commands.benchmark import run_benchmark
+
+        set_quiet(quiet)
+        options = BenchmarkOptions(
+            highres=compare_highres,
+            models=models,
+            sizes=sizes,
+            checkpoint=checkpoint,
+            backbone_weights=backbone_weights,
+            images=images,
+            max_images=max_images,
+            batch_size=batch_size,
+            precision=precision,
+            device=device,
+            compiled=compile_,
+            seconds=seconds,
+            budget=budget,
+            baselines=tuple(baseline or ()),
+            output=output,
+            overwrite=overwrite,
+        )
+        run_benchmark(options, None, dry_run, as_json)
 
 
 def _batch_size(text: str) -> int | None:

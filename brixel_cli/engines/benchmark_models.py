@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -182,7 +182,7 @@ def load_or_randomise(
             f"{candidate.name}: cost only, with random weights. {str(error).splitlines()[0]} "
             "Give --backbone-weights PATH (.safetensors or .pth) for the fidelity."
         )
-        costed = Candidate(**{**vars(candidate), "weights": "random", "stored": None})
+        costed = replace(candidate, weights="random", stored=None)
         return costed, costed.load(device)
 
 

@@ -8,7 +8,7 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,7 +56,8 @@ def peak_in_fresh_process(
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        work = (candidate, size, label, batch_size, baselines, torch.get_num_threads())
+        bare = replace(candidate, weights="random", stored=None, recipe=None)
+        work = (bare, size, label, batch_size, baselines, torch.get_num_threads())
         try:
             return pool.submit(_measure, *work).result()
         except BrokenProcessPool:
@@ -68,7 +69,7 @@ def _measure(
     candidate: Candidate, size: tuple[int, int], label: str, batch_size: int, baselines: tuple[str, ...], threads: int
 ) -> PeakMemory:
     torch.set_num_threads(threads)
-    student = Candidate(**{**vars(candidate), "weights": "random", "stored": None}).load("cpu")
+    student = candidate.load("cpu")
     rows = make_contenders(student, size, True, [load_baseline(reference) for reference in baselines])
     row = next(row for row in rows if row.label == label)
     images = row.input(batch_size)
