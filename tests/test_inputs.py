@@ -190,8 +190,15 @@ def test_sizes_are_multiples_of_the_patch(fit, height: int, width: int, expected
     fitting = Fitting(112, fit, 14)
     assert fitting.model_size(height, width) == expected
     assert Fitting(112, fit, 14, enlarge=4).model_size(height, width) == (expected[0] * 4, expected[1] * 4)
-    image = Image.new("RGB", (width, height))
-    assert fitting.apply(image).size == expected[::-1]
+    assert fitting.apply(Image.new("RGB", (width, height))).shape == (3, *expected)
+
+
+def test_pixels_are_resized_as_pillow_does():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 121, 3), np.uint8))
+    pixels = Fitting(56, "short", 14).apply(image).permute(1, 2, 0).numpy().astype(int)
+    expected = np.asarray(image.resize((70, 56), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(pixels - expected).max() <= 1
+    assert (pixels == expected).mean() > 0.95
 
 
 def test_snapping_is_measured():

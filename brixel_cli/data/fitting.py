@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli.data.views import centre_view
 from brixel_cli.errors import BrixelError
@@ -62,12 +65,16 @@ class Fitting:
         exact = (height * scale, width * scale) if self.fit == "short" else (self.res, self.res)
         return max(abs(a - b) for a, b in zip(chosen, exact, strict=True))
 
-    def apply(self, image: Image.Image) -> Image.Image:
-        """The image at the size that the model sees, resized with antialiased bicubic interpolation.
+    def apply(self, image: Image.Image) -> Tensor:
+        """Pixels (3, height, width), uint8, at the size that the model sees, antialiased bicubic.
 
         Rounding to the patch changes the aspect by less than half a patch; nothing is cut off but by `centre`.
         """
-        height, width = self.model_size(image.height, image.width)
+        size = self.model_size(image.height, image.width)
         if self.fit == "centre":
-            return centre_view(image, (height, width))
-        return image.resize((width, height), Image.Resampling.BICUBIC)
+            view: Tensor = tvf.pil_to_tensor(centre_view(image, size))
+            return view
+        # On a tensor it takes a quarter of Pillow's time, and differs by one level of 255 here and there.
+        bicubic = v2.InterpolationMode.BICUBIC
+        resized: Tensor = tvf.resize(tvf.pil_to_tensor(image), list(size), interpolation=bicubic, antialias=True)
+        return resized

@@ -168,13 +168,13 @@ def _compute(
     basis = _stored_basis(store)
     spare: deque[dict[str, Tensor]] = deque(maxlen=1)
 
-    def load(row: int) -> Array | str:
+    def load(row: int) -> Tensor | str:
         return "" if status[row] == FAILED else _load(plan, row)
 
     def write(finished: _Finished) -> None:
-        tensors = {name: tensor.cpu().numpy() for name, tensor in finished.tensors.items()}
+        tensors = {name: tensor.cpu() for name, tensor in finished.tensors.items()}
         for row, place in finished.rows:
-            sink.write(row, {name: array[place] for name, array in tensors.items()})
+            sink.write(row, {name: _planes(tensor[place]) for name, tensor in tensors.items()})
             store.mark(row, DONE)
         spare.append(finished.tensors)
 
@@ -198,23 +198,29 @@ def _compute(
             yield len(missing)
 
 
-def _load(plan: ExtractPlan, row: int) -> Array | str:
-    """Pixels (H, W, 3), uint8, of a row's input, or the reason why there are none."""
+def _load(plan: ExtractPlan, row: int) -> Tensor | str:
+    """Pixels (3, H, W), uint8, of a row's input, or the reason why there are none."""
     item = plan.inputs.items[row]
     try:
         image = plan.inputs.load(item)
         if (image.height, image.width) != (item.height, item.width):
             return f"its header says {item.width}x{item.height} pixels, its contents {image.width}x{image.height}"
-        return np.asarray(plan.fitting.apply(image))
+        return plan.fitting.apply(image)
     except BrixelError as error:
         return reason_of(error, item.path)
 
 
-def _stack(loaded: Sequence[Array | str]) -> Tensor:
+def _stack(loaded: Sequence[Tensor | str]) -> Tensor:
     """Pixels (B, 3, H, W); a failed image's place is black, so that the batch keeps its shape."""
-    shape = next(pixels.shape for pixels in loaded if not isinstance(pixels, str))
-    batch = np.stack([np.zeros(shape, np.uint8) if isinstance(pixels, str) else pixels for pixels in loaded])
-    return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
+    black = torch.zeros_like(next(pixels for pixels in loaded if not isinstance(pixels, str)))
+    return torch.stack([black if isinstance(pixels, str) else pixels for pixels in loaded]).contiguous()
+
+
+def _planes(features: Tensor) -> Array:
+    """One image's (D, h, w), channel by channel as it is stored; the models compute with channels last."""
+    # Flat, the copy is a plain transpose, for which torch has a faster way.
+    flat: Array = features.flatten(1).contiguous().view(features.shape).numpy()
+    return flat
 
 
 def _fail(plan: ExtractPlan, store: Store, row: int, reason: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from brixel_cli.core.pca import RunningPca
 from brixel_cli.core.pictures import Palette, panel
@@ -65,7 +66,8 @@ def _palette(features: FeatureFile) -> Palette:
 def _seen(plan: ExtractPlan, features: FeatureFile, row: int) -> Image.Image:
     """What the model saw of an image; grey where the file has gone since."""
     try:
-        return plan.fitting.apply(plan.inputs.load(plan.inputs.items[row]))
+        seen: Image.Image = to_pil_image(plan.fitting.apply(plan.inputs.load(plan.inputs.items[row])))
+        return seen
     except BrixelError:
         height, width = (int(side) for side in features.model_size[row])
         return Image.new("RGB", (width, height), "grey")

@@ -11,11 +11,11 @@ import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,26 +38,20 @@ def run(options: argparse.Namespace, folder: Path, output: Path, *more: str) -> 
     output.unlink(missing_ok=True)
     before = time.perf_counter()
     arguments = [sys.executable, "-m", "brixel_cli", *command(options, folder, output, "--json", *more)]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    out, err = process.communicate()
-    if "Traceback" in err:
-        raise SystemExit(err)
-    result = json.loads(out) if out else {"error": err}
-    return result | {"wall": time.perf_counter() - before, "code": process.returncode, "stderr": err}
-
-
-def peak_of(options: argparse.Namespace, folder: Path, output: Path) -> int:
-    """Peak resident memory of the command, in bytes."""
-    output.unlink(missing_ok=True)
-    pid = os.fork()
-    if pid == 0:
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 1)
-            os.execv(sys.executable, [sys.executable, "-m", "brixel_cli", *command(options, folder, output)])
-    _, code, usage = os.wait4(pid, 0)
-    if code:
-        raise SystemExit(f"the command ended with {code}")
-    return usage.ru_maxrss * 1024
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(arguments, stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        printed, complaints = (file.seek(0) or file.read() for file in (out, err))
+    if "Traceback" in complaints:
+        raise SystemExit(complaints)
+    result = json.loads(printed) if printed else {"error": complaints}
+    return result | {
+        "wall": time.perf_counter() - before,
+        "code": process.returncode,
+        "stderr": complaints,
+        "peak_mib": round(usage.ru_maxrss / 1024, 1),
+    }
 
 
 def many(photos: Path, folder: Path, count: int) -> Path:
@@ -118,14 +112,10 @@ def throughput(options: argparse.Namespace, scratch: Path) -> dict:
 def memory(options: argparse.Namespace, scratch: Path) -> dict:
     """Peak memory at 200 images and at ten times as many."""
     peaks = [
-        peak_of(options, many(options.photos, scratch / "photos", count), scratch / "f.h5")
+        run(options, many(options.photos, scratch / "photos", count), scratch / "f.h5")["peak_mib"]
         for count in (options.count, 10 * options.count)
     ]
-    return {
-        "images": options.count,
-        "peak_mib": [round(peak / 2**20, 1) for peak in peaks],
-        "ratio": peaks[1] / peaks[0],
-    }
+    return {"images": options.count, "peak_mib": peaks, "ratio": peaks[1] / peaks[0]}
 
 
 def kills(options: argparse.Namespace, scratch: Path) -> dict:
@@ -206,6 +196,8 @@ def damaged(options: argparse.Namespace, scratch: Path) -> dict:
         "failed_with_reason": sum(bool(reason) for reason in result["failures"].values()),
         "good_rows_identical": sum(found.get(name) == row for name, row in expected.items()),
         "good": good["computed"],
+        "peak_mib": result["peak_mib"],
+        "peak_mib_of_the_good_alone": good["peak_mib"],
         "code": result["code"],
         "traceback": "Traceback" in result["stderr"],
     }
@@ -230,30 +222,44 @@ def int8(options: argparse.Namespace, scratch: Path) -> dict:
 
 
 def writing(options: argparse.Namespace, scratch: Path) -> dict:
-    """Rows through the store against one plain sequential file, both synced: MB/s."""
+    """Rows through the store against one plain sequential file, both allocated before and synced after: MB/s.
+
+    The two take turns, in changing order, each on a disk that has settled; the median of the rounds counts.
+    """
     from brixel_cli.data.features import Column, Store, create_store
 
     row = np.random.default_rng(0).integers(0, 255, 12_600_000, np.uint8)
-    count, speeds = options.count, {"plain": 0.0, "store": 0.0}
-    for _ in range(3):  # the better of three, taken in turn
-        plain = scratch / "plain.bin"
-        with open(plain, "wb", buffering=0) as file:
+    count = options.count
+
+    def plain(path: Path) -> float:
+        with open(path, "wb", buffering=0) as file:
             os.posix_fallocate(file.fileno(), 0, row.nbytes * count)
+            os.sync()
             began = time.perf_counter()
             for _ in range(count):
                 file.write(row)
             os.fsync(file.fileno())
-            speeds["plain"] = max(speeds["plain"], row.nbytes * count / (time.perf_counter() - began) / 1e6)
-        plain.unlink()
-        create_store(scratch / "s.h5", count, {"features": Column(row.shape, "uint8")}, {})
-        store = Store(scratch / "s.h5", writable=True)
+            return time.perf_counter() - began
+
+    def rows(path: Path) -> float:
+        create_store(path, count, {"features": Column(row.shape, "uint8")}, {})
+        store = Store(path, writable=True)
+        os.sync()
         began = time.perf_counter()
         for number in range(count):
             store.write(number, {"features": row})
         store.flush()
-        speeds["store"] = max(speeds["store"], row.nbytes * count / (time.perf_counter() - began) / 1e6)
-        (scratch / "s.h5").unlink()
-    return {**speeds, "share": speeds["store"] / speeds["plain"]}
+        return time.perf_counter() - began
+
+    seconds: dict[str, list[float]] = {"plain": [], "rows": []}
+    for turn in range(8):
+        for way in (plain, rows) if turn % 2 else (rows, plain):
+            taken = way(scratch / "written")
+            (scratch / "written").unlink()
+            if turn:  # the first turn warms up
+                seconds[way.__name__].append(taken)
+    speeds = {name: row.nbytes * count / float(np.median(values)) / 1e6 for name, values in seconds.items()}
+    return {**speeds, "share": speeds["rows"] / speeds["plain"], "seconds": seconds}
 
 
 def processes(options: argparse.Namespace, scratch: Path) -> dict:
@@ -301,8 +307,7 @@ def main() -> None:
     options.count = options.count or COUNTS.get(options.bar, 0)
     options.scratch.mkdir(parents=True, exist_ok=True)
     result = BARS[options.bar](options, options.scratch)
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    sys.stdout.write(json.dumps({"bar": options.bar, **result, "largest_child_mib": round(children / 1024, 1)}) + "\n")
+    sys.stdout.write(json.dumps({"bar": options.bar, **result}) + "\n")
 
 
 if __name__ == "__main__":
