@@ -81,6 +81,9 @@ class ViewConfig(Section):
     """Input of the teacher in pixels: one side, or [height, width]."""
     factor: Literal[2, 4, 8] = 4
     """Teacher side over student side; also output grid over token grid."""
+    other_sizes: list[PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]] = []
+    """Further teacher inputs to train on, each batch of one size, all sizes equally often; a size given twice counts
+    twice. Held-out photographs are looked at in `teacher_size` alone."""
     kind: Literal["centre", "random", "fixed"] = "centre"
     """`centre`: cover and centre crop (released). `random`: a new random crop and flip each epoch.
     `fixed`: for each photograph the centre crop and `per_image - 1` random ones, the same in every epoch."""
@@ -97,14 +100,28 @@ class ViewConfig(Section):
             raise ValueError(f"views.per_image is {self.per_image}, but only kind: fixed has more than one view")
         if self.scale[0] > self.scale[1]:
             raise ValueError("views.scale must be [least, most]")
+        if self.kind == "fixed" and self.per_image % self.num_sizes:
+            raise ValueError(
+                f"views.per_image {self.per_image} is not a multiple of the {self.num_sizes} sizes "
+                "(teacher_size and other_sizes)"
+            )
         return self
 
     @property
     def teacher_hw(self) -> tuple[int, int]:
         """Teacher input (height, width) in pixels."""
-        if isinstance(self.teacher_size, int):
-            return self.teacher_size, self.teacher_size
-        return self.teacher_size[0], self.teacher_size[1]
+        return self.teacher_sizes[0]
+
+    @property
+    def teacher_sizes(self) -> list[tuple[int, int]]:
+        """Every teacher input (height, width) in pixels, `teacher_size` first."""
+        given = [[size, size] if isinstance(size, int) else size for size in (self.teacher_size, *self.other_sizes)]
+        return [(size[0], size[1]) for size in given]
+
+    @property
+    def num_sizes(self) -> int:
+        """How many sizes take turns."""
+        return 1 + len(self.other_sizes)
 
 
 class CacheConfig(Section):
@@ -234,13 +251,15 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.cache.enabled and self.views.kind == "random":
             raise ValueError("cache.enabled needs views that stay the same: views.kind centre or fixed, not random")
-        for side in self.views.teacher_hw:
-            if side % self.views.factor:
-                raise ValueError(f"views.teacher_size {side} is not a multiple of views.factor {self.views.factor}")
+        for number, size in enumerate(self.views.teacher_sizes):
+            for side in size:
+                if side % self.views.factor:
+                    key = "views.other_sizes" if number else "views.teacher_size"
+                    raise ValueError(f"{key} {side} is not a multiple of views.factor {self.views.factor}")
         return self
 
     @property
     def student_hw(self) -> tuple[int, int]:
-        """Student input (height, width) in pixels."""
+        """Student input (height, width) in pixels, of `views.teacher_size`."""
         height, width = self.views.teacher_hw
         return height // self.views.factor, width // self.views.factor

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from conftest import Listener, make_photograph
 
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.data.features import Store
-from brixel_cli.data.images import scan_folder
+from brixel_cli.data.images import Photograph, scan_folder
 from brixel_cli.data.views import Views, reduce_view
-from brixel_cli.engines.batches import OnlineBatches, batch_keys, open_cache
+from brixel_cli.engines.batches import OnlineBatches, batch_keys
+from brixel_cli.engines.cache import open_cache
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
-from brixel_cli.recipe import Recipe
+from brixel_cli.recipe import Recipe, ViewConfig
 from brixel_cli.recipe_files import load_recipe
 
 
@@ -35,27 +37,92 @@ def views_of(recipe: Recipe, backbone: Backbone) -> Views:
     return Views(found, recipe.views, recipe.seed, backbone.mean, backbone.std)
 
 
+def views_in_name(count: int, seed: int = 0, **config: Any) -> Views:
+    """Views of photographs that are not there: enough to say which of them make a batch."""
+    photographs = [Photograph(Path(f"{number}.png"), f"{number}.png", 128, 128) for number in range(count)]
+    return Views(photographs, ViewConfig(teacher_size=128, **config), seed, (0, 0, 0), (1, 1, 1))
+
+
 def test_an_epoch_takes_every_view_once_and_the_next_in_another_order() -> None:
-    keys = [key for batch in batch_keys(10, 0, range(5), 4) for key in batch]
+    keys = [key for batch in batch_keys(views_in_name(10), range(5), 4) for key in batch]
     assert [epoch for epoch, _ in keys] == [0] * 10 + [1] * 10
     assert sorted(number for epoch, number in keys if epoch == 0) == list(range(10))
     assert sorted(number for epoch, number in keys if epoch == 1) == list(range(10))
     assert [n for e, n in keys if e == 0] != [n for e, n in keys if e == 1]
-    assert list(batch_keys(10, 1, range(5), 4)) != list(batch_keys(10, 0, range(5), 4))
+    assert list(batch_keys(views_in_name(10, 1), range(5), 4)) != list(batch_keys(views_in_name(10), range(5), 4))
 
 
 def test_keys_depend_on_the_step_alone() -> None:
-    whole = list(batch_keys(7, 3, range(12), 4))
-    assert list(batch_keys(7, 3, range(5, 12), 4)) == whole[5:]
+    whole = list(batch_keys(views_in_name(7, 3), range(12), 4))
+    assert list(batch_keys(views_in_name(7, 3), range(5, 12), 4)) == whole[5:]
 
 
 @pytest.mark.parametrize(("accumulate", "world_size"), [(1, 2), (2, 1), (2, 2), (4, 1)])
 def test_a_step_takes_the_same_views_however_they_are_shared_out(accumulate: int, world_size: int) -> None:
-    whole = list(batch_keys(11, 0, range(6), 8))
-    shares = [list(batch_keys(11, 0, range(6), 8, accumulate, rank, world_size)) for rank in range(world_size)]
+    views = views_in_name(11)
+    whole = list(batch_keys(views, range(6), 8))
+    shares = [list(batch_keys(views, range(6), 8, accumulate, rank, world_size)) for rank in range(world_size)]
     for step in range(6):
         parts = [keys for share in shares for keys in share[step * accumulate : (step + 1) * accumulate]]
         assert sorted(key for part in parts for key in part) == sorted(whole[step])
+
+
+@pytest.mark.parametrize(("kind", "per_image"), [("fixed", 3), ("centre", 1), ("random", 1)])
+def test_sizes_take_turns_and_a_batch_has_one(kind: str, per_image: int) -> None:
+    views = views_in_name(24 // per_image, kind=kind, per_image=per_image, other_sizes=[64, [96, 128]])
+    batches = list(batch_keys(views, range(18), 4))
+    sizes = [{views.size_number(*key) for key in batch} for batch in batches]
+    assert all(len(size) == 1 for size in sizes)
+    turns = [[size for one in sizes[at : at + 3] for size in one] for at in range(0, 18, 3)]
+    assert all(sorted(turn) == [0, 1, 2] for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 1  # in an order that changes
+    # 24 views, 8 of each size, 4 in a batch: an epoch is six steps, in which every view comes once.
+    for epoch in range(3):
+        numbers = [number for batch in batches[6 * epoch : 6 * epoch + 6] for _, number in batch]
+        assert sorted(numbers) == list(range(24))
+    assert list(batch_keys(views, range(7, 18), 4)) == batches[7:]
+
+
+def test_a_random_view_changes_its_size_from_epoch_to_epoch() -> None:
+    views = views_in_name(4, kind="random", other_sizes=[64])
+    assert [views.size_number(epoch, 1) for epoch in range(3)] == [1, 0, 1]
+    fixed = views_in_name(4, kind="fixed", per_image=2, other_sizes=[64])
+    assert [fixed.size_number(epoch, 1) for epoch in range(3)] == [1, 1, 1]
+
+
+def test_a_cache_holds_views_of_several_sizes(
+    tiny_recipe_file: Path, backbone: Backbone, tmp_path: Path, listener: Listener
+) -> None:
+    recipe = load_recipe(
+        str(tiny_recipe_file),
+        [
+            "views.kind=fixed",
+            "views.per_image=2",
+            "views.other_sizes=[[64, 128]]",
+            "cache.enabled=true",
+            "run.precision=float32",
+        ],
+    )
+    views, runtime = views_of(recipe, backbone), Runtime(recipe.run)
+    held_out = Views(views.photographs[:2], ViewConfig(teacher_size=128), 0, views.mean, views.std)
+    training, other = open_cache(recipe, tmp_path, backbone, [views, held_out], runtime, listener)
+    for source, of, keys in [
+        (training, views, [(0, 0), (0, 4)]),
+        (training, views, [(0, 5), (3, 1)]),
+        (other, held_out, [(0, 1)]),
+    ]:
+        (stored,) = source.iterate([keys])
+        (computed,) = OnlineBatches(of, backbone, runtime, 0).iterate([keys])
+        assert (
+            stored.images.shape
+            == computed.images.shape
+            == (len(keys), 3, 16 if keys[0][1] % 2 and of is views else 32, 32)
+        )
+        torch.testing.assert_close(stored.targets, computed.targets, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(stored.maps[2], computed.maps[2], atol=2e-3, rtol=2e-3)
+    store = Store(next(tmp_path.glob("cache/*.h5")))
+    assert store.array("targets/128x128").shape == (10, 64, 8, 8)
+    assert store.array("targets/64x128").shape == (8, 64, 4, 8)
 
 
 def test_an_online_batch_is_what_backbone_and_teacher_say(recipe: Recipe, backbone: Backbone) -> None:

@@ -23,7 +23,7 @@ from brixel_cli.engines.runtime import Runtime
 from brixel_cli.engines.setup import make_adapter
 from brixel_cli.engines.trainer import Trainer, learning_rate, num_steps
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.recipe import OptimConfig, Recipe
+from brixel_cli.recipe import CacheConfig, OptimConfig, Recipe
 from brixel_cli.recipe_files import load_recipe
 
 
@@ -108,13 +108,30 @@ def test_gradients_reach_only_the_adapter(tiny_recipe_file: Path, kind: str, lis
     views, _ = make_views(recipe, find_photographs(recipe), backbone)
     batches = OnlineBatches(views, backbone, trainer.runtime, workers=0)
     for _ in range(4):  # the first updates wake layers that start at zero, from the last one backwards
-        trainer.update(batches.iterate(batch_keys(len(views), 0, range(1), 4)), lr=1e-3)
+        trainer.update(batches.iterate(batch_keys(views, range(1), 4)), lr=1e-3)
     assert [name for name, p in trainer.adapter.named_parameters() if p.grad is None or not p.grad.any()] == []
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in backbone.parameters())
     trained = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     assert trained == {id(parameter) for parameter in trainer.adapter.parameters()}
     assert not backbone.training
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
+
+
+def test_a_run_over_several_sizes(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
+    recipe = with_changes(
+        tiny_recipe_file, "views.kind=fixed", "views.per_image=2", "views.other_sizes=[[64, 128]]", "cache.enabled=true"
+    )
+    whole = distill(recipe, RunFolder(tmp_path / "whole"), listener)
+    assert whole.results["steps"] == 4
+    online = recipe.model_copy(update={"cache": CacheConfig()})
+    computed = distill(online, RunFolder(tmp_path / "online"), listener)
+    assert computed.results["best"]["student"]["l1"] == pytest.approx(whole.results["best"]["student"]["l1"], rel=1e-2)
+
+
+def test_more_sizes_than_views(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
+    recipe = with_changes(tiny_recipe_file, "views.other_sizes=[64, 64, 64, 64, 64, 64, 64, 64]")
+    with pytest.raises(UsageError, match=r"6 training views cannot be shared out over the 9 sizes of .*name fewer"):
+        distill(recipe, RunFolder(tmp_path / "run"), listener)
 
 
 # Stopping and resuming

@@ -206,6 +206,11 @@ def test_a_file_without_keys_is_a_fault(tmp_path: Path, text: str, shown: str) -
         ),
         (["views.scale=[0.9, 0.1]"], "views: views.scale must be [least, most]"),
         (["views.teacher_size=1022"], "the recipe: views.teacher_size 1022 is not a multiple of views.factor 4"),
+        (["views.other_sizes=[514]"], "the recipe: views.other_sizes 514 is not a multiple of views.factor 4"),
+        (
+            ["views.kind=fixed", "views.per_image=4", "views.other_sizes=[512, 768]"],
+            "views: views.per_image 4 is not a multiple of the 3 sizes (teacher_size and other_sizes)",
+        ),
         (["views.teacher_size=[512, 514]"], "the recipe: views.teacher_size 514 is not a multiple of views.factor 4"),
         (
             ["loss.l1.weight=0", "loss.edge.weight=0", "loss.spectral.weight=0", "loss.cosine.weight=0"],

@@ -107,6 +107,10 @@ class Views(Dataset[View]):
     def __len__(self) -> int:
         return len(self.photographs) * self.config.per_image
 
+    def size_number(self, epoch: int, number: int) -> int:
+        """Which of the config's sizes a view has; random views of a photograph change it from epoch to epoch."""
+        return (number + (epoch if self.config.kind == "random" else 0)) % self.config.num_sizes
+
     def photograph(self, number: int) -> Photograph:
         """The photograph that a view is to be cut from."""
         return self.photographs[number // self.config.per_image]
@@ -122,7 +126,7 @@ class Views(Dataset[View]):
             except BrixelError as error:
                 skipped.append(Skipped(photograph.name, str(error).removesuffix(f": {photograph.path}")))
                 continue
-            size = self.config.teacher_hw
+            size = self.config.teacher_sizes[self.size_number(epoch, number)]
             if self.config.kind == "centre" or (self.config.kind == "fixed" and variant == 0):
                 view = centre_view(image, size)
             else:

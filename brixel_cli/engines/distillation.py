@@ -14,7 +14,9 @@ from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.losses import Basis, fit_basis
 from brixel_cli.core.student import StudentCard, save_student
 from brixel_cli.data.images import Skipped, describe_skipped
-from brixel_cli.engines.batches import Batches, OnlineBatches, batch_keys, open_cache
+from brixel_cli.data.views import Views
+from brixel_cli.engines.batches import Batches, OnlineBatches, batch_keys
+from brixel_cli.engines.cache import open_cache
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.run_folder import RunFolder, write_text
 from brixel_cli.engines.runtime import Runtime
@@ -109,7 +111,7 @@ def distill(
         folder.rewind_metrics(trainer.step)
     runtime.wait()
 
-    _fit_fixed_basis(trainer, training, len(training_views))
+    _fit_fixed_basis(trainer, training, training_views)
     total = num_steps(recipe.optim, len(training_views))
     writer = _tensorboard(recipe, folder, runtime, trainer.step)
 
@@ -136,10 +138,9 @@ def distill(
             folder.save_state(tensors, {**facts, "photographs": photographs.fingerprint})
 
     # The loop.
-    keys = batch_keys(
-        len(training_views), recipe.seed, range(trainer.step, total), recipe.optim.batch_size,
-        recipe.optim.accumulate, runtime.rank, runtime.world_size,
-    )  # fmt: skip
+    optim = recipe.optim
+    steps = range(trainer.step, total)
+    keys = batch_keys(training_views, steps, optim.batch_size, optim.accumulate, runtime.rank, runtime.world_size)
     passes = training.iterate(keys)
     steps_per_epoch = len(training_views) / recipe.optim.batch_size
     with reporter.bar("distil", total, trainer.step, "step") as bar:
@@ -166,12 +167,13 @@ def distill(
     return _finish(trainer, folder, photographs.skipped + _skipped(trainer.damaged))
 
 
-def _fit_fixed_basis(trainer: Trainer, training: Batches, num_views: int) -> None:
+def _fit_fixed_basis(trainer: Trainer, training: Batches, views: Views) -> None:
     """Fit the edge term's PCA on the first views' targets, the same on every process, unless it is fitted per batch."""
     edge = trainer.recipe.loss.edge
     if edge.weight and edge.basis == "fixed" and trainer.loss.basis is None:
-        keys = [[(0, number)] for number in range(0, num_views, max(num_views // BASIS_VIEWS, 1))][:BASIS_VIEWS]
-        targets = torch.cat([batch.targets for batch in training.iterate(keys)])
+        numbers = [number for number in range(len(views)) if views.size_number(0, number) == 0]
+        spread = numbers[:: max(len(numbers) // BASIS_VIEWS, 1)][:BASIS_VIEWS]
+        targets = torch.cat([batch.targets for batch in training.iterate([[(0, number)] for number in spread])])
         basis = fit_basis(targets, edge.components, trainer.recipe.seed)
         from_first = trainer.runtime.from_first
         trainer.loss.basis = Basis(from_first(basis.components), from_first(basis.mean))

@@ -11,7 +11,7 @@ import torch
 
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.data.features import bytes_needed
-from brixel_cli.engines.batches import CACHE_BATCH, cache_columns
+from brixel_cli.engines.cache import CACHE_BATCH, CacheLayout
 from brixel_cli.engines.latency import call_seconds
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
@@ -45,7 +45,7 @@ class Plan:
         num_views: training views in an epoch, or None.
         total_seconds: of the whole run, caching included, without validations; None where a part is unknown.
         disk_bytes: of checkpoints, and of the cache where the number of views is known.
-        cache_bytes_per_view: of the cache; 0 without one.
+        cache_bytes_per_view: of the cache, the mean over the sizes; 0 without one.
     """
 
     num_live_parameters: int
@@ -96,8 +96,9 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
     memory_bytes = counts.frozen_bytes + counts.state_bytes + counts.batch_bytes + working
 
     times, how = _time(recipe, runtime, counts, memory_bytes, device_bytes, reporter)
-    columns = cache_columns(recipe, counts.embed_dim, counts.patch_size)
-    cache_bytes = bytes_needed(1, columns) if cached else 0
+    sizes = recipe.views.teacher_sizes
+    layout = CacheLayout(tuple(sizes), recipe.views.factor, counts.patch_size, counts.embed_dim)
+    cache_bytes = bytes_needed(len(sizes), layout.columns) // len(sizes) if cached else 0
     num_views = len(photographs.training) * recipe.views.per_image if photographs else None
     num_cached = num_views + len(photographs.held_out) if cached and photographs and num_views else 0
     steps = recipe.optim.steps or (num_steps(recipe.optim, num_views) if num_views else None)
@@ -156,6 +157,11 @@ def _time(
             how = "adapter and backbone measured on random input, teacher estimated from its FLOP"
     update_seconds = _seconds(random_update(recipe, backbone, runtime, batch), runtime)
     view_seconds = teacher_seconds + trunk_seconds
+    if len(recipe.views.teacher_sizes) > 1:
+        areas = [height * width for height, width in recipe.views.teacher_sizes]
+        share = sum(areas) / len(areas) / areas[0]
+        update_seconds, view_seconds = share * update_seconds, share * view_seconds
+        how += "; other sizes estimated from their area"
     if not recipe.cache.enabled:
         update_seconds += view_seconds * recipe.optim.batch_size
     return (update_seconds, view_seconds), how

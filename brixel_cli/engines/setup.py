@@ -80,26 +80,35 @@ def find_photographs(recipe: Recipe) -> Photographs:
 
 
 def make_views(recipe: Recipe, photographs: Photographs, backbone: Backbone) -> tuple[Views, Views]:
-    """Training views as the recipe says, and held-out ones: the centre crop of each photograph."""
+    """Training views as the recipe says, and held-out ones: the centre crop of each photograph.
+
+    Raises:
+        UsageError: there are fewer training views than sizes.
+    """
     centre = ViewConfig(teacher_size=recipe.views.teacher_size, factor=recipe.views.factor)
-    return (
-        Views(photographs.training, recipe.views, recipe.seed, backbone.mean, backbone.std),
-        Views(photographs.held_out, centre, recipe.seed, backbone.mean, backbone.std),
-    )
+    training = Views(photographs.training, recipe.views, recipe.seed, backbone.mean, backbone.std)
+    if len(training) < recipe.views.num_sizes:
+        raise UsageError(
+            f"{len(training)} training views cannot be shared out over the {recipe.views.num_sizes} sizes of "
+            "views.teacher_size and views.other_sizes: add photographs, or name fewer sizes."
+        )
+    return training, Views(photographs.held_out, centre, recipe.seed, backbone.mean, backbone.std)
 
 
 def check_view_sizes(recipe: Recipe, patch_size: int) -> None:
-    """Raise a UsageError with the nearest teacher size, where the student's view is no multiple of the patch."""
-    try:
-        check_size(*recipe.student_hw, patch_size)
-    except SizeError as error:
-        unit = patch_size * recipe.views.factor
-        nearest = [max(round(side / unit), 1) * unit for side in recipe.views.teacher_hw]
-        raise UsageError(
-            f"views.teacher_size {recipe.views.teacher_size} does not fit: with factor {recipe.views.factor} and patch "
-            f"size {patch_size} each side must be a multiple of {unit}. "
-            f"Nearest: {nearest[0]}x{nearest[1]} (height x width)."
-        ) from error
+    """Raise a UsageError with the nearest teacher size, where a student's view is no multiple of the patch."""
+    factor = recipe.views.factor
+    for number, (height, width) in enumerate(recipe.views.teacher_sizes):
+        try:
+            check_size(height // factor, width // factor, patch_size)
+        except SizeError as error:
+            unit = patch_size * factor
+            nearest = [max(round(side / unit), 1) * unit for side in (height, width)]
+            raise UsageError(
+                f"views.{'other_sizes' if number else 'teacher_size'} {height}x{width} does not fit: "
+                f"with factor {factor} and patch size {patch_size} "
+                f"each side must be a multiple of {unit}. Nearest: {nearest[0]}x{nearest[1]} (height x width)."
+            ) from error
 
 
 def make_adapter(recipe: Recipe, backbone: Backbone, reporter: Reporter | None = None) -> Adapter:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.cost import Cost, count_cost, count_parameters, fake_tensors, hollow
 from brixel_cli.core.losses import Basis, DistillationLoss, fit_basis
@@ -47,6 +48,8 @@ class TrainingCounts:
 def count_training(recipe: Recipe, runtime: Runtime, reporter: Reporter | None = None) -> TrainingCounts:
     """Count the recipe's models and one pass of its training, without computing.
 
+    Where sizes take turns, FLOP are their mean, and bytes those of the largest.
+
     Raises:
         BrixelError: the recipe cannot be carried out: a size does not fit, `init` is missing.
     """
@@ -55,36 +58,51 @@ def count_training(recipe: Recipe, runtime: Runtime, reporter: Reporter | None =
     frozen_bytes = sum(parameter.numel() * parameter.element_size() for parameter in meta.parameters())
     adapter = make_adapter(recipe, meta, reporter).to("meta")
     num_live = count_parameters(adapter)
-    height, width = recipe.student_hw
-    factor, per_pass = recipe.views.factor, recipe.optim.images_per_pass()
-    # The spectral term's bins depend on values, which fake tensors lack; its memory is that of the edge term's kind.
-    loss = recipe.loss.model_copy(update={"spectral": SpectralConfig(weight=0.0)})
     with fake_tensors(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=runtime.bfloat16):
         hollow(meta)
         hollow(adapter)
-        big, small = torch.empty(1, 3, *recipe.views.teacher_hw), torch.empty(1, 3, height, width)
-        teacher = count_cost(lambda: meta.last_map(big))
-        trunk = count_cost(lambda: meta.intermediate_maps(small))
-        h, w = height // meta.patch_size, width // meta.patch_size
-        images = torch.empty(per_pass, 3, height, width)
-        maps = [torch.empty(per_pass, meta.embed_dim, h, w) for _ in range(4)]
-        targets = torch.empty(per_pass, meta.embed_dim, factor * h, factor * w)
-        batch_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (images, *maps, targets))
-        basis = Basis(torch.empty(meta.embed_dim, loss.edge.components), torch.empty(meta.embed_dim))
-        terms = DistillationLoss(loss, basis)
-        trained = count_cost(lambda: terms(adapter(images, maps).float(), targets).total.backward())
+        counted = [_count_size(recipe, meta, adapter, size) for size in recipe.views.teacher_sizes]
+    teachers, trunks, passes, batches = zip(*counted, strict=True)
     return TrainingCounts(
-        teacher=teacher,
-        backbone=trunk,
-        adapter=trained,
+        teacher=_together(teachers),
+        backbone=_together(trunks),
+        adapter=_together(passes),
         frozen_bytes=frozen_bytes,
         state_bytes=num_live * 4 * (5 if recipe.optim.average else 4),  # weights, gradients, two moments, average
-        batch_bytes=batch_bytes,
+        batch_bytes=max(batches),
         num_frozen=count_parameters(meta),
         num_live=num_live,
         embed_dim=meta.embed_dim,
         patch_size=meta.patch_size,
     )
+
+
+def _count_size(
+    recipe: Recipe, backbone: Backbone, adapter: Adapter, size: tuple[int, int]
+) -> tuple[Cost, Cost, Cost, int]:
+    """Teacher and backbone on one image, a pass of the adapter, and the bytes of its batch, for one teacher input."""
+    factor, per_pass = recipe.views.factor, recipe.optim.images_per_pass()
+    height, width = size[0] // factor, size[1] // factor
+    # The spectral term's bins depend on values, which fake tensors lack; its memory is that of the edge term's kind.
+    loss = recipe.loss.model_copy(update={"spectral": SpectralConfig(weight=0.0)})
+    big, small = torch.empty(1, 3, *size), torch.empty(1, 3, height, width)
+    teacher = count_cost(lambda: backbone.last_map(big))
+    trunk = count_cost(lambda: backbone.intermediate_maps(small))
+    h, w = height // backbone.patch_size, width // backbone.patch_size
+    images = torch.empty(per_pass, 3, height, width)
+    maps = [torch.empty(per_pass, backbone.embed_dim, h, w) for _ in range(4)]
+    targets = torch.empty(per_pass, backbone.embed_dim, factor * h, factor * w)
+    batch_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (images, *maps, targets))
+    basis = Basis(torch.empty(backbone.embed_dim, loss.edge.components), torch.empty(backbone.embed_dim))
+    terms = DistillationLoss(loss, basis)
+    trained = count_cost(lambda: terms(adapter(images, maps).float(), targets).total.backward())
+    return teacher, trunk, trained, batch_bytes
+
+
+def _together(costs: Sequence[Cost]) -> Cost:
+    uncounted = {name for cost in costs for name in cost.uncounted}
+    flop = sum(cost.flop for cost in costs) // len(costs)
+    return Cost(flop, max(cost.peak_bytes for cost in costs), tuple(sorted(uncounted)))
 
 
 @torch.no_grad()
