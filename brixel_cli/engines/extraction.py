@@ -21,7 +21,7 @@ from brixel_cli.data.features import DONE, FAILED, MISSING, Array, Store, check_
 from brixel_cli.data.inputs import reason_of
 from brixel_cli.engines.extraction_model import ExtractionModel, encode
 from brixel_cli.engines.extraction_plan import ExtractPlan, make_plan, preview_folder
-from brixel_cli.engines.pipeline import WriteBehind, read_ahead
+from brixel_cli.engines.pipeline import WriteBehind, read_ahead, share_memory_pools
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.resuming import check_same, clear_output, describe
 from brixel_cli.engines.runtime import Runtime
@@ -82,6 +82,7 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     Raises:
         BrixelError: something the user can mend; an image that fails is none of it, unless `strict`.
     """
+    share_memory_pools()
     runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
     with _quiet_pillow():
         plan = make_plan(options, reporter)
