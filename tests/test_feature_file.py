@@ -146,6 +146,8 @@ def test_features_that_float16_cannot_hold_are_noticed():
 def test_single_files_never_share_a_name():
     assert single_file_names(["a.jpg", "s/b.png"], "npy") == ["a.npy", "s/b.npy"]
     assert single_file_names(["a.jpg", "A.png", "b.png"], "npy") == ["a.jpg.npy", "A.png.npy", "b.npy"]
+    names = ["a.jpg", "a.png", "a.jpg.png"]
+    assert single_file_names(names, "npy") == ["a.jpg.npy", "a.png.npy", "a.jpg.png.npy"]
 
 
 def test_text_is_cut_at_a_character():

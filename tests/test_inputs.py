@@ -50,6 +50,17 @@ def test_files_globs_and_lists_name_the_same_images(tree: Path, tmp_path: Path):
     ]
 
 
+def test_no_name_leads_out_of_the_root(tree: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tree / "sub")
+    (tree / "sub" / "list.txt").write_text("c.webp\n../a.jpg\n../sub/c.webp\n")
+    found = find_inputs(["list.txt"], 1)
+    assert (found.root, [item.name for item in found.items]) == (tree, ["sub/c.webp", "a.jpg"])
+    found = find_inputs([".."], 1, without=[Path("../sub")])
+    assert (found.root, [item.name for item in found.items]) == (tree, ["a.jpg", "b.png"])
+    (tree / "link.png").symlink_to("b.png")
+    assert names("../b.png", "../link.png") == ["b.png", "link.png"]  # a link keeps its own name
+
+
 def test_our_own_pictures_are_not_taken_for_inputs(tree: Path):
     assert names(str(tree), without=[tree / "sub"]) == ["a.jpg", "b.png"]
 
@@ -214,9 +225,8 @@ def test_videos_need_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         find_inputs([str(tmp_path / "clip.mp4")], 1)
 
 
-def test_video_frames_are_items(tmp_path: Path):
+def make_video(path: Path) -> Path:
     av = pytest.importorskip("av")
-    path = tmp_path / "clip.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -224,6 +234,21 @@ def test_video_frames_are_items(tmp_path: Path):
             frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), (number * 25, 0, 0)))
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    return path
+
+
+def test_only_one_video_is_open(tmp_path: Path):
+    path = make_video(tmp_path / "clip.mp4")
+    for number in range(3):
+        (tmp_path / f"{number}.mp4").symlink_to(path)
+    found = find_inputs([str(tmp_path / "?.mp4")], every=4)
+    for item in found.items + found.items[::-1]:
+        found.load(item)
+        assert [video for video in found.videos.values() if video._begun] == [found.videos[item.path]]
+
+
+def test_video_frames_are_items(tmp_path: Path):
+    path = make_video(tmp_path / "clip.mp4")
     found = find_inputs([str(path)], every=4)
     assert [item.name for item in found.items] == ["clip.mp4#00", "clip.mp4#04", "clip.mp4#08"]
     reds = [np.asarray(found.load(item))[..., 0].mean() for item in found.items]

@@ -104,6 +104,7 @@ def single_file_names(names: Sequence[str], storage: Storage) -> list[str]:
     stems = [PurePosixPath(name).with_suffix("").as_posix() for name in names]
     folded = [stem.casefold() for stem in stems]
     shared = {stem for stem, count in Counter(folded).items() if count > 1}
+    shared |= {name.casefold() for name in names}  # a.jpg.png must not become the a.jpg.npy of a.jpg
     return [
         f"{name if low in shared else stem}.{storage}" for name, stem, low in zip(names, stems, folded, strict=True)
     ]

@@ -40,9 +40,8 @@ class Video:
             raise BrixelError(f"not a video that can be read: {path}") from error
         if not self.num_frames or not self.height or not self.width:
             raise BrixelError(f"a video without frames: {path}")
-        self._frames: Iterator[Any] = iter(())
         self._next = 0
-        self._begun = False
+        self.close()
 
     def frame(self, number: int) -> Image.Image:
         """Frame `number`, 0-based, as 8-bit RGB.
@@ -61,6 +60,11 @@ class Video:
         except (OSError, ValueError) as error:
             raise BrixelError(f"the video is damaged at frame {self._next}: {self.path}") from error
         raise BrixelError(f"the video ends before this frame, after {self._next}: {self.path}")
+
+    def close(self) -> None:
+        """Close the file; the next frame that is asked for opens it again."""
+        self._frames: Iterator[Any] = iter(())
+        self._begun = False
 
     def _decode(self) -> Iterator[Any]:
         with self._av.open(str(self.path)) as container:
