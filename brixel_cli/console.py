@@ -110,7 +110,7 @@ class Progress:
         """A progress bar on stderr, with speed and time left; silent when quiet, sparse where stderr is no terminal."""
         interval = 0.2 if sys.stderr.isatty() else 15.0
         with tqdm(
-            desc=title, total=total, initial=done, unit=unit, file=sys.stderr, mininterval=interval, maxinterval=60.0,
-            disable=_quiet or not is_first_process(), dynamic_ncols=True,
+            desc=title, total=total, initial=done, unit=f" {unit}", file=sys.stderr, mininterval=interval,
+            maxinterval=60.0, disable=_quiet or not is_first_process(), dynamic_ncols=True,
         ) as bar:  # fmt: skip
             yield bar

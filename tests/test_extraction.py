@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -192,6 +193,13 @@ def test_overwrite_spares_what_is_not_ours(options, tmp_path: Path, listener: Li
     with pytest.raises(UsageError, match="is no HDF5 file; --overwrite replaces feature files only"):
         extract(options(overwrite=True), listener)
     assert (tmp_path / "out.h5").read_text() == "precious"
+
+
+def test_overwrite_keeps_what_is_there_until_the_model_is_loaded(options, tmp_path: Path, listener: Listener):
+    before = every_row(extract(options(), listener).output)
+    with pytest.raises(BrixelError, match="No backbone weights at"):
+        extract(options(overwrite=True, backbone_weights=str(tmp_path / "gone.safetensors")), listener)
+    assert every_row(tmp_path / "out.h5") == before
 
 
 def test_bad_images_are_listed_and_the_others_computed(options, mixed: Path, tmp_path: Path, listener: Listener):
@@ -417,6 +425,31 @@ def test_a_full_disk_is_found_out_first(options, tmp_path: Path, listener: Liste
     with pytest.raises(BrixelError, match=r"out.h5 needs .* has 1000 B free. Make room"):
         extract(options(), listener)
     assert not (tmp_path / "out.h5").exists()
+    chosen = options()
+    arguments = ["--input", *chosen.inputs, "--checkpoint", str(chosen.checkpoint), "--output", str(chosen.output)]
+    planned = CliRunner().invoke(app, ["extract", *arguments, "--dry-run", "--json"])
+    assert planned.exit_code == 1
+    assert json.loads(planned.stdout)["bytes_free"] == 1000
+    assert "has 1000 B free. Make room" in planned.stderr
+
+
+def test_an_output_to_be_replaced_gives_up_its_room(options, listener: Listener, monkeypatch: pytest.MonkeyPatch):
+    done = extract(options(), listener)
+    usage = shutil.disk_usage(done.output)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9 * (not done.output.exists())))
+    assert extract(options(), listener).num_before == 8
+    assert extract(options(overwrite=True), listener).num_computed == 8
+
+
+@pytest.mark.parametrize(("storage", "preview"), [("npy", False), ("h5", True)])
+def test_a_disk_that_fills_up_meanwhile_is_no_traceback(options, listener, monkeypatch, storage: str, preview: bool):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(BrixelError, match="cannot be written: No space left on device. What was finished stays: make"):
+        extract(options(storage=storage, preview=preview), listener)
 
 
 def test_a_graph_for_onnx_agrees(model, tmp_path: Path, options, listener: Listener):

@@ -32,7 +32,9 @@ def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_
     from brixel_cli.engines.extraction import extract, plan_only
 
     if dry_run:
-        _show_plan(plan_only(options, Progress()), as_json)
+        plan = plan_only(options, Progress())
+        _show_plan(plan, as_json)
+        plan.check_disk()
         return
     done = extract(options, Progress())
     if as_json:

@@ -153,6 +153,12 @@ class FeatureFile:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._numbers
+
+    def __reduce__(self) -> tuple[type[FeatureFile], tuple[Path]]:
+        return type(self), (self.path,)  # a worker of a DataLoader opens it anew: memory maps would be copied whole
+
     @property
     def rows(self) -> list[int]:
         """Rows that are done."""

@@ -59,20 +59,9 @@ def check_same(plan: ExtractPlan, model: ExtractionModel, store: Store, reporter
 
 
 def clear_output(plan: ExtractPlan) -> None:
-    """Remove what `--overwrite` replaces: our own feature file, nothing else.
-
-    Raises:
-        UsageError: a file is there that is not ours.
-    """
-    path = plan.store_path
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        if file.read(8) != b"\x89HDF\r\n\x1a\n":
-            raise UsageError(f"{path} is no HDF5 file; --overwrite replaces feature files only. Name another --output.")
-    path.unlink()
-    for picture in preview_folder(plan.output).glob("contact_sheet.png"):
-        picture.unlink()
+    """Remove what `--overwrite` replaces: our own feature file and contact sheet, nothing else."""
+    plan.store_path.unlink(missing_ok=True)
+    (preview_folder(plan.output) / "contact_sheet.png").unlink(missing_ok=True)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
