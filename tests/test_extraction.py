@@ -374,6 +374,11 @@ def test_the_command_says_what_it_did(model, mixed: Path, tmp_path: Path):
     failed = CliRunner().invoke(app, [*arguments, "--overwrite"])
     assert failed.exit_code == 1
     assert "empty: 0 bytes" in failed.stdout
+    (mixed / "bad.png").unlink()
+    (mixed / "the_last_of_a_long_journey.gif").write_bytes(b"GIF89a")
+    Image.new("RGB", (9, 9)).save(mixed / "moving.gif", save_all=True, append_images=[Image.new("RGB", (9, 9), "red")])
+    listed = CliRunner(env={"COLUMNS": "60"}).invoke(app, [*arguments, "--dry-run"]).stdout
+    assert "the_last_of_a_long_journey" in listed  # however long the reasons of the others
     assert "1 of 11 images failed" in failed.stderr
 
 

@@ -107,7 +107,7 @@ def _show_failures(failures: dict[str, str]) -> None:
         kinds = Counter(reason.split(":")[0].split("(")[0].strip()[:60] for reason in failures.values())
         common = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
         notes = [f"and {len(failures) - MOST_LISTED} more. In all: {common}."]
-    print_table(f"{len(failures)} images without features", ["image", "reason"], listed, notes)
+    print_table(f"{len(failures)} images without features", ["image", "reason"], listed, notes, figures=False)
 
 
 def _export(options: ExtractOptions, path: Path, as_json: bool) -> None:
