@@ -190,9 +190,25 @@ def test_another_model_size_or_folder_is_refused_by_name(options, model, photogr
 
 def test_overwrite_spares_what_is_not_ours(options, tmp_path: Path, listener: Listener):
     (tmp_path / "out.h5").write_text("precious")
-    with pytest.raises(UsageError, match="is no HDF5 file; --overwrite replaces feature files only"):
+    with pytest.raises(UsageError, match="--overwrite replaces feature files only: name another --output, or delete"):
         extract(options(overwrite=True), listener)
     assert (tmp_path / "out.h5").read_text() == "precious"
+    with h5py.File(tmp_path / "out.h5", "w") as file:
+        file["measurements"] = np.arange(9)
+    with pytest.raises(UsageError, match="out.h5 is not a feature file of brixel.*\n--overwrite replaces"):
+        extract(options(overwrite=True), listener)
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert file["measurements"][8] == 8
+
+
+def test_overwrite_leaves_no_map_of_an_image_that_has_gone(options, mixed: Path, tmp_path: Path, listener: Listener):
+    output = tmp_path / "maps"
+    extract(options(inputs=[str(mixed)], output=output, storage="npy"), listener)
+    (output / "mine.npy").write_text("precious")
+    (mixed / "03.png").unlink()
+    extract(options(inputs=[str(mixed)], output=output, storage="safetensors", overwrite=True), listener)
+    expected = {f"{number:02}.safetensors" for number in range(10) if number != 3} | {"mine.npy", "index.h5"}
+    assert {path.name for path in output.iterdir()} == expected
 
 
 def test_overwrite_keeps_what_is_there_until_the_model_is_loaded(options, tmp_path: Path, listener: Listener):

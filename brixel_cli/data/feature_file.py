@@ -171,6 +171,11 @@ class FeatureFile:
         return {self.paths[row]: bytes(reasons[row]).decode() for row in np.flatnonzero(self.status == FAILED)}
 
     @property
+    def single_files(self) -> list[Path]:
+        """The file of each image, row for row, whether it is there yet or not; none where one file holds all maps."""
+        return [self.path.parent / name for name in self._single or []]
+
+    @property
     def pca(self) -> tuple[Array, Array] | None:
         """Components (D, K) and mean (D) of the stored scores; None where the maps are the model's own."""
         if "pca_components" not in self._store:

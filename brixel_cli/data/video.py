@@ -40,8 +40,9 @@ class Video:
             raise BrixelError(f"not a video that can be read: {path}") from error
         if not self.num_frames or not self.height or not self.width:
             raise BrixelError(f"a video without frames: {path}")
+        self._frames: Iterator[Any] = iter(())
         self._next = 0
-        self.close()
+        self._begun = False
 
     def frame(self, number: int) -> Image.Image:
         """Frame `number`, 0-based, as 8-bit RGB.
@@ -63,8 +64,7 @@ class Video:
 
     def close(self) -> None:
         """Close the file; the next frame that is asked for opens it again."""
-        self._frames: Iterator[Any] = iter(())
-        self._begun = False
+        self._frames, self._begun = iter(()), False
 
     def _decode(self) -> Iterator[Any]:
         with self._av.open(str(self.path)) as container:

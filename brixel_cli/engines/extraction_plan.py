@@ -12,7 +12,7 @@ import numpy as np
 
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.student import FILE_NAME, StoredAdapter, read_adapter
-from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, Grid, Layout, text_array
+from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile, Grid, Layout, text_array
 from brixel_cli.data.features import FAILED, MISSING, Array, check_disk
 from brixel_cli.data.fitting import Fitting
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
@@ -116,11 +116,12 @@ class ExtractPlan:
         if path.exists():
             if not self.options.overwrite:
                 return
-            with open(path, "rb") as file:
-                if file.read(8) != b"\x89HDF\r\n\x1a\n":
-                    raise UsageError(
-                        f"{path} is no HDF5 file; --overwrite replaces feature files only. Name another --output."
-                    )
+            try:
+                FeatureFile(path)
+            except BrixelError as error:
+                raise UsageError(
+                    f"{error}\n--overwrite replaces feature files only: name another --output, or delete it yourself."
+                ) from error
             given_up = path.stat().st_blocks * 512
         check_disk(self.output.absolute().parent, self.bytes_needed - given_up, f"{self.output}")
 

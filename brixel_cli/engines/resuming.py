@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from brixel_cli.data.feature_file import FORMAT
+from brixel_cli.data.feature_file import FORMAT, FeatureFile
 from brixel_cli.data.features import Array, Store
 from brixel_cli.engines.extraction_model import ExtractionModel
 from brixel_cli.engines.extraction_plan import ExtractPlan, preview_folder
@@ -59,8 +59,11 @@ def check_same(plan: ExtractPlan, model: ExtractionModel, store: Store, reporter
 
 
 def clear_output(plan: ExtractPlan) -> None:
-    """Remove what `--overwrite` replaces: our own feature file and contact sheet, nothing else."""
-    plan.store_path.unlink(missing_ok=True)
+    """Remove what `--overwrite` replaces: our own feature file, single files and contact sheet, nothing else."""
+    if plan.store_path.exists():
+        for file in FeatureFile(plan.store_path).single_files:
+            file.unlink(missing_ok=True)
+        plan.store_path.unlink()
     (preview_folder(plan.output) / "contact_sheet.png").unlink(missing_ok=True)
 
 
