@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -225,16 +226,33 @@ def test_videos_need_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         find_inputs([str(tmp_path / "clip.mp4")], 1)
 
 
-def make_video(path: Path) -> Path:
+def make_video(path: Path, turned: bool = False) -> Path:
+    """Ten frames, ever redder, blue at the left; turned, to be shown a quarter clockwise."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for number in range(10):
-            frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), (number * 25, 0, 0)))
-            container.mux(stream.encode(frame))
+            image = Image.new("RGB", (64, 48), (number * 25, 0, 0))
+            image.paste((number * 25, 0, 255), (0, 0, 8, 48))
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
+    if turned:  # the display matrix in the header of the track
+        content = bytearray(path.read_bytes())
+        matrix = content.find(b"tkhd") + 44
+        content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
+        path.write_bytes(content)
     return path
+
+
+def test_videos_of_telephones_are_upright(tmp_path: Path):
+    path = make_video(tmp_path / "clip.mp4", turned=True)
+    found = find_inputs([str(path)], every=5)
+    assert (found.items[0].height, found.items[0].width) == (64, 48)
+    pixels = np.asarray(found.load(found.items[1]))
+    assert pixels.shape == (64, 48, 3)
+    assert pixels[4, :, 2].mean() > 200  # the blue edge, at the left of what is stored, is on top
+    assert pixels[12:, :, 2].mean() < 50
 
 
 def test_only_one_video_is_open(tmp_path: Path):
