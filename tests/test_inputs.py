@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 import struct
@@ -243,6 +244,25 @@ def make_video(path: Path, turned: bool = False) -> Path:
         content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
         path.write_bytes(content)
     return path
+
+
+def test_no_damage_to_a_video_raises_anything_but_our_own_error(tmp_path: Path):
+    path = make_video(tmp_path / "clip.mp4")
+    whole = path.read_bytes()
+    header = whole.find(b"mp4v")  # in the table of codecs
+    damaged = [whole[:-100], whole[: whole.find(b"moov") + 40], whole.replace(b"mp4v", b"zzzz"), whole[: header + 8]]
+    chance = random.Random(0)
+    for _ in range(40):
+        content = bytearray(whole)
+        for _ in range(30):
+            content[chance.randrange(len(whole))] = chance.randrange(256)
+        damaged.append(bytes(content))
+    for content in damaged:
+        path.write_bytes(content)
+        found = find_inputs([str(path)], 1)
+        for item in found.items:
+            with contextlib.suppress(BrixelError):
+                assert item.reason or found.load(item).size
 
 
 def test_videos_of_telephones_are_upright(tmp_path: Path):

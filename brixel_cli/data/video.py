@@ -35,7 +35,7 @@ class Video:
             with self._av.open(str(path)) as container:
                 self.num_frames = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
             first = next(self._decode(), None)
-        except (OSError, ValueError, IndexError) as error:  # PyAV's own errors are of these kinds
+        except Exception as error:  # on damaged files PyAV raises all kinds, EOFError and UnicodeDecodeError among them
             raise BrixelError(f"not a video that can be read: {path}") from error
         if first is None:
             raise BrixelError(f"a video without frames: {path}")
@@ -57,7 +57,7 @@ class Video:
                 self._next += 1
                 if self._next > number:
                     return _upright(frame)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as above
             raise BrixelError(f"the video is damaged at frame {self._next}: {self.path}") from error
         raise BrixelError(f"the video ends before this frame, after {self._next}: {self.path}")
 
