@@ -410,6 +410,11 @@ def test_the_command_says_what_it_did(model, mixed: Path, tmp_path: Path):
             ["--input", "x", "--dtype", "int8", "--format", "npy"],
             "--dtype int8 stores a scale beside the map, which .npy",
         ),
+        (
+            ["--export", "x.onnx", "--dry-run"],
+            "--export writes the model, not features: leave out --input and --dry-run",
+        ),
+        (["--export", "x.onnx", "--input", "x"], "--export writes the model, not features: leave out --input"),
         (["--export", "x.txt", "--source", "backbone", "--backbone", "test_vit"], "the file must end in .onnx"),
         (
             ["--export", "x.onnx", "--source", "teacher", "--backbone", "test_vit"],
@@ -483,6 +488,15 @@ def test_a_graph_for_onnx_agrees(model, tmp_path: Path, options, listener: Liste
     assert done.dynamic == "batch, height, width"
     assert (2, 64, 96) in done.checked
     assert done.largest_error < 1e-3
+
+
+def test_an_export_tells_programs_what_was_checked(monkeypatch: pytest.MonkeyPatch):
+    from brixel_cli.engines import exporting
+
+    done = exporting.Exported(Path("x.onnx"), "batch", {(1, 64, 96): 0.25})
+    monkeypatch.setattr(exporting, "export", lambda *_: done)
+    told = CliRunner().invoke(app, ["extract", "--export", "x.onnx", "--json"]).stdout
+    assert json.loads(told) == {"path": "x.onnx", "dynamic": "batch", "checked": {"1x64x96": 0.25}, "error": 0.25}
 
 
 def test_missing_packages_of_the_export_are_named(options, tmp_path: Path, listener: Listener, monkeypatch):

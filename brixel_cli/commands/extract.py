@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from brixel_cli.console import Progress, is_first_process, print_files, print_json, print_table, say
-from brixel_cli.errors import BrixelError
+from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.extract_options import ExtractOptions
 from brixel_cli.formatting import human_bytes
 
@@ -25,6 +25,8 @@ def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_
         BrixelError: something the user can mend; also, at the end, that some images failed.
     """
     if export is not None:
+        if options.inputs or dry_run:
+            raise UsageError("--export writes the model, not features: leave out --input and --dry-run.")
         _export(options, export, as_json)
         return
 
@@ -115,9 +117,8 @@ def _export(options: ExtractOptions, path: Path, as_json: bool) -> None:
 
     done = export(options, path, Progress())
     if as_json:
-        print_json(
-            {"path": str(done.path), "dynamic": done.dynamic, "checked": done.checked, "error": done.largest_error}
-        )
+        checked = {"x".join(str(side) for side in size): error for size, error in done.checked.items()}
+        print_json({"path": str(done.path), "dynamic": done.dynamic, "checked": checked, "error": done.largest_error})
         return
     rows = [
         [f"{height}x{width}, batch of {batch}", f"{error:.1e}"]
