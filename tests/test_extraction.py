@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -166,7 +167,9 @@ def test_another_model_size_or_folder_is_refused_by_name(options, model, photogr
         assert "--overwrite to begin anew" in text
         return text
 
-    assert "source: file student, now backbone" in refused(source="backbone")
+    text = refused(source="backbone")
+    assert "source: file student, now backbone" in text
+    assert re.search(r"student: file [0-9a-f]{16}\.\.\., now none", text)
     assert "res: file 64, now 96" in refused(res=96)
     assert "dtype: file float16, now float32" in refused(dtype="float32")
     assert "fit: file short, now stretch" in refused(fit="stretch")

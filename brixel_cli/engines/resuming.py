@@ -83,6 +83,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        value = value.get("sha256", value)  # of a student, where there is none on the other side
     text = "none" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:16]}..."
 
