@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -165,7 +167,9 @@ def test_another_model_size_or_folder_is_refused_by_name(options, model, photogr
         assert "--overwrite to begin anew" in text
         return text
 
-    assert "source: file student, now backbone" in refused(source="backbone")
+    text = refused(source="backbone")
+    assert "source: file student, now backbone" in text
+    assert re.search(r"student: file [0-9a-f]{16}\.\.\., now none", text)
     assert "res: file 64, now 96" in refused(res=96)
     assert "dtype: file float16, now float32" in refused(dtype="float32")
     assert "fit: file short, now stretch" in refused(fit="stretch")
@@ -189,9 +193,32 @@ def test_another_model_size_or_folder_is_refused_by_name(options, model, photogr
 
 def test_overwrite_spares_what_is_not_ours(options, tmp_path: Path, listener: Listener):
     (tmp_path / "out.h5").write_text("precious")
-    with pytest.raises(UsageError, match="is no HDF5 file; --overwrite replaces feature files only"):
+    with pytest.raises(UsageError, match="--overwrite replaces feature files only: name another --output, or delete"):
         extract(options(overwrite=True), listener)
     assert (tmp_path / "out.h5").read_text() == "precious"
+    with h5py.File(tmp_path / "out.h5", "w") as file:
+        file["measurements"] = np.arange(9)
+    with pytest.raises(UsageError, match="out.h5 is not a feature file of brixel.*\n--overwrite replaces"):
+        extract(options(overwrite=True), listener)
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert file["measurements"][8] == 8
+
+
+def test_overwrite_leaves_no_map_of_an_image_that_has_gone(options, mixed: Path, tmp_path: Path, listener: Listener):
+    output = tmp_path / "maps"
+    extract(options(inputs=[str(mixed)], output=output, storage="npy"), listener)
+    (output / "mine.npy").write_text("precious")
+    (mixed / "03.png").unlink()
+    extract(options(inputs=[str(mixed)], output=output, storage="safetensors", overwrite=True), listener)
+    expected = {f"{number:02}.safetensors" for number in range(10) if number != 3} | {"mine.npy", "index.h5"}
+    assert {path.name for path in output.iterdir()} == expected
+
+
+def test_overwrite_keeps_what_is_there_until_the_model_is_loaded(options, tmp_path: Path, listener: Listener):
+    before = every_row(extract(options(), listener).output)
+    with pytest.raises(BrixelError, match="No backbone weights at"):
+        extract(options(overwrite=True, backbone_weights=str(tmp_path / "gone.safetensors")), listener)
+    assert every_row(tmp_path / "out.h5") == before
 
 
 def test_bad_images_are_listed_and_the_others_computed(options, mixed: Path, tmp_path: Path, listener: Listener):
@@ -366,6 +393,11 @@ def test_the_command_says_what_it_did(model, mixed: Path, tmp_path: Path):
     failed = CliRunner().invoke(app, [*arguments, "--overwrite"])
     assert failed.exit_code == 1
     assert "empty: 0 bytes" in failed.stdout
+    (mixed / "bad.png").unlink()
+    (mixed / "the_last_of_a_long_journey.gif").write_bytes(b"GIF89a")
+    Image.new("RGB", (9, 9)).save(mixed / "moving.gif", save_all=True, append_images=[Image.new("RGB", (9, 9), "red")])
+    listed = CliRunner(env={"COLUMNS": "60"}).invoke(app, [*arguments, "--dry-run"]).stdout
+    assert "the_last_of_a_long_journey" in listed  # however long the reasons of the others
     assert "1 of 11 images failed" in failed.stderr
 
 
@@ -381,6 +413,11 @@ def test_the_command_says_what_it_did(model, mixed: Path, tmp_path: Path):
             ["--input", "x", "--dtype", "int8", "--format", "npy"],
             "--dtype int8 stores a scale beside the map, which .npy",
         ),
+        (
+            ["--export", "x.onnx", "--dry-run"],
+            "--export writes the model, not features: leave out --input and --dry-run",
+        ),
+        (["--export", "x.onnx", "--input", "x"], "--export writes the model, not features: leave out --input"),
         (["--export", "x.txt", "--source", "backbone", "--backbone", "test_vit"], "the file must end in .onnx"),
         (
             ["--export", "x.onnx", "--source", "teacher", "--backbone", "test_vit"],
@@ -417,6 +454,31 @@ def test_a_full_disk_is_found_out_first(options, tmp_path: Path, listener: Liste
     with pytest.raises(BrixelError, match=r"out.h5 needs .* has 1000 B free. Make room"):
         extract(options(), listener)
     assert not (tmp_path / "out.h5").exists()
+    chosen = options()
+    arguments = ["--input", *chosen.inputs, "--checkpoint", str(chosen.checkpoint), "--output", str(chosen.output)]
+    planned = CliRunner().invoke(app, ["extract", *arguments, "--dry-run", "--json"])
+    assert planned.exit_code == 1
+    assert json.loads(planned.stdout)["bytes_free"] == 1000
+    assert "has 1000 B free. Make room" in planned.stderr
+
+
+def test_an_output_to_be_replaced_gives_up_its_room(options, listener: Listener, monkeypatch: pytest.MonkeyPatch):
+    done = extract(options(), listener)
+    usage = shutil.disk_usage(done.output)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9 * (not done.output.exists())))
+    assert extract(options(), listener).num_before == 8
+    assert extract(options(overwrite=True), listener).num_computed == 8
+
+
+@pytest.mark.parametrize(("storage", "preview"), [("npy", False), ("h5", True)])
+def test_a_disk_that_fills_up_meanwhile_is_no_traceback(options, listener, monkeypatch, storage: str, preview: bool):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(BrixelError, match="cannot be written: No space left on device. What was finished stays: make"):
+        extract(options(storage=storage, preview=preview), listener)
 
 
 def test_a_graph_for_onnx_agrees(model, tmp_path: Path, options, listener: Listener):
@@ -429,6 +491,15 @@ def test_a_graph_for_onnx_agrees(model, tmp_path: Path, options, listener: Liste
     assert done.dynamic == "batch, height, width"
     assert (2, 64, 96) in done.checked
     assert done.largest_error < 1e-3
+
+
+def test_an_export_tells_programs_what_was_checked(monkeypatch: pytest.MonkeyPatch):
+    from brixel_cli.engines import exporting
+
+    done = exporting.Exported(Path("x.onnx"), "batch", {(1, 64, 96): 0.25})
+    monkeypatch.setattr(exporting, "export", lambda *_: done)
+    told = CliRunner().invoke(app, ["extract", "--export", "x.onnx", "--json"]).stdout
+    assert json.loads(told) == {"path": "x.onnx", "dynamic": "batch", "checked": {"1x64x96": 0.25}, "error": 0.25}
 
 
 def test_missing_packages_of_the_export_are_named(options, tmp_path: Path, listener: Listener, monkeypatch):
