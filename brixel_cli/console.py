@@ -45,13 +45,33 @@ def warn(message: str) -> None:
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
-    """A table to stdout, with a title above and notes below; the first column is text, the others are figures."""
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str] = (),
+    figures: bool = True,
+) -> None:
+    """A table to stdout, with a title above and notes below.
+
+    Args:
+        title: of the table.
+        columns: headings; with empty ones there is no heading.
+        rows: texts of the cells.
+        notes: a line each.
+        figures: whether all columns but the first hold figures, set right and never broken; else they are text.
+    """
     if not is_first_process():
         return
     table = Table(show_header=any(columns))
     for number, column in enumerate(columns):
-        table.add_column(escape(column), justify="right" if number else "left", no_wrap=number > 0)
+        figure = figures and number > 0
+        table.add_column(
+            escape(column),
+            justify="right" if figure else "left",
+            no_wrap=figure,
+            overflow="ellipsis" if figure else "fold",
+        )
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console = Console(highlight=False)
@@ -110,7 +130,7 @@ class Progress:
         """A progress bar on stderr, with speed and time left; silent when quiet, sparse where stderr is no terminal."""
         interval = 0.2 if sys.stderr.isatty() else 15.0
         with tqdm(
-            desc=title, total=total, initial=done, unit=unit, file=sys.stderr, mininterval=interval, maxinterval=60.0,
-            disable=_quiet or not is_first_process(), dynamic_ncols=True,
+            desc=title, total=total, initial=done, unit=f" {unit}", file=sys.stderr, mininterval=interval,
+            maxinterval=60.0, disable=_quiet or not is_first_process(), dynamic_ncols=True,
         ) as bar:  # fmt: skip
             yield bar

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from brixel_cli.recipe import Recipe
+import brixel_cli
+from brixel_cli.core.backbone import load_backbone
+from brixel_cli.core.student import StudentCard, build_adapter, save_student
+from brixel_cli.extract_options import ExtractOptions
+from brixel_cli.recipe import AdapterConfig, FusionConfig, Recipe
 from brixel_cli.recipe_files import load_recipe
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -99,3 +104,53 @@ class Listener:
 @pytest.fixture
 def listener() -> Listener:
     return Listener()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A student of test_vit with weights of its own on disk: (checkpoint, backbone weights)."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    backbone = load_backbone("test_vit", "random")
+    save_file(backbone.vit.state_dict(), folder / "vit.safetensors")
+    config = AdapterConfig(fusion=FusionConfig(width=16, fine_width=16, blocks=[1, 1, 1]))
+    adapter = build_adapter(backbone.embed_dim, 4, config)
+    torch.nn.init.normal_(adapter.out.weight, std=0.1)
+    trained = load_backbone("test_vit", str(folder / "vit.safetensors"))
+    card = StudentCard("test_vit", str(folder / "vit.safetensors"), trained.sha256, backbone.embed_dim, 4, config, 7)
+    save_student(folder / "student.safetensors", adapter.state_dict(), card)
+    return str(folder), str(folder / "vit.safetensors")
+
+
+@pytest.fixture
+def extract_options(model: tuple[str, str], photographs: Path, tmp_path: Path):
+    def make(**changes) -> ExtractOptions:
+        values = {
+            "inputs": [str(photographs)],
+            "res": 64,
+            "checkpoint": model[0],
+            "device": "cpu",
+            "precision": "float32",
+            "output": tmp_path / "out.h5",
+        }
+        return ExtractOptions(**values | changes)
+
+    return make
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Ten photographs of three shapes."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for number in range(10):
+        make_photograph(folder / f"{number:02}.png", number, *[(96, 96), (128, 96), (96, 160)][number % 3])
+    return folder
+
+
+def every_row(path: Path) -> dict[str, bytes]:
+    features = brixel_cli.FeatureFile(path)
+    return {
+        features.paths[row]: b"".join(array.tobytes() for array in features.stored(row).values())
+        for row in features.rows
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 
 import h5py
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import brixel_cli
-from brixel_cli.data.feature_file import FORMAT, Layout, dequantise, single_file_names, text_array
+from brixel_cli.data.feature_file import FORMAT, FeatureDataset, Layout, dequantise, single_file_names, text_array
 from brixel_cli.data.features import DONE, FAILED, Column, Store, bytes_needed, check_disk, create_store
 from brixel_cli.engines.extraction_model import encode
 from brixel_cli.errors import BrixelError
@@ -71,6 +72,14 @@ def test_mixed_grids_are_a_group(tmp_path: Path):
     map_, name = dataset[0]
     assert len(dataset) == 1
     assert (tuple(map_.shape), map_.dtype, name) == (SHAPE, torch.float32, "3é.png")
+
+
+def test_a_dataset_goes_to_workers_without_its_maps(tmp_path: Path):
+    store = make_file(tmp_path / "f.h5", Layout(((40, 40),) * 4, 8, "float32"))
+    store.write(2, {"features": np.full((8, 40, 40), 7, np.float32)})
+    pickled = pickle.dumps(FeatureDataset(tmp_path / "f.h5"))
+    assert len(pickled) < 1000
+    assert pickle.loads(pickled)[0][0].mean() == 7
 
 
 def test_rows_that_will_never_be_filled_take_no_room(tmp_path: Path):
@@ -146,6 +155,8 @@ def test_features_that_float16_cannot_hold_are_noticed():
 def test_single_files_never_share_a_name():
     assert single_file_names(["a.jpg", "s/b.png"], "npy") == ["a.npy", "s/b.npy"]
     assert single_file_names(["a.jpg", "A.png", "b.png"], "npy") == ["a.jpg.npy", "A.png.npy", "b.npy"]
+    names = ["a.jpg", "a.png", "a.jpg.png"]
+    assert single_file_names(names, "npy") == ["a.jpg.npy", "a.png.npy", "a.jpg.png.npy"]
 
 
 def test_text_is_cut_at_a_character():

@@ -177,6 +177,16 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_read_only_disk_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(BrixelError, match=r"f.h5 could not be created with .*: Read-only file system\."):
+        create_store(tmp_path / "f.h5", 10, COLUMNS, {})
+
+
 def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(BrixelError, match="taken"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,17 @@ def test_files_globs_and_lists_name_the_same_images(tree: Path, tmp_path: Path):
         ("sub/c.webp", ""),
         ("gone.png", "No such file or directory"),
     ]
+
+
+def test_no_name_leads_out_of_the_root(tree: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tree / "sub")
+    (tree / "sub" / "list.txt").write_text("c.webp\n../a.jpg\n../sub/c.webp\n")
+    found = find_inputs(["list.txt"], 1)
+    assert (found.root, [item.name for item in found.items]) == (tree, ["sub/c.webp", "a.jpg"])
+    found = find_inputs([".."], 1, without=[Path("../sub")])
+    assert (found.root, [item.name for item in found.items]) == (tree, ["a.jpg", "b.png"])
+    (tree / "link.png").symlink_to("b.png")
+    assert names("../b.png", "../link.png") == ["b.png", "link.png"]  # a link keeps its own name
 
 
 def test_our_own_pictures_are_not_taken_for_inputs(tree: Path):
@@ -214,16 +227,66 @@ def test_videos_need_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         find_inputs([str(tmp_path / "clip.mp4")], 1)
 
 
-def test_video_frames_are_items(tmp_path: Path):
+def make_video(path: Path, turned: bool = False) -> Path:
+    """Ten frames, ever redder, blue at the left; turned, to be shown a quarter clockwise."""
     av = pytest.importorskip("av")
-    path = tmp_path / "clip.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for number in range(10):
-            frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), (number * 25, 0, 0)))
-            container.mux(stream.encode(frame))
+            image = Image.new("RGB", (64, 48), (number * 25, 0, 0))
+            image.paste((number * 25, 0, 255), (0, 0, 8, 48))
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
+    if turned:  # the display matrix in the header of the track
+        content = bytearray(path.read_bytes())
+        matrix = content.find(b"tkhd") + 44
+        content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
+        path.write_bytes(content)
+    return path
+
+
+def test_no_damage_to_a_video_raises_anything_but_our_own_error(tmp_path: Path):
+    path = make_video(tmp_path / "clip.mp4")
+    whole = path.read_bytes()
+    header = whole.find(b"mp4v")  # in the table of codecs
+    damaged = [whole[:-100], whole[: whole.find(b"moov") + 40], whole.replace(b"mp4v", b"zzzz"), whole[: header + 8]]
+    chance = random.Random(0)
+    for _ in range(40):
+        content = bytearray(whole)
+        for _ in range(30):
+            content[chance.randrange(len(whole))] = chance.randrange(256)
+        damaged.append(bytes(content))
+    for content in damaged:
+        path.write_bytes(content)
+        found = find_inputs([str(path)], 1)
+        for item in found.items:
+            with contextlib.suppress(BrixelError):
+                assert item.reason or found.load(item).size
+
+
+def test_videos_of_telephones_are_upright(tmp_path: Path):
+    path = make_video(tmp_path / "clip.mp4", turned=True)
+    found = find_inputs([str(path)], every=5)
+    assert (found.items[0].height, found.items[0].width) == (64, 48)
+    pixels = np.asarray(found.load(found.items[1]))
+    assert pixels.shape == (64, 48, 3)
+    assert pixels[4, :, 2].mean() > 200  # the blue edge, at the left of what is stored, is on top
+    assert pixels[12:, :, 2].mean() < 50
+
+
+def test_only_one_video_is_open(tmp_path: Path):
+    path = make_video(tmp_path / "clip.mp4")
+    for number in range(3):
+        (tmp_path / f"{number}.mp4").symlink_to(path)
+    found = find_inputs([str(tmp_path / "?.mp4")], every=4)
+    for item in found.items + found.items[::-1]:
+        found.load(item)
+        assert [video for video in found.videos.values() if video._begun] == [found.videos[item.path]]
+
+
+def test_video_frames_are_items(tmp_path: Path):
+    path = make_video(tmp_path / "clip.mp4")
     found = find_inputs([str(path)], every=4)
     assert [item.name for item in found.items] == ["clip.mp4#00", "clip.mp4#04", "clip.mp4#08"]
     reds = [np.asarray(found.load(item))[..., 0].mean() for item in found.items]

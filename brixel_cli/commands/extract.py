@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from brixel_cli.console import Progress, is_first_process, print_files, print_json, print_table, say
-from brixel_cli.errors import BrixelError
+from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.extract_options import ExtractOptions
 from brixel_cli.formatting import human_bytes
 
@@ -25,6 +25,8 @@ def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_
         BrixelError: something the user can mend; also, at the end, that some images failed.
     """
     if export is not None:
+        if options.inputs or dry_run:
+            raise UsageError("--export writes the model, not features: leave out --input and --dry-run.")
         _export(options, export, as_json)
         return
 
@@ -32,7 +34,9 @@ def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_
     from brixel_cli.engines.extraction import extract, plan_only
 
     if dry_run:
-        _show_plan(plan_only(options, Progress()), as_json)
+        plan = plan_only(options, Progress())
+        _show_plan(plan, as_json)
+        plan.check_disk()
         return
     done = extract(options, Progress())
     if as_json:
@@ -105,7 +109,7 @@ def _show_failures(failures: dict[str, str]) -> None:
         kinds = Counter(reason.split(":")[0].split("(")[0].strip()[:60] for reason in failures.values())
         common = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
         notes = [f"and {len(failures) - MOST_LISTED} more. In all: {common}."]
-    print_table(f"{len(failures)} images without features", ["image", "reason"], listed, notes)
+    print_table(f"{len(failures)} images without features", ["image", "reason"], listed, notes, figures=False)
 
 
 def _export(options: ExtractOptions, path: Path, as_json: bool) -> None:
@@ -113,9 +117,8 @@ def _export(options: ExtractOptions, path: Path, as_json: bool) -> None:
 
     done = export(options, path, Progress())
     if as_json:
-        print_json(
-            {"path": str(done.path), "dynamic": done.dynamic, "checked": done.checked, "error": done.largest_error}
-        )
+        checked = {"x".join(str(side) for side in size): error for size, error in done.checked.items()}
+        print_json({"path": str(done.path), "dynamic": done.dynamic, "checked": checked, "error": done.largest_error})
         return
     rows = [
         [f"{height}x{width}, batch of {batch}", f"{error:.1e}"]

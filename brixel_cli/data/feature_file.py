@@ -104,6 +104,7 @@ def single_file_names(names: Sequence[str], storage: Storage) -> list[str]:
     stems = [PurePosixPath(name).with_suffix("").as_posix() for name in names]
     folded = [stem.casefold() for stem in stems]
     shared = {stem for stem, count in Counter(folded).items() if count > 1}
+    shared |= {name.casefold() for name in names}  # a.jpg.png must not become the a.jpg.npy of a.jpg
     return [
         f"{name if low in shared else stem}.{storage}" for name, stem, low in zip(names, stems, folded, strict=True)
     ]
@@ -152,6 +153,12 @@ class FeatureFile:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._numbers
+
+    def __reduce__(self) -> tuple[type[FeatureFile], tuple[Path]]:
+        return type(self), (self.path,)  # a worker of a DataLoader opens it anew: memory maps would be copied whole
+
     @property
     def rows(self) -> list[int]:
         """Rows that are done."""
@@ -162,6 +169,11 @@ class FeatureFile:
         """Images that failed, with their reasons."""
         reasons = self._store.array("reason")
         return {self.paths[row]: bytes(reasons[row]).decode() for row in np.flatnonzero(self.status == FAILED)}
+
+    @property
+    def single_files(self) -> list[Path]:
+        """The file of each image, row for row, whether it is there yet or not; none where one file holds all maps."""
+        return [self.path.parent / name for name in self._single or []]
 
     @property
     def pca(self) -> tuple[Array, Array] | None:

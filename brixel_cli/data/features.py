@@ -7,6 +7,7 @@ processes can fill disjoint rows. A row counts when its entry in `status` is 1.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -114,7 +115,8 @@ def create_store(
             os.fsync(raw.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk would object once more
+            partial.unlink(missing_ok=True)
         reason = error.strerror or str(error)
         raise BrixelError(f"{path} could not be created with {human_bytes(needed)}: {reason}.") from error
 

@@ -59,7 +59,11 @@ class Inputs:
         """
         if item.frame is None:
             return load_image(item.path, still=True)
-        return self.videos[item.path].frame(item.frame)
+        video = self.videos[item.path]
+        for other in self.videos.values():
+            if other is not video:
+                other.close()  # a process may not have more than so many files open
+        return video.frame(item.frame)
 
 
 def find_inputs(
@@ -79,8 +83,8 @@ def find_inputs(
     paths: list[Path] = []
     for reference in references:
         paths += _expand(reference)
-    banned = [folder.absolute() for folder in without]
-    paths = [path for path in dict.fromkeys(path.absolute() for path in paths) if not _below(path, banned)]
+    banned = [_absolute(folder) for folder in without]
+    paths = [path for path in dict.fromkeys(_absolute(path) for path in paths) if not _below(path, banned)]
     if not paths:
         listed = ", ".join(sorted(EXTENSIONS))
         raise UsageError(f"No images in {', '.join(references)}. Files are taken by extension: {listed}.")
@@ -139,6 +143,13 @@ def _read_list(path: Path) -> list[Path]:
     return [path.parent / Path(line).expanduser() for line in named]
 
 
+def _absolute(path: Path) -> Path:
+    """Without `..`, which would lead names out of their root; other symbolic links stay as they are."""
+    if ".." not in path.parts:
+        return path.absolute()
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+
+
 def _below(path: Path, folders: Sequence[Path]) -> bool:
     return any(folder in path.parents for folder in folders)
 
@@ -156,7 +167,7 @@ def _fixed_part(pattern: str) -> Path:
 def _root(references: Sequence[str], paths: Sequence[Path]) -> Path:
     only = Path(references[0]).expanduser()
     if len(references) == 1 and only.is_dir():
-        return only.absolute()
+        return _absolute(only)
     return Path(os.path.commonpath([path.parent for path in paths]))
 
 

@@ -20,8 +20,8 @@ class Video:
         path: of the file.
 
     Attributes:
-        num_frames: counted over the file's packets, without decoding.
-        height, width: of a frame in pixels.
+        num_frames: counted over the file's packets; only the first is decoded.
+        height, width: of an upright frame in pixels.
 
     Raises:
         UsageError: PyAV is not installed.
@@ -33,19 +33,19 @@ class Video:
         self._av = _load_av()
         try:
             with self._av.open(str(path)) as container:
-                stream = container.streams.video[0]
-                self.height, self.width = int(stream.height), int(stream.width)
-                self.num_frames = sum(packet.size > 0 for packet in container.demux(stream))
-        except (OSError, ValueError, IndexError) as error:  # PyAV's own errors are of these kinds
+                self.num_frames = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+            first = next(self._decode(), None)
+        except Exception as error:  # on damaged files PyAV raises all kinds, EOFError and UnicodeDecodeError among them
             raise BrixelError(f"not a video that can be read: {path}") from error
-        if not self.num_frames or not self.height or not self.width:
+        if first is None:
             raise BrixelError(f"a video without frames: {path}")
+        self.width, self.height = _upright(first).size
         self._frames: Iterator[Any] = iter(())
         self._next = 0
         self._begun = False
 
     def frame(self, number: int) -> Image.Image:
-        """Frame `number`, 0-based, as 8-bit RGB.
+        """Frame `number`, 0-based, as upright 8-bit RGB.
 
         Raises:
             BrixelError: the video is damaged there, or ends earlier; the message starts with the reason.
@@ -56,15 +56,24 @@ class Video:
             for frame in self._frames:
                 self._next += 1
                 if self._next > number:
-                    image: Image.Image = frame.to_image()
-                    return image
-        except (OSError, ValueError) as error:
+                    return _upright(frame)
+        except Exception as error:  # as above
             raise BrixelError(f"the video is damaged at frame {self._next}: {self.path}") from error
         raise BrixelError(f"the video ends before this frame, after {self._next}: {self.path}")
+
+    def close(self) -> None:
+        """Close the file; the next frame that is asked for opens it again."""
+        self._frames, self._begun = iter(()), False
 
     def _decode(self) -> Iterator[Any]:
         with self._av.open(str(self.path)) as container:
             yield from container.decode(video=0)
+
+
+def _upright(frame: Any) -> Image.Image:
+    image: Image.Image = frame.to_image()
+    turn = round(frame.rotation)  # in degrees, counter-clockwise: of telephones held upright
+    return image.rotate(turn, expand=True) if turn else image
 
 
 def _load_av() -> Any:

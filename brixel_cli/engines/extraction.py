@@ -17,15 +17,15 @@ from torch import Tensor
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
 from brixel_cli.data.feature_file import FORMAT, FeatureFile, text_array
-from brixel_cli.data.features import DONE, FAILED, MISSING, Array, Store, check_disk, create_store
+from brixel_cli.data.features import DONE, FAILED, MISSING, Array, Store, create_store
 from brixel_cli.data.inputs import reason_of
 from brixel_cli.engines.extraction_model import ExtractionModel, encode
 from brixel_cli.engines.extraction_plan import ExtractPlan, make_plan, preview_folder
-from brixel_cli.engines.pipeline import WriteBehind, read_ahead
+from brixel_cli.engines.pipeline import WriteBehind, read_ahead, share_memory_pools
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.resuming import check_same, clear_output, describe
 from brixel_cli.engines.runtime import Runtime
-from brixel_cli.engines.sinks import make_sink
+from brixel_cli.engines.sinks import make_sink, writing
 from brixel_cli.errors import BrixelError
 from brixel_cli.extract_options import ExtractOptions
 from brixel_cli.formatting import human_bytes
@@ -82,19 +82,17 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     Raises:
         BrixelError: something the user can mend; an image that fails is none of it, unless `strict`.
     """
+    share_memory_pools()
     runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
     with _quiet_pillow():
         plan = make_plan(options, reporter)
         _announce(plan, reporter)
-        if not runtime.is_first:
+        if runtime.is_first:
+            plan.check_disk()
+        else:
             runtime.wait()  # until the first process has created the file
-        elif options.overwrite:
-            clear_output(plan)
-        fresh = not plan.store_path.exists()
-        if fresh:
-            check_disk(plan.output.absolute().parent, plan.bytes_needed, f"{plan.output}")
         model = ExtractionModel(options, plan.facts, runtime, reporter)
-        if fresh:
+        if runtime.is_first and (options.overwrite or not plan.store_path.exists()):
             _create(plan, model, reporter)
         store = Store(plan.store_path, writable=True)
         check_same(plan, model, store, reporter)
@@ -154,6 +152,7 @@ def _create(plan: ExtractPlan, model: ExtractionModel, reporter: Reporter) -> No
     if plan.options.pca is not None:
         basis = _fit_pca(plan, model, reporter)
         filled |= {"pca_components": basis.components.numpy(), "pca_mean": basis.mean.numpy()}
+    clear_output(plan)  # as late as can be: should the model or the images fail, what is there stays
     create_store(
         plan.store_path, len(plan.reasons), plan.layout.columns, description, filled, attributes={"format": FORMAT}
     )
@@ -173,9 +172,10 @@ def _compute(
 
     def write(finished: _Finished) -> None:
         tensors = {name: tensor.cpu() for name, tensor in finished.tensors.items()}
-        for row, place in finished.rows:
-            sink.write(row, {name: _planes(tensor[place]) for name, tensor in tensors.items()})
-            store.mark(row, DONE)
+        with writing(plan.output):
+            for row, place in finished.rows:
+                sink.write(row, {name: _planes(tensor[place]) for name, tensor in tensors.items()})
+                store.mark(row, DONE)
         spare.append(finished.tensors)
 
     with WriteBehind[_Finished](write, polite).running() as writer:

@@ -12,8 +12,8 @@ import numpy as np
 
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.student import StoredAdapter, read_adapter
-from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, Grid, Layout, text_array
-from brixel_cli.data.features import FAILED, MISSING, Array
+from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile, Grid, Layout, text_array
+from brixel_cli.data.features import FAILED, MISSING, Array, check_disk
 from brixel_cli.data.fitting import Fitting
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
 from brixel_cli.engines.reporting import Reporter
@@ -104,6 +104,26 @@ class ExtractPlan:
         """Bytes free where the output goes."""
         folder = self.output.absolute().parent
         return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+
+    def check_disk(self) -> None:
+        """Whether the output can be made; a file to be continued has its room already, one to be replaced gives it up.
+
+        Raises:
+            BrixelError: it does not fit.
+            UsageError: `overwrite` would replace a file that is not ours.
+        """
+        path, given_up = self.store_path, 0
+        if path.exists():
+            if not self.options.overwrite:
+                return
+            try:
+                FeatureFile(path)
+            except BrixelError as error:
+                raise UsageError(
+                    f"{error}\n--overwrite replaces feature files only: name another --output, or delete it yourself."
+                ) from error
+            given_up = path.stat().st_blocks * 512
+        check_disk(self.output.absolute().parent, self.bytes_needed - given_up, f"{self.output}")
 
     def filled(self) -> dict[str, Array]:
         """Datasets that are known before the first forward pass."""

@@ -14,6 +14,7 @@ from brixel_cli.core.pictures import Palette, panel
 from brixel_cli.data.feature_file import FeatureFile, single_file_names
 from brixel_cli.engines.extraction_plan import ExtractPlan
 from brixel_cli.engines.reporting import Reporter
+from brixel_cli.engines.sinks import writing
 from brixel_cli.errors import BrixelError
 
 BASIS_IMAGES = 64
@@ -44,13 +45,15 @@ def write_previews(features: FeatureFile, plan: ExtractPlan, folder: Path, repor
             colours = palette.paint(torch.from_numpy(features[row]))
             pair = (_seen(plan, features, row), colours)
             path = folder / names[row]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _side_by_side(*pair).save(path)
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _side_by_side(*pair).save(path)
             if row in on_sheet:
                 pairs.append(pair)
             bar.update(1)
     sheet = folder / CONTACT_SHEET
-    _contact_sheet(pairs).save(sheet)
+    with writing(sheet):
+        _contact_sheet(pairs).save(sheet)
     return [sheet, folder]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from brixel_cli.data.feature_file import FORMAT
+from brixel_cli.data.feature_file import FORMAT, FeatureFile
 from brixel_cli.data.features import Array, Store
 from brixel_cli.engines.extraction_model import ExtractionModel
 from brixel_cli.engines.extraction_plan import ExtractPlan, preview_folder
@@ -59,20 +59,12 @@ def check_same(plan: ExtractPlan, model: ExtractionModel, store: Store, reporter
 
 
 def clear_output(plan: ExtractPlan) -> None:
-    """Remove what `--overwrite` replaces: our own feature file, nothing else.
-
-    Raises:
-        UsageError: a file is there that is not ours.
-    """
-    path = plan.store_path
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        if file.read(8) != b"\x89HDF\r\n\x1a\n":
-            raise UsageError(f"{path} is no HDF5 file; --overwrite replaces feature files only. Name another --output.")
-    path.unlink()
-    for picture in preview_folder(plan.output).glob("contact_sheet.png"):
-        picture.unlink()
+    """Remove what `--overwrite` replaces: our own feature file, single files and contact sheet, nothing else."""
+    if plan.store_path.exists():
+        for file in FeatureFile(plan.store_path).single_files:
+            file.unlink(missing_ok=True)
+        plan.store_path.unlink()
+    (preview_folder(plan.output) / "contact_sheet.png").unlink(missing_ok=True)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -91,6 +83,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        value = value.get("sha256", value)  # of a student, where there is none on the other side
     text = "none" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:16]}..."
 

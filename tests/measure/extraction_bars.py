@@ -122,22 +122,32 @@ def kills(options: argparse.Namespace, scratch: Path) -> dict:
     """Kill at random moments, resume; compare with a run that was left alone."""
     folder = many(options.photos, scratch / "photos", options.count)
     whole, output = scratch / "whole.h5", scratch / "killed.h5"
-    alone = run(options, folder, whole)
-    rng, done = random.Random(0), []
+    run(options, folder, whole)
     output.unlink(missing_ok=True)
+    rng, after_each = random.Random(0), []
     arguments = [sys.executable, "-m", "brixel_cli", *command(options, folder, output)]
-    starting = alone["wall"] - alone["seconds"]
+
+    def num_done() -> int:
+        if not output.exists():
+            return 0
+        with h5py.File(output) as file:
+            return int(np.sum(file["status"][:] == 1))
+
     for _ in range(options.kills):
+        enough = num_done() + rng.uniform(0, options.count / options.kills)  # half of the run is left at the end
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.8 * starting, starting + 2 * alone["seconds"] / options.kills))
+        while num_done() < enough and process.poll() is None:
+            time.sleep(rng.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if output.exists():
-            with h5py.File(output) as file:
-                done.append(int(np.sum(file["status"][:] == 1)))
+        after_each.append(num_done())
     final = subprocess.run(arguments, capture_output=True, check=False)
-    expected, found = rows_of(whole), rows_of(output)
-    return {"opened": len(done), "done_after_each": done, "code": final.returncode, "identical": expected == found}
+    return {
+        "kills": len(after_each),
+        "done_after_each": after_each,
+        "code": final.returncode,
+        "identical": rows_of(whole) == rows_of(output),
+    }
 
 
 def damaged(options: argparse.Namespace, scratch: Path) -> dict:

@@ -1,0 +1,236 @@
+"""What brixel extract refuses, and what it lists and goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import Listener, every_row, make_photograph
+from PIL import Image
+from test_inputs import odd_files
+from typer.testing import CliRunner
+
+import brixel_cli
+from brixel_cli.app import app
+from brixel_cli.core.student import load_student, save_student
+from brixel_cli.engines.extraction import extract
+from brixel_cli.engines.extraction_model import ExtractionModel
+from brixel_cli.errors import BrixelError, UsageError
+
+
+def test_another_model_size_or_folder_is_refused_by_name(
+    extract_options, model, photographs: Path, tmp_path: Path, listener
+):
+    folder = tmp_path / "folder"
+    shutil.copytree(photographs, folder)
+    extract(extract_options(inputs=[str(folder)]), listener)
+
+    def refused(**changes) -> str:
+        with pytest.raises(UsageError) as caught:
+            extract(extract_options(inputs=[str(folder)], **changes), listener)
+        text = str(caught.value)
+        assert "was begun with something else" in text
+        assert "--overwrite to begin anew" in text
+        return text
+
+    text = refused(source="backbone")
+    assert "source: file student, now backbone" in text
+    assert re.search(r"student: file [0-9a-f]{16}\.\.\., now none", text)
+    assert "res: file 64, now 96" in refused(res=96)
+    assert "dtype: file float16, now float32" in refused(dtype="float32")
+    assert "fit: file short, now stretch" in refused(fit="stretch")
+    other = Path(shutil.copytree(model[0], tmp_path / "other"))
+    state = load_student(other).adapter.state_dict()
+    state["out.bias"] += 1
+    from brixel_cli.core.student import read_adapter
+
+    save_student(other / "student.safetensors", state, read_adapter(str(other)).card)
+    assert "student.sha256: file " in refused(checkpoint=str(other))
+    os.utime(folder / "2.png", ns=(1, 1))
+    assert "1 images have changed since: 2.png" in refused()
+    make_photograph(folder / "new.png", 1)
+    (folder / "0.png").unlink()
+    text = refused()
+    assert "1 images are new: new.png" in text
+    assert "1 images are gone: 0.png" in text
+    done = extract(extract_options(inputs=[str(folder)], overwrite=True), listener)
+    assert "new.png" in every_row(done.output)
+
+
+def test_overwrite_spares_what_is_not_ours(extract_options, tmp_path: Path, listener: Listener):
+    (tmp_path / "out.h5").write_text("precious")
+    with pytest.raises(UsageError, match="--overwrite replaces feature files only: name another --output, or delete"):
+        extract(extract_options(overwrite=True), listener)
+    assert (tmp_path / "out.h5").read_text() == "precious"
+    with h5py.File(tmp_path / "out.h5", "w") as file:
+        file["measurements"] = np.arange(9)
+    with pytest.raises(UsageError, match="out.h5 is not a feature file of brixel.*\n--overwrite replaces"):
+        extract(extract_options(overwrite=True), listener)
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert file["measurements"][8] == 8
+
+
+def test_overwrite_leaves_no_map_of_an_image_that_has_gone(
+    extract_options, mixed: Path, tmp_path: Path, listener: Listener
+):
+    output = tmp_path / "maps"
+    extract(extract_options(inputs=[str(mixed)], output=output, storage="npy"), listener)
+    (output / "mine.npy").write_text("precious")
+    (mixed / "03.png").unlink()
+    extract(extract_options(inputs=[str(mixed)], output=output, storage="safetensors", overwrite=True), listener)
+    expected = {f"{number:02}.safetensors" for number in range(10) if number != 3} | {"mine.npy", "index.h5"}
+    assert {path.name for path in output.iterdir()} == expected
+
+
+def test_overwrite_keeps_what_is_there_until_the_model_is_loaded(extract_options, tmp_path: Path, listener: Listener):
+    before = every_row(extract(extract_options(), listener).output)
+    with pytest.raises(BrixelError, match="No backbone weights at"):
+        extract(extract_options(overwrite=True, backbone_weights=str(tmp_path / "gone.safetensors")), listener)
+    assert every_row(tmp_path / "out.h5") == before
+
+
+def test_bad_images_are_listed_and_the_others_computed(
+    extract_options, mixed: Path, tmp_path: Path, listener: Listener
+):
+    good = extract(extract_options(inputs=[str(mixed)], batch_size=4, output=tmp_path / "good.h5"), listener)
+    reasons = odd_files(mixed)
+    for number in range(30):
+        data = (mixed / f"{number % 10:02}.png").read_bytes()
+        (mixed / f"cut_{number:02}.png").write_bytes(data[: 40 + number * 50])
+    done = extract(extract_options(inputs=[str(mixed)], batch_size=4), listener)
+    assert set(done.failures) == set(reasons) | {f"cut_{number:02}.png" for number in range(30)}
+    assert all(reasons[name] in done.failures[name] for name in reasons)
+    features, expected = brixel_cli.FeatureFile(done.output), brixel_cli.FeatureFile(good.output)
+    for name in expected.paths:
+        np.testing.assert_allclose(features[name], expected[name], atol=2e-3)
+    with pytest.raises(BrixelError, match=r"cut_00.png: .*\. Stopped before the first image .* because of --strict"):
+        extract(extract_options(inputs=[str(mixed)], strict=True, output=tmp_path / "strict.h5"), listener)
+
+
+def test_strict_stops_at_a_fault_found_late(extract_options, mixed: Path, listener: Listener):
+    (mixed / "03.png").write_bytes((mixed / "03.png").read_bytes()[:-2000])
+    with pytest.raises(
+        BrixelError, match=r"03.png: .*truncated.* Stopped because of --strict; what was computed stays"
+    ):
+        extract(extract_options(inputs=[str(mixed)], strict=True), listener)
+
+
+def test_nothing_usable_is_an_error(extract_options, tmp_path: Path, listener: Listener):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "text.jpg").write_text("text")
+    with pytest.raises(BrixelError, match=r"None of the 1 images found can be used.\n  text.jpg: not an image"):
+        extract(extract_options(inputs=[str(tmp_path / "bad")]), listener)
+
+
+def test_memory_that_runs_out_halves_the_batch(extract_options, listener: Listener, tmp_path: Path, monkeypatch):
+    expected = every_row(extract(extract_options(batch_size=8), listener).output)
+    forward = ExtractionModel._forward
+
+    def tight(self, pixels):
+        if len(pixels) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, pixels)
+
+    monkeypatch.setattr(ExtractionModel, "_forward", tight)
+    done = extract(extract_options(batch_size=8, output=tmp_path / "tight.h5"), listener)
+    assert "out of memory with 8 images at once; going on with 4" in listener.warned
+    features = brixel_cli.FeatureFile(done.output)
+    for name, row in expected.items():
+        np.testing.assert_allclose(features[name].ravel(), np.frombuffer(row, np.float16).astype(np.float32), atol=4e-3)
+    monkeypatch.setattr(ExtractionModel, "_forward", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(BrixelError, match=r"Out of memory on cpu with a single image of 64x80 pixels. Lower --res"):
+        extract(extract_options(output=tmp_path / "none.h5"), listener)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "x"], "No student to extract with, and none under ./runs: train one with brixel distill"),
+        ([], "--input is missing: a folder, an image"),
+        (["--input", "x", "--source", "backbone"], "--source backbone: give --backbone NAME"),
+        (["--input", "x", "--batch-size", "many"], "--batch-size must be auto or a number from 1 up, not many."),
+        (["--input", "x", "--res", "0"], "--res must be at least 1, not 0."),
+        (
+            ["--input", "x", "--dtype", "int8", "--format", "npy"],
+            "--dtype int8 stores a scale beside the map, which .npy",
+        ),
+        (
+            ["--export", "x.onnx", "--dry-run"],
+            "--export writes the model, not features: leave out --input and --dry-run",
+        ),
+        (["--export", "x.onnx", "--input", "x"], "--export writes the model, not features: leave out --input"),
+        (["--export", "x.txt", "--source", "backbone", "--backbone", "test_vit"], "the file must end in .onnx"),
+        (
+            ["--export", "x.onnx", "--source", "teacher", "--backbone", "test_vit"],
+            "the teacher is the backbone at a larger",
+        ),
+    ],
+)
+def test_wrong_options_are_usage_errors(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # where there are no runs
+    result = CliRunner().invoke(app, ["extract", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_named_as_the_option(extract_options, listener: Listener):
+    with pytest.raises(UsageError, match="--device is cuda, which this machine does not have; present: cpu"):
+        extract(extract_options(device="cuda"), listener)
+
+
+def test_outputs_of_the_wrong_kind_are_refused(extract_options, tmp_path: Path, listener: Listener):
+    with pytest.raises(UsageError, match=r"is a folder; name a file, such as .*features.h5"):
+        extract(extract_options(output=tmp_path), listener)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file; --format npy writes a folder"):
+        extract(extract_options(output=tmp_path / "file", storage="npy"), listener)
+
+
+def test_a_full_disk_is_found_out_first(
+    extract_options, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(BrixelError, match=r"out.h5 needs .* has 1000 B free. Make room"):
+        extract(extract_options(), listener)
+    assert not (tmp_path / "out.h5").exists()
+    chosen = extract_options()
+    arguments = ["--input", *chosen.inputs, "--checkpoint", str(chosen.checkpoint), "--output", str(chosen.output)]
+    planned = CliRunner().invoke(app, ["extract", *arguments, "--dry-run", "--json"])
+    assert planned.exit_code == 1
+    assert json.loads(planned.stdout)["bytes_free"] == 1000
+    assert "has 1000 B free. Make room" in planned.stderr
+
+
+def test_an_output_to_be_replaced_gives_up_its_room(
+    extract_options, listener: Listener, monkeypatch: pytest.MonkeyPatch
+):
+    done = extract(extract_options(), listener)
+    usage = shutil.disk_usage(done.output)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9 * (not done.output.exists())))
+    assert extract(extract_options(), listener).num_before == 8
+    assert extract(extract_options(overwrite=True), listener).num_computed == 8
+
+
+@pytest.mark.parametrize(("storage", "preview"), [("npy", False), ("h5", True)])
+def test_a_disk_that_fills_up_meanwhile_is_no_traceback(
+    extract_options, listener, monkeypatch, storage: str, preview: bool
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(BrixelError, match="cannot be written: No space left on device. What was finished stays: make"):
+        extract(extract_options(storage=storage, preview=preview), listener)
