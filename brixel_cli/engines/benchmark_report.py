@@ -32,8 +32,9 @@ PAGE_STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ground: #0f1318; --card: #161b23; --ink: #e6eaf1; --faint: #a3adbd;
   --rule: #2b333f; --accent: #5aa2ff; --code: #1e2530; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 2.2rem 1.1rem 4rem; }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 2.2rem 1.1rem 4rem; }
 h1 { font-size: 1.1rem; margin: 0; color: var(--faint); font-weight: 600; letter-spacing: 0.02em; }
 h2 { font-size: 1.3rem; margin: 0 0 0.9rem; }
 .lead { font-size: 1.22rem; line-height: 1.5; margin: 0.7rem 0 1.4rem; max-width: 54rem; text-wrap: pretty; }
@@ -45,20 +46,21 @@ section { background: var(--card); border: 1px solid var(--rule); border-radius:
 .highlights div { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 0.8rem 1rem; }
 .highlights dt { font-size: 1.55rem; font-weight: 650; line-height: 1.25; color: var(--accent); }
 .highlights dd { margin: 0; font-size: 0.86rem; line-height: 1.35; color: var(--faint); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr)); gap: 1.2rem 1.6rem;
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(310px, 100%), 1fr)); gap: 1.2rem 1.6rem;
   margin: 0 0 1.2rem; align-items: start; }
-figure { margin: 0; } figure svg { width: 100%; max-width: 560px; height: auto; display: block; }
+figure { margin: 0; } figure svg { width: 100%; max-width: 520px; height: auto; display: block; }
 figure img { width: 100%; height: auto; border-radius: 6px; display: block; background: #fff; }
 figcaption, caption, .note { color: var(--faint); font-size: 0.88rem; }
 figcaption { margin-top: 0.3rem; overflow-wrap: anywhere; }
 .photos { display: grid; gap: 1.2rem; }
 .table { overflow-x: auto; margin: 0.9rem 0 0.3rem; }
-table { border-collapse: collapse; font-size: 0.9rem; min-width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: 0.86rem; min-width: 100%; font-variant-numeric: tabular-nums; }
 table.facts { min-width: 0; }
 h3 { font-size: 0.98rem; margin: 1.5rem 0 0.2rem; font-weight: 600; overflow-wrap: anywhere; }
-th, td { padding: 0.34rem 0.75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
+th, td { padding: 0.34rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
 th { color: var(--faint); font-weight: 600; border-bottom-width: 2px; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td.best { font-weight: 700; }
 table.facts td { white-space: normal; text-align: left; overflow-wrap: anywhere; }
 table.facts td:first-child { color: var(--faint); white-space: nowrap; }
 ul.notes { color: var(--faint); font-size: 0.88rem; padding-left: 1.1rem; margin: 0.6rem 0 0.4rem; }
@@ -174,13 +176,20 @@ def _html_table(table: Table) -> str:
     title = f"<h3>{escape(table.title)}</h3>" if table.title else ""
     has_head = any(table.columns)
     head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    rows = "".join(
+        "<tr>" + "".join(f"<td{_best(table, r, c)}>{escape(cell)}</td>" for c, cell in enumerate(row)) + "</tr>"
+        for r, row in enumerate(table.rows)
+    )
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
     return (
         f'{title}<div class="table"><table{"" if has_head else " class=facts"}>'
         f"{f'<thead><tr>{head}</tr></thead>' if has_head else ''}<tbody>{rows}</tbody></table></div>"
         f"{f'<ul class=notes>{notes}</ul>' if notes else ''}"
     )
+
+
+def _best(table: Table, row: int, column: int) -> str:
+    return " class=best" if (row, column) in table.best else ""
 
 
 def _webp(path: Path) -> bytes:

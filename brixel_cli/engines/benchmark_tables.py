@@ -16,20 +16,30 @@ COST_COLUMNS = (
     "memory",
 )  # fmt: skip
 FIDELITY_COLUMNS = ("row", "L1", "cosine", "5 %", "worst", "edge", "spectral", "L1", "cosine", "edge", "spectral")
-ABLATION_COLUMNS = (
-    "variant", "L1", "cosine", "edge", "spectral", "gap closed, L1", "cosine", "edge", "parameters", "GFLOP", "image",
-    "update", "steps", "training memory",
+ABLATION_FIDELITY = (
+    "variant", "L1", "cosine", "edge", "spectral", "L1 closed", "cosine closed", "edge closed", "image",
 )  # fmt: skip
+ABLATION_COST = ("variant", "parameters", "GFLOP", "image", "10-90 %", "update", "steps", "updates in all", "memory")
+HIGHER_IS_BETTER = ("cosine", "L1 closed", "cosine closed", "edge closed")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A title, columns of which the first is text and the others are figures, rows, and notes below."""
+    """A table.
+
+    Attributes:
+        title: above it; may be empty.
+        columns: the first is text, the others are figures.
+        rows: of cells.
+        notes: below it.
+        best: (row, column) of the cells that are the best of their columns.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+    best: frozenset[tuple[int, int]] = frozenset()
 
 
 def cost_table(results: Results, model: Model, size: tuple[int, int]) -> Table:
@@ -79,22 +89,36 @@ def notes(results: Results) -> list[str]:
     ]
 
 
-def ablation_table(ablations: Ablations, group: str) -> Table:
-    """The variants of a group beside the bilinearly enlarged backbone map."""
+def ablation_tables(ablations: Ablations, group: str) -> list[Table]:
+    """The variants of a group: how faithful they came out, beside the bilinear backbone map, and what they cost."""
     variants = ablations.groups()[group]
     first = next((item for item in variants if item.bilinear), None)
-    bilinear = [["bilinear", *_figures(first.bilinear), *["-"] * 9]] if first else []
-    if ablations.equal == "steps":
-        equal = f"{ablations.budget:,.0f} updates each"
-    else:
-        equal = f"{human_seconds(ablations.budget)} of updates each"
+    equal = f"{ablations.budget:,.0f} updates" if ablations.equal == "steps" else human_seconds(ablations.budget)
     images = f"{first.num_images} held-out photographs" if first else "nothing trained yet"
-    return Table(
-        f"{group}: {ablations.recipe}, {equal} of {ablations.batch_size} images; {images}",
-        ABLATION_COLUMNS,
-        bilinear + [_ablation_cells(item) for item in variants],
-        [f"{item.name}: {described(item)}" for item in variants],
-    )
+    faithful = [["bilinear", *_figures(first.bilinear), "-", "-", "-", "-"]] if first else []
+    faithful += [_ablation_fidelity(item) for item in variants]
+    return [
+        Table(
+            f"{group}: {ablations.recipe}, {equal} of {ablations.batch_size} images for each; {images}",
+            ABLATION_FIDELITY,
+            faithful,
+            [f"{item.name}: {described(item)}" for item in variants],
+            _best_cells(ABLATION_FIDELITY, faithful),
+        ),
+        Table(f"{group}: cost", ABLATION_COST, [_ablation_cost(item) for item in variants]),
+    ]
+
+
+def _best_cells(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> frozenset[tuple[int, int]]:
+    """The best of each metric's column, all of them where several are written alike."""
+    best = set()
+    for column, name in enumerate(columns[1:-1], start=1):
+        cells = {number: row[column].rstrip("%") for number, row in enumerate(rows)}
+        figures = {number: float(cell) for number, cell in cells.items() if cell not in ("-", "failed")}
+        if len(figures) > 1:
+            wanted = max(figures.values()) if name in HIGHER_IS_BETTER else min(figures.values())
+            best |= {(number, column) for number, figure in figures.items() if figure == wanted}
+    return frozenset(best)
 
 
 def described(variant: VariantResult) -> str:
@@ -137,16 +161,26 @@ def _fidelity_cells(row: Row) -> list[str]:
     return [row.label, *(f"{value:.4f}" for value in values), *_shares(fidelity.gap_closed, FIDELITY)]
 
 
-def _ablation_cells(item: VariantResult) -> list[str]:
+def _ablation_fidelity(item: VariantResult) -> list[str]:
+    empty = ["failed" if item.failed else "-", *["-"] * (len(FIDELITY) - 1)]
     return [
         item.name,
-        *(_figures(item.fidelity) if item.fidelity else ["failed" if item.failed else "-"] * len(FIDELITY)),
+        *(_figures(item.fidelity) if item.fidelity else empty),
         *_shares(item.gap_closed, ("l1", "cosine", "edge")),
+        human_seconds(item.latency.median),
+    ]
+
+
+def _ablation_cost(item: VariantResult) -> list[str]:
+    return [
+        item.name,
         human_count(item.num_parameters),
         f"{item.gflop:,.1f}",
         human_seconds(item.latency.median),
+        f"{human_seconds(item.latency.low)} - {human_seconds(item.latency.high)}",
         human_seconds(item.update_seconds),
         f"{item.steps:,}",
+        human_seconds(item.training_seconds),
         human_bytes(item.training_bytes),
     ]
 

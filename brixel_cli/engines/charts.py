@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from html import escape
 
 STYLE = """
-.chart { --ink: #1c2330; --faint: #5d6778; --grid: #dfe3ea; --ground: #ffffff; font: 12px system-ui, sans-serif; }
+.chart { --ink: #1c2330; --faint: #5d6778; --grid: #dfe3ea; --ground: #ffffff;
+  font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
 .chart text { fill: var(--ink); } .chart .faint { fill: var(--faint); font-size: 11px; }
 .chart .title { font-weight: 600; font-size: 13px; }
 .chart .grid { stroke: var(--grid); stroke-width: 1; } .chart .whisker { stroke: var(--ink); stroke-width: 1.2; }
@@ -31,8 +32,8 @@ STYLE = """
 NUM_SERIES = 8
 LOG_FROM = 12.0
 """Ratio of the largest to the smallest value from which a bar chart is logarithmic."""
-CHARACTER = 6.6
-"""Width of a character in user units, about."""
+CHARACTER = 7.4
+"""Width of a character in user units, about, in the widest of the usual fonts."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,18 @@ class Line:
 def bar_chart(title: str, bars: Sequence[Bar]) -> str:
     """Horizontal bars, from zero, or on a logarithmic scale where the values span more than a decade."""
     values = [bar.value for bar in bars]
-    positive = [value for value in values if value > 0]
+    highest = max(*values, *(bar.spread[1] for bar in bars if bar.spread), 0.0)
     logarithmic = min(values) > 0 and max(values) / min(values) > LOG_FROM
-    label_width = min(max(len(bar.label) for bar in bars) * CHARACTER + 10, 150)
+    label_width = min(max(len(bar.label) for bar in bars) * CHARACTER + 10, 190)
     text_width = max(len(bar.text) for bar in bars) * CHARACTER + 12
-    width, left, step = 420.0, label_width, 26.0
+    width, left, step = 372.0, label_width, 26.0
     right = width - text_width
     if logarithmic:
-        low, high = 10 ** math.floor(math.log10(min(positive)) - 0.3), max(positive)
+        low, high = 10 ** math.floor(math.log10(min(values)) - 0.3), highest
         place = _scale(low, high, left, right, logarithmic=True)
         ticks = _log_ticks(low, high)
     else:
-        low, high = min(0.0, *values), max(0.0, *values)
+        low, high = min(0.0, *values), highest
         high = high if high > low else 1.0
         place = _scale(low, high, left, right)
         ticks = _ticks(low, high, 4)
@@ -133,9 +134,9 @@ def line_chart(
         log_y: whether the vertical axis is logarithmic.
         joined: whether points are joined by lines; else they are marked only, and labelled where they are.
     """
-    width, left, right = 460.0, 58.0, 448.0
+    width, left, right = 372.0, 56.0, 364.0
     legend, legend_height = _legend(lines, width) if joined else ("", 0.0)
-    top, bottom = 34.0 + legend_height, 250.0 + legend_height
+    top, bottom = 34.0 + legend_height, 232.0 + legend_height
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     place_x, x_ticks = _axis(xs, left + 8, right - 8, log_x)

@@ -10,7 +10,7 @@ from brixel_cli.engines.ablation_results import Ablations
 from brixel_cli.engines.benchmark_results import Environment, Results
 from brixel_cli.engines.benchmark_tables import (
     Table,
-    ablation_table,
+    ablation_tables,
     budget_table,
     cost_table,
     fidelity_table,
@@ -161,7 +161,7 @@ def _pictures(results: Results, folder: Path) -> Iterator[Block]:
 def _ablation(ablations: Ablations, group: str) -> Iterator[Block]:
     variants = [item for item in ablations.groups()[group] if item.fidelity]
     yield from ablation_charts(group, variants)
-    yield ablation_table(ablations, group)
+    yield from ablation_tables(ablations, group)
 
 
 # Environment and methods
