@@ -75,10 +75,18 @@ def print_table(
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console = Console(highlight=False)
-    console.print(escape(title), soft_wrap=True)
+    if title:
+        console.print(escape(title), soft_wrap=True)
     console.print(table)
-    for note in notes:
-        console.print(escape(note), soft_wrap=True)
+    print_notes(notes)
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """What is to be read with the tables, to stdout."""
+    if is_first_process():
+        console = Console(highlight=False)
+        for note in notes:
+            console.print(escape(note), soft_wrap=True)
 
 
 def print_json(result: Mapping[str, Any]) -> None:

@@ -17,6 +17,25 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def human_seconds(seconds: float | None) -> str:
+    """A short time for people: 29.1 ms, 1.25 s, 3.4 min; a dash where it is not known."""
+    if seconds is None:
+        return "-"
+    if seconds < 1:
+        return f"{seconds * 1e3:,.1f} ms"
+    return f"{seconds:,.2f} s" if seconds < 120 else f"{seconds / 60:,.1f} min"
+
+
+def human_count(count: int) -> str:
+    """A large number in millions: 22.1M."""
+    return f"{count / 1e6:,.1f}M" if count >= 100_000 else f"{count / 1e6:,.2f}M" if count else "0"
+
+
+def human_size(size: tuple[int, int]) -> str:
+    """Height and width: 112x112."""
+    return f"{size[0]}x{size[1]}"
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON as the standard has it: nan and infinity become null, other objects their text."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)

@@ -85,10 +85,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
         UsageError: with every fault of the recipe in one message: key path, expected, found, nearest spelling.
     """
     path = find_recipe(reference)
-    try:
-        tree = _parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not a valid YAML file: {error}") from error
+    tree = _read(path)
     if not isinstance(tree, dict):
         raise UsageError(f"{path} must hold keys and values, such as 'name: mine'; it holds {_shown(tree)}.")
     for override in overrides:
@@ -100,6 +97,24 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
         faults = _describe_all(error.errors())
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise UsageError(f"{path} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults)) from error
+
+
+def load_variants(path: Path) -> dict[str, dict[str, Any]]:
+    """Read a file of variants of a recipe: under each name the values that change, by key path.
+
+    Raises:
+        UsageError: the file is not there, or is not of that form.
+    """
+    if not path.is_file():
+        raise UsageError(f"No file of variants at {path}.")
+    tree = _read(path)
+    variants = {name: changes or {} for name, changes in tree.items()} if isinstance(tree, dict) else {}
+    if not variants or not all(isinstance(changes, dict) for changes in variants.values()):
+        raise UsageError(
+            f"{path} must hold variants by name, and under each the values that change, such as "
+            "'wide: {adapter.fusion.width: 256}'."
+        )
+    return {str(name): changes for name, changes in variants.items()}
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -133,6 +148,13 @@ _Dumper.add_representer(
     list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
 )
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def _read(path: Path) -> Any:
+    try:
+        return _parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not a valid YAML file: {error}") from error
 
 
 def _parse(text: str) -> Any:

@@ -20,10 +20,20 @@ BELOW = {
     "recipe": {"errors"},
     "recipe_files": {"recipe", "errors"},
     "extract_options": {"errors"},
+    "benchmark_options": {"extract_options", "errors"},
     "formatting": set(),
     "core": {"recipe", "recipe_files", "extract_options", "errors"},
     "data": {"recipe", "recipe_files", "extract_options", "formatting", "errors"},
-    "engines": {"core", "data", "recipe", "recipe_files", "extract_options", "formatting", "errors"},
+    "engines": {
+        "core",
+        "data",
+        "recipe",
+        "recipe_files",
+        "extract_options",
+        "benchmark_options",
+        "formatting",
+        "errors",
+    },
     "console": {"formatting", "errors"},
     "commands": {
         "console",
@@ -33,10 +43,11 @@ BELOW = {
         "recipe",
         "recipe_files",
         "extract_options",
+        "benchmark_options",
         "formatting",
         "errors",
     },
-    "app": {"", "console", "commands", "recipe", "recipe_files", "extract_options", "errors"},
+    "app": {"", "console", "commands", "recipe", "recipe_files", "extract_options", "benchmark_options", "errors"},
     "demo": {"console", "core", "errors"},  # prepares files for `make demo`; beside the commands
     "__main__": {"app"},
     "": {"core", "data"},  # the public Python API, in __init__.py
@@ -147,7 +158,7 @@ def test_every_way_to_print_is_noticed(source: str) -> None:
     assert printing(source) != []
 
 
-@pytest.mark.parametrize("module", ["app", "recipe_files", "commands.distill"])
+@pytest.mark.parametrize("module", ["app", "recipe_files", "commands.distill", "commands.benchmark"])
 def test_the_command_line_starts_without_the_heavy_libraries(module: str) -> None:
     heavy = {"torch", "timm", "h5py", "accelerate", "numpy"}
     code = f"import sys, brixel_cli.{module}; print(sorted({heavy} & set(sys.modules)))"

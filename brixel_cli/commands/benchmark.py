@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from brixel_cli.benchmark_options import BenchmarkOptions
-from brixel_cli.console import Progress, print_files, print_json, print_table, say
+from brixel_cli.console import Progress, print_files, print_json, print_notes, print_table, say
 from brixel_cli.formatting import human_bytes
 
 if TYPE_CHECKING:
-    from brixel_cli.engines.benchmark_results import Results, Row
+    from brixel_cli.engines.benchmark_results import Model, Results, Row
 
-COST_COLUMNS = (
-    "row", "input", "grid", "parameters", "GFLOP", "peak memory", "median", "10-90 %", "images/s", "faster", "FLOP",
-    "memory",
-)  # fmt: skip
-FIDELITY_COLUMNS = ("row", "L1", "cosine", "5 %", "worst", "edge", "spectral", "L1", "cosine", "edge", "spectral")
+COST_COLUMNS = ("row", "input", "grid", "frozen", "adapter", "GFLOP", "memory", "less FLOP", "less mem.")
+TIME_COLUMNS = ("row", "median", "10 %", "90 %", "images/s", "faster")
+FIDELITY_COLUMNS = ("row", "L1", "cosine", "5 %", "worst", "edge", "spectral")
+GAP_COLUMNS = ("gap to the teacher closed", "L1", "cosine", "edge", "spectral")
 
 
 def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool, as_json: bool) -> None:
@@ -29,8 +29,9 @@ def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool,
     # torch takes seconds to import: only now, when there is work for it.
     from brixel_cli.engines.benchmarking import benchmark, count_only
 
+    files: list[Path] = []
     if dry_run:
-        results, files = count_only(options, Progress()), []
+        results = count_only(options, Progress())
     else:
         results, files = benchmark(options, Progress())
     if as_json:
@@ -46,52 +47,73 @@ def _show(results: Results) -> None:
     for model in results.models:
         for size in dict.fromkeys(row.size for row in results.rows if row.model == model.name):
             rows = [row for row in results.rows if (row.model, row.size) == (model.name, size)]
-            weights = "random weights: cost only" if model.weights == "random" else f"weights {model.weights}"
-            title = f"{model.name} at {size[0]}x{size[1]} px: {model.backbone} ({weights}), {model.adapter}"
-            title += f" ({model.student or 'untrained'}); {results.environment.device}, {model.dtype} weights"
-            print_table(title, COST_COLUMNS, [_cost_cells(results, row) for row in rows])
-            if any(row.fidelity for row in rows):
-                of = f"{model.num_images} photographs of {model.images} against the teacher; right: gap closed"
-                print_table(of, FIDELITY_COLUMNS, [_fidelity_cells(row) for row in rows if row.fidelity])
+            _show_rows(results, model, rows)
     if results.budget:
         _show_budget(results)
-    environment, settings = results.environment, results.settings
-    notes = [
-        f"{environment.processor}, {environment.threads} threads, batch of {settings.batch_size}, "
-        f"{environment.precision}{', compiled' if settings.compiled else ''}. Memory is above the weights; "
-        "c: counted, not measured. Faster, FLOP, memory: times less than the teacher.",
-        *results.notes,
-    ]
-    print_table("", [], [], notes)
+    print_notes(results.notes)
+
+
+def _show_rows(results: Results, model: Model, rows: Sequence[Row]) -> None:
+    """The tables of one model at one size."""
+    weights = "random weights, on purpose: cost only" if model.weights == "random" else f"weights {model.weights}"
+    title = f"{model.name} at {_size(rows[0].size)} px: {model.backbone}, {weights}; adapter {model.adapter}, "
+    title += model.student or "untrained"
+    print_table(title, COST_COLUMNS, [_cost_cells(results, row) for row in rows])
+    timed = [row for row in rows if row.latency]
+    if timed:
+        environment, batch = results.environment, results.settings.batch_size
+        compiled = ", compiled" if results.settings.compiled else ""
+        title = (
+            f"Time of a batch of {batch} on {environment.processor} ({environment.device}, {environment.threads} "
+            f"threads), {environment.precision}{compiled}"
+        )
+        print_table(title, TIME_COLUMNS, [_time_cells(results, row) for row in timed])
+    compared = [row for row in rows if row.fidelity]
+    if compared:
+        title = f"Fidelity to the teacher: {model.num_images} photographs of {model.images}"
+        print_table(title, FIDELITY_COLUMNS, [_fidelity_cells(row) for row in compared])
+        closed = [row for row in compared if row.kind != "bilinear"]
+        print_table("", GAP_COLUMNS, [_gap_cells(row) for row in closed])
 
 
 def _cost_cells(results: Results, row: Row) -> list[str]:
-    ratios, latency = results.ratios(row), row.latency
-    per_second = results.images_per_second(row)
+    ratios = results.ratios(row)
+    memory = "-" if row.peak_bytes is None else human_bytes(row.peak_bytes)
     return [
         row.label,
         _size(row.input_size),
         _size(row.grid),
-        f"{_millions(row.frozen_parameters)} + {_millions(row.adapter_parameters)}",
+        _millions(row.frozen_parameters),
+        _millions(row.adapter_parameters),
         "-" if row.gflop is None else f"{row.gflop:,.1f}",
-        "-" if row.peak_bytes is None else human_bytes(row.peak_bytes) + (" c" if row.memory == "counted" else ""),
-        _seconds(latency and latency.median),
-        f"{_seconds(latency.low)} - {_seconds(latency.high)}" if latency else "-",
+        f"{memory} c" if row.memory == "counted" else memory,
+        *(_times(ratio) for ratio in (ratios.less_flop, ratios.less_memory)),
+    ]
+
+
+def _time_cells(results: Results, row: Row) -> list[str]:
+    latency, per_second = row.latency, results.images_per_second(row)
+    assert latency is not None
+    label = row.label
+    if latency.compile_seconds is not None:
+        label += f" (compiled in {latency.compile_seconds:.1f} s)"
+    return [
+        label,
+        *(_seconds(value) for value in (latency.median, latency.low, latency.high)),
         "-" if per_second is None else f"{per_second:,.2f}",
-        *(f"{ratio:,.1f}x" if ratio else "-" for ratio in (ratios.faster, ratios.less_flop, ratios.less_memory)),
+        _times(results.ratios(row).faster),
     ]
 
 
 def _fidelity_cells(row: Row) -> list[str]:
-    fidelity = row.fidelity
-    assert fidelity is not None
-    values = [getattr(fidelity, name) for name in ("l1", "cosine", "cosine_p5", "cosine_worst", "edge", "spectral")]
-    shares = [fidelity.gap_closed.get(name) for name in ("l1", "cosine", "edge", "spectral")]
-    return [
-        row.label,
-        *(f"{value:.4f}" for value in values),
-        *("-" if share is None else f"{share:.1%}" for share in shares),
-    ]
+    names = ("l1", "cosine", "cosine_p5", "cosine_worst", "edge", "spectral")
+    return [row.label, *(f"{getattr(row.fidelity, name):.4f}" for name in names)]
+
+
+def _gap_cells(row: Row) -> list[str]:
+    shares = row.fidelity.gap_closed if row.fidelity else {}
+    found = [shares.get(name) for name in ("l1", "cosine", "edge", "spectral")]
+    return [row.label, *("-" if share is None else f"{share:.1%}" for share in found)]
 
 
 def _show_budget(results: Results) -> None:
@@ -121,7 +143,9 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:,.1f}M" if count else "0"
 
 
-def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:,.1f}x"
+
+
+def _seconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"

@@ -58,7 +58,9 @@ class Adapter(nn.Module):
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
             maps = [map_.contiguous(memory_format=torch.channels_last) for map_ in maps]
-        return self.difference(images, maps, middle, fine) + self.residual(maps[-1], fine)
+        difference, residual = self.difference(images, maps, middle, fine), self.residual(maps[-1], fine)
+        # Without gradients, the sum needs no third map of the output's size.
+        return difference + residual if torch.is_grad_enabled() else residual.add_(difference)
 
     def residual(self, last_map: Tensor, fine: tuple[int, int]) -> Tensor:
         """The last backbone map (B, D, h, w) on the output grid: what the student is without its learned part."""

@@ -69,6 +69,7 @@ class FusionAdapter(Adapter):
         for block in self.middle:
             x = self.run(block, x)
         x = resize(self.to_fine(x), fine) + fine_image
+        del fine_image, middle_image  # without gradients, memory that the widest blocks can use
         for block in self.fine:
             x = self.run(block, x)
         output: Tensor = self.out(self.out_norm(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -50,8 +51,8 @@ def count_baselines(
         for contender in contenders:
             device = next(backbone.parameters()).device
             one, batch = (contender.input(count, device) for count in (1, batch_size))
-            counted = count_cost(lambda images=one, call=contender.call: call(images))  # type: ignore[misc]
-            peak = count_cost(lambda images=batch, call=contender.call: call(images)).peak_bytes  # type: ignore[misc]
+            counted = count_cost(partial(contender.call, one))
+            peak = count_cost(partial(contender.call, batch)).peak_bytes
             rows.append(_row(candidate, backbone, size, contender, counted, peak))
     return rows
 

@@ -193,14 +193,11 @@ class Photos:
     folder: str
     photographs: list[Photograph]
 
-    def views(self, backbone: Backbone, factor: int, teacher_size: tuple[int, int]) -> Views:
-        """Their centre crops at the teacher's size (height, width)."""
-        config = ViewConfig(teacher_size=list(teacher_size), factor=factor)
+    def views(self, backbone: Backbone, factor: int, size: tuple[int, int]) -> Views:
+        """Their centre crops for the teacher, of which the student sees `size` (height, width)."""
+        fields = {"teacher_size": [factor * side for side in size], "factor": factor}
+        config = ViewConfig.model_validate(fields)
         return Views(self.photographs, config, 0, backbone.mean, backbone.std)
-
-    def num_enlarged(self, teacher_size: tuple[int, int]) -> int:
-        """Photographs smaller than the teacher's input, which the crop enlarges."""
-        return sum(photo.height < teacher_size[0] or photo.width < teacher_size[1] for photo in self.photographs)
 
 
 def find_photos(candidate: Candidate, options: BenchmarkOptions, reporter: Reporter) -> Photos | None:

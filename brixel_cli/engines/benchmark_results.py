@@ -204,6 +204,11 @@ class Row:
         return self.model, self.size, self.label
 
     @property
+    def seconds(self) -> float | None:
+        """Median seconds of a call; None where the row was not run."""
+        return self.latency.median if self.latency else None
+
+    @property
     def total_bytes(self) -> int | None:
         """Weights and peak together: what a device needs, beside the libraries' own."""
         return None if self.peak_bytes is None else self.weights_bytes + self.peak_bytes
@@ -297,14 +302,14 @@ class Results:
         if teacher is None:
             return Ratios(None, None, None)
         return Ratios(
-            _over(teacher.latency and teacher.latency.median, row.latency and row.latency.median),
+            _over(teacher.seconds, row.seconds),
             _over(teacher.gflop, row.gflop),
             _over(teacher.peak_bytes, row.peak_bytes) if teacher.memory == row.memory else None,
         )
 
     def images_per_second(self, row: Row) -> float | None:
         """Throughput of a row."""
-        return _over(self.settings.batch_size, row.latency and row.latency.median)
+        return _over(self.settings.batch_size, row.seconds)
 
     def curves(self) -> list[Curve]:
         """Rows of several sizes, by model and label; labels with one size only are left out."""

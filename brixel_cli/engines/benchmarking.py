@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -229,13 +230,13 @@ def _measure_size(
     calls = {}
     for contender in run:
         call = torch.compile(contender.call, dynamic=False) if work.options.compiled else contender.call
-        calls[contender.label] = lambda call=call, x=images[contender.label]: call(x)  # type: ignore[misc]
+        calls[contender.label] = partial(call, images[contender.label])
     latencies = interleaved(calls, device, work.options.seconds, work.options.compiled)
     rows = {label: replace(counts[label], latency=latencies.get(label), note=notes.get(label, "")) for label in counts}
     for contender in run:
         rows[contender.label] = _with_memory(work, candidate, contender, rows[contender.label], size, images)
     if photos is not None and len(run) == len(contenders):
-        views = photos.views(student.backbone, candidate.factor, tuple(side * candidate.factor for side in size))  # type: ignore[arg-type]
+        views = photos.views(student.backbone, candidate.factor, size)
         compared = [row for row in run if row.kind != "student" or candidate.stored is not None]
         found = measure_fidelity(compared, views, student.backbone, work.reporter, f"fidelity, {size[0]}x{size[1]} px")
         rows |= {label: replace(rows[label], fidelity=fidelity) for label, fidelity in found.items()}
@@ -313,7 +314,10 @@ def _answer_budget(work: _Benchmark, candidates: Sequence[Candidate], budget_byt
 
 def _notes(rows: Sequence[Row], models: Sequence[Model]) -> list[str]:
     """What is to be read with the table."""
-    notes = []
+    notes = [
+        "Memory is the peak above the weights (c: counted, not measured); less FLOP, less memory, faster: how many "
+        "times, beside the teacher."
+    ]
     random = [model.name for model in models if model.weights == "random"]
     if random:
         notes.append(f"Random weights, on purpose, as only cost is measured: {', '.join(random)}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +19,7 @@ from brixel_cli.engines.benchmark_models import Candidate
 from brixel_cli.engines.contenders import make_contenders
 from brixel_cli.errors import BrixelError
 
-PASSES = 3
+PASSES = 5
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 
@@ -47,9 +48,9 @@ def peak_in_fresh_process(
 ) -> PeakMemory | None:
     """Peak resident memory of one row on the CPU, in a process that does nothing else.
 
-    The process loads the model with random weights (what they are makes no difference to memory), makes a first call,
-    gives free memory back to the system, and takes the highest resident size over three further calls, minus the
-    resident size before them.
+    The process loads the model with random weights (what they are makes no difference to memory) and makes a first
+    call. Before each of five further calls it gives free memory back to the system; the peak is the highest resident
+    size during the call minus that before it, and the median of the five is taken.
 
     Returns:
         The figures; None where the process was killed, as for want of memory.
@@ -77,11 +78,15 @@ def _measure(
     loaded = _resident("VmRSS")
     row.call(images)
     give_back()
-    before = _resident("VmRSS")
-    _CLEAR.write_text(_RESET_PEAK)
+    kept = _resident("VmRSS") - loaded
+    peaks = []
     for _ in range(PASSES):
+        give_back()
+        before = _resident("VmRSS")
+        _CLEAR.write_text(_RESET_PEAK)
         row.call(images)
-    return PeakMemory(max(_resident("VmHWM") - before, 0), max(before - loaded, 0))
+        peaks.append(_resident("VmHWM") - before)
+    return PeakMemory(max(int(statistics.median(peaks)), 0), max(kept, 0))
 
 
 @torch.inference_mode()

@@ -1,0 +1,332 @@
+"""The benchmark as a whole, with a tiny model: rows, fidelity, what is kept, what is left out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, Listener
+from typer.testing import CliRunner
+
+from brixel_cli.app import app
+from brixel_cli.benchmark_options import BenchmarkOptions
+from brixel_cli.core.backbone import load_backbone
+from brixel_cli.core.weights import save_tensors
+from brixel_cli.engines import benchmark_counts, benchmarking
+from brixel_cli.engines.benchmark_counts import count_rows, largest_sizes
+from brixel_cli.engines.benchmark_models import find_candidates
+from brixel_cli.engines.benchmark_results import Results, Row, read_results
+from brixel_cli.engines.benchmarking import benchmark, count_only
+from brixel_cli.engines.distillation import distill
+from brixel_cli.engines.peak_memory import PeakMemory, can_measure, peak_in_fresh_process
+from brixel_cli.engines.run_folder import RunFolder
+from brixel_cli.errors import BrixelError, SizeError, UsageError
+from brixel_cli.recipe_files import load_recipe
+
+BASELINE = """
+import torch.nn.functional as F
+
+def nearest(images, feature_map, output_size):
+    return F.interpolate(feature_map, output_size, mode="nearest")
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process for each row takes seconds: only the test of just that starts one."""
+    monkeypatch.setattr(benchmarking, "peak_in_fresh_process", lambda *_: PeakMemory(1000, 10))
+    monkeypatch.setattr(benchmark_counts, "LARGEST_SIDE", 512)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Path:
+    """A student that was trained, in float32, on a backbone whose weights are on disk."""
+    folder = tmp_path_factory.mktemp("benchmarked")
+    torch.manual_seed(3)
+    save_tensors(folder / "vit.safetensors", load_backbone("test_vit", "random").vit.state_dict(), {})
+    (folder / "tiny.yaml").write_text(TINY.replace("PHOTOS", str(photographs)))
+    changes = [f"backbone.weights={folder / 'vit.safetensors'}", "run.precision=float32", "optim.lr=0.01"]
+    distill(load_recipe(str(folder / "tiny.yaml"), changes), RunFolder(folder / "run"), Listener())
+    return folder / "run"
+
+
+def options(output: Path, **changes: Any) -> BenchmarkOptions:
+    return BenchmarkOptions(**{"highres": True, "device": "cpu", "seconds": 0.3, "output": output, **changes})
+
+
+def row(results: Results, label: str, side: int = 32) -> Row:
+    return next(row for row in results.rows if row.label == label and row.size == (side, side))
+
+
+# Rows
+
+
+def test_rows_of_a_trained_student(run: Path, tmp_path: Path, listener: Listener) -> None:
+    results, files = benchmark(options(tmp_path / "out", checkpoint=str(run)), listener)
+    assert [row.label for row in results.rows] == ["backbone", "bilinear", "student", "teacher"]
+    # test_vit: patch 16; 32 px against 128 px.
+    assert [row.grid for row in results.rows] == [(2, 2), (8, 8), (8, 8), (8, 8)]
+    assert [row.input_size for row in results.rows] == [(32, 32)] * 3 + [(128, 128)]
+    student, teacher = row(results, "student"), row(results, "teacher")
+    assert student.adapter_parameters > 0 == teacher.adapter_parameters
+    assert student.weights_bytes == 4 * (student.frozen_parameters + student.adapter_parameters)
+    assert teacher.gflop == teacher.formula_gflop
+    assert student.counted_vit_gflop == student.formula_gflop < student.gflop < teacher.gflop
+    assert all(row.latency.low <= row.latency.median <= row.latency.high for row in results.rows)
+    assert all(row.memory == "measured" for row in results.rows)
+    assert read_results(tmp_path / "out") == results
+    assert all(file.is_file() for file in files)
+    assert len(results.pictures) == 2  # two photographs are held out
+    assert results.models[0].num_images == 2
+
+
+def test_fidelity_is_that_of_the_run_itself(run: Path, tmp_path: Path, listener: Listener) -> None:
+    results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run)), listener)
+    best = json.loads((run / "results.json").read_text())["best"]
+    for label, of_run in (("bilinear", "backbone"), ("student", "student")):
+        fidelity = row(results, label).fidelity
+        assert fidelity is not None
+        for name, value in best[of_run].items():
+            assert getattr(fidelity, name) == pytest.approx(value, rel=1e-4), (label, name)
+        assert fidelity.cosine_worst == min(image.cosine for image in fidelity.images) <= fidelity.cosine
+        assert fidelity.cosine_p5 <= fidelity.cosine
+    student = row(results, "student").fidelity
+    assert student is not None
+    assert student.gap_closed == pytest.approx(best["gap_closed"], rel=1e-3, abs=1e-4)
+    assert row(results, "backbone").fidelity is row(results, "teacher").fidelity is None
+
+
+def test_without_the_teacher_there_is_no_row_of_it_but_fidelity(run: Path, tmp_path: Path, listener: Listener) -> None:
+    results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), highres=False), listener)
+    assert [row.label for row in results.rows] == ["backbone", "bilinear", "student"]
+    assert row(results, "student").fidelity is not None
+    assert results.ratios(row(results, "student")).faster is None
+
+
+def test_sizes_give_curves_on_the_same_photographs(run: Path, tmp_path: Path, listener: Listener) -> None:
+    results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), sizes="32,48x64"), listener)
+    curves = {curve.label: curve for curve in results.curves()}
+    assert curves["student"].sizes == ((32, 32), (48, 64))
+    names = [[image.name for image in row.fidelity.images] for row in curves["student"].rows if row.fidelity]
+    assert names[0] == names[1]
+    assert curves["teacher"].rows[1].input_size == (192, 256)
+
+
+def test_a_function_from_elsewhere_is_a_row(run: Path, tmp_path: Path, listener: Listener) -> None:
+    (tmp_path / "mine.py").write_text(BASELINE)
+    results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), baselines=("mine.py:nearest",)), listener)
+    assert [row.label for row in results.rows] == ["backbone", "bilinear", "nearest", "student", "teacher"]
+    nearest, bilinear = row(results, "nearest"), row(results, "bilinear")
+    assert nearest.gflop == bilinear.gflop  # the backbone's pass is part of the row
+    assert nearest.fidelity is not None
+    assert bilinear.fidelity is not None
+    assert nearest.fidelity.l1 != bilinear.fidelity.l1
+
+
+def test_a_baseline_must_not_be_called_as_another_row(run: Path, tmp_path: Path, listener: Listener) -> None:
+    (tmp_path / "mine.py").write_text(BASELINE.replace("nearest", "student"))
+    with pytest.raises(UsageError, match="--baseline: two rows of one name among backbone, bilinear, student, teacher"):
+        benchmark(options(tmp_path / "out", checkpoint=str(run), baselines=("mine.py:student",)), listener)
+
+
+# Which models
+
+
+def test_a_recipe_is_measured_for_cost_and_says_so(tmp_path: Path, photographs: Path, listener: Listener) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("PHOTOS", str(photographs)))
+    results, _ = benchmark(options(tmp_path / "out", models="tiny.yaml"), listener)
+    assert (results.models[0].weights, results.models[0].student) == ("random", None)
+    assert all(row.latency and not row.fidelity for row in results.rows)
+    assert "Random weights, on purpose, as only cost is measured: tiny." in results.notes
+
+
+def test_weights_that_cannot_be_had_leave_the_cost(run: Path, tmp_path: Path, listener: Listener) -> None:
+    other = tmp_path / "runs" / "copy"
+    other.mkdir(parents=True)
+    for name in ("student.safetensors", "recipe.yaml"):
+        (other / name).write_bytes((run / name).read_bytes())
+    recipe = (other / "recipe.yaml").read_text()
+    stored = (other / "student.safetensors").read_bytes()
+    weights = str(run.parent / "vit.safetensors")
+    gone = weights[:-1] + "X"  # of the same length: the file's header stays sound
+    (other / "recipe.yaml").write_text(recipe.replace(weights, gone))
+    (other / "student.safetensors").write_bytes(stored.replace(weights.encode(), gone.encode()))
+    results, _ = benchmark(options(tmp_path / "out"), listener)  # the newest student under ./runs
+    assert listener.said[0] == "model: runs/copy, the newest under runs"
+    (warning,) = listener.warned
+    assert warning.startswith("copy: cost only, with random weights.")
+    assert "Give --backbone-weights PATH" in warning
+    assert results.models[0].weights == "random"
+    assert all(row.latency and not row.fidelity for row in results.rows)
+
+
+def test_weights_that_were_named_must_do(run: Path, tmp_path: Path, listener: Listener) -> None:
+    with pytest.raises(BrixelError, match="No backbone weights at absent.pth"):
+        benchmark(options(tmp_path / "out", checkpoint=str(run), backbone_weights="absent.pth"), listener)
+
+
+def test_two_models_of_one_name_are_refused(run: Path, tmp_path: Path, listener: Listener) -> None:
+    with pytest.raises(UsageError, match="--models: two models are called run"):
+        benchmark(options(tmp_path / "out", models=f"{run},{run}"), listener)
+
+
+def test_a_size_that_does_not_fit_names_those_that_do(run: Path, tmp_path: Path, listener: Listener) -> None:
+    with pytest.raises(SizeError, match="Nearest that fit: height 32 or 48"):
+        benchmark(options(tmp_path / "out", checkpoint=str(run), sizes="40"), listener)
+    assert not (tmp_path / "out").exists()
+
+
+# What is kept, and what is not run
+
+
+def test_what_was_measured_is_taken_up_again(run: Path, tmp_path: Path, listener: Listener) -> None:
+    first, _ = benchmark(options(tmp_path / "out", checkpoint=str(run)), listener)
+    second, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), sizes="32,48"), listener)
+    assert [row for row in second.rows if row.size == (32, 32)] == list(first.rows)
+    assert len(second.rows) == 8
+    assert "run at 32x32 px: measured before; --overwrite measures anew" in listener.said
+    third, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), overwrite=True), listener)
+    assert third.rows != first.rows  # no two measurements of time are equal
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 2}, {"precision": "bfloat16"}])
+def test_other_settings_are_measured_anew(
+    run: Path, tmp_path: Path, listener: Listener, change: dict[str, Any]
+) -> None:
+    first, _ = benchmark(options(tmp_path / "out", checkpoint=str(run)), listener)
+    second, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), **change), listener)
+    assert any("measured elsewhere or with other settings: measured anew" in text for text in listener.said)
+    assert row(first, "teacher").latency != row(second, "teacher").latency
+
+
+def test_bfloat16_halves_the_weights(run: Path, tmp_path: Path, listener: Listener) -> None:
+    wide, _ = benchmark(options(tmp_path / "wide", checkpoint=str(run)), listener)
+    half, _ = benchmark(options(tmp_path / "half", checkpoint=str(run), precision="bfloat16"), listener)
+    assert row(wide, "student").weights_bytes == 2 * row(half, "student").weights_bytes
+    exact, rounded = row(wide, "student").fidelity, row(half, "student").fidelity
+    assert exact is not None
+    assert rounded is not None
+    assert exact.cosine == pytest.approx(rounded.cosine, abs=0.02)
+    assert exact.cosine != rounded.cosine
+
+
+def test_what_does_not_fit_into_memory_is_counted(
+    run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Memory:
+        available = 10_000
+
+    monkeypatch.setattr(benchmarking.psutil, "virtual_memory", Memory)
+    monkeypatch.setattr("brixel_cli.engines.environment.psutil.virtual_memory", lambda: Memory, raising=False)
+    monkeypatch.setattr(Memory, "total", 10_000, raising=False)
+    results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run)), listener)
+    for found in results.rows:
+        assert found.latency is found.fidelity is None
+        assert found.memory == "counted"
+        assert found.note.startswith("not run: its weights need ")
+        assert found.gflop is not None
+
+
+def test_what_would_take_too_long_is_counted(
+    run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmarking, "call_seconds", lambda *_: 1.0)  # so long takes the backbone
+    results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), seconds=5.0), listener)
+    teacher, backbone = row(results, "teacher"), row(results, "backbone")
+    assert teacher.gflop is not None
+    assert backbone.gflop is not None
+    estimate = teacher.gflop / backbone.gflop
+    assert estimate > 5
+    assert teacher.note.startswith(f"not run: about {estimate:.0f} s a call, by its FLOP; --seconds ")
+    assert teacher.latency is None
+    assert backbone.latency is not None
+    assert any("not run: about" in note for note in results.notes)
+
+
+# Counts and budgets
+
+
+def test_a_dry_run_counts_and_writes_nothing(run: Path, tmp_path: Path, listener: Listener) -> None:
+    results = count_only(options(tmp_path / "out", checkpoint=str(run), budget="1MB"), listener)
+    assert [row.memory for row in results.rows] == ["counted"] * 4
+    assert not (tmp_path / "out").exists()
+    assert results.budget
+
+
+def test_peak_memory_counts_the_batch_and_flop_one_image(run: Path, tmp_path: Path, listener: Listener) -> None:
+    (candidate,) = find_candidates(options(tmp_path, checkpoint=str(run)), "float32", listener)
+    one, four = (count_rows(candidate, (32, 32), True, batch_size=size) for size in (1, 4))
+    assert [row.gflop for row in one] == [row.gflop for row in four]
+    assert all(few.peak_bytes < many.peak_bytes for few, many in zip(one, four, strict=True))  # type: ignore[operator]
+
+
+def test_the_largest_size_fits_and_the_next_does_not(run: Path, tmp_path: Path, listener: Listener) -> None:
+    (candidate,) = find_candidates(options(tmp_path, checkpoint=str(run)), "float32", listener)
+    budget = 8_000_000
+    student, teacher = largest_sizes(candidate, ["student", "teacher"], budget, batch_size=1)
+    for found in (student, teacher):
+        assert found.fits
+        assert found.largest
+        side = found.size[0]
+        rows = [count_rows(candidate, (s, s), True, 1) for s in (side, side + 16)]
+        fitting, next_one = (next(row for row in of if row.label == found.label) for of in rows)
+        assert found.total_bytes == fitting.total_bytes <= budget < (next_one.total_bytes or 0)
+    assert student.size > teacher.size
+    assert largest_sizes(candidate, ["student"], 1000, batch_size=1) == []
+
+
+def test_a_budget_is_answered_row_by_row(run: Path, tmp_path: Path, listener: Listener) -> None:
+    results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), budget="8MB"), listener)
+    listed = {answer.label: answer for answer in results.budget if not answer.largest}
+    assert listed["student"].total_bytes == row(results, "student").total_bytes
+    assert listed["student"].memory == "measured"
+    assert [answer.label for answer in results.budget if answer.largest] == ["student", "teacher"]
+
+
+@pytest.mark.skipif(not can_measure(torch.device("cpu")), reason="the system tells no peak of a process's memory")
+def test_peak_memory_of_a_fresh_process(run: Path, tmp_path: Path, listener: Listener) -> None:
+    (candidate,) = find_candidates(options(tmp_path, checkpoint=str(run)), "float32", listener)
+    # 8 images of 256x256 px at the teacher's size are 24 MiB, of which the teacher makes patches, tokens and so on.
+    found = peak_in_fresh_process(replace(candidate, weights="random"), (64, 64), "teacher", batch_size=8)
+    assert found is not None
+    (counted,) = (row for row in count_rows(candidate, (64, 64), True, 8) if row.label == "teacher")
+    assert counted.peak_bytes is not None
+    assert 0.8 * counted.peak_bytes < found.peak_bytes < 6 * counted.peak_bytes
+
+
+# The command
+
+
+def invoke(arguments: Sequence[str]) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["benchmark", *arguments], env={"COLUMNS": "200"})
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_prints_the_table_and_names_its_files(run: Path, tmp_path: Path) -> None:
+    code, out, err = invoke(["--compare-highres", "--checkpoint", str(run), "--seconds", "0.3", "--output", "out"])
+    assert code == 0, err
+    for text in ("images/s", "teacher", "2 photographs of", "gap to the teacher closed", "closed formula by 0.00% at most"):
+        assert text in out
+    named = [Path(line.removeprefix("wrote ")) for line in out.splitlines() if line.startswith("wrote ")]
+    assert [path.name for path in named[:2]] == ["results.json", "results.csv"]
+    assert all(path.is_file() for path in named)
+
+
+def test_the_command_as_json_is_one_line(run: Path, tmp_path: Path) -> None:
+    code, out, _ = invoke(["--checkpoint", str(run), "--dry-run", "--json", "--quiet"])
+    assert code == 0
+    (line,) = out.splitlines()
+    assert [row["label"] for row in json.loads(line)["rows"]] == ["backbone", "bilinear", "student"]
+
+
+def test_wrong_options_are_exit_code_2() -> None:
+    code, _, err = invoke(["--sizes", "wide"])
+    assert code == 2
+    assert re.match(r"error: --sizes takes 112", err)
