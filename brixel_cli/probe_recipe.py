@@ -49,11 +49,22 @@ class LabelsConfig(Section):
                 raise ValueError(
                     f"labels.{key} {'names no class of labels.classes' if unknown else 'lacks'}: {', '.join(names)}"
                 )
-            values = [tuple(value) if isinstance(value, list) else value for some in table.values() for value in some]
+            values = [str(value) for some in table.values() for value in some]
             if len(set(values)) < len(values):
                 twice = next(value for value in values if values.count(value) > 1)
                 raise ValueError(f"labels.{key} gives {twice} to two classes")
         return self
+
+
+class CameraConfig(Section):
+    """Focal lengths that differ from image to image; the principal point is then the middle of the image."""
+
+    files: str
+    """Path of the JSON file, a list of one record for each image, as `data.images`."""
+    image: str
+    """Key in a record: the image's file name."""
+    focal: str
+    """Key path in a record: the focal length in pixels of the file, e.g. `camera.focal_length`."""
 
 
 class DepthConfig(Section):
@@ -70,7 +81,9 @@ class DepthConfig(Section):
     crop: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=4, max_length=4)] | None = None
     """Pixels that are evaluated, [top, bottom, left, right] at the size of the file; null: all."""
     intrinsics: Annotated[list[float], Field(min_length=4, max_length=4)] | None = None
-    """Of the camera, in pixels of the file: [fx, fy, cx, cy]; needed where normals are derived."""
+    """Of the camera, in pixels of the file: [fx, fy, cx, cy]; this or `camera` where normals are derived."""
+    camera: CameraConfig | None = None
+    """Files with the focal length of each image."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DepthConfig:
@@ -156,6 +169,6 @@ class ProbeRecipe(Section):
         if task in ("normals", "depth_normals"):
             if data.normals is None:
                 raise ValueError(f"task {task} needs the section data.normals ({{}}: derived from depth)")
-            if data.normals.files is None and (data.depth is None or data.depth.intrinsics is None):
-                raise ValueError("normals without data.normals.files are derived: give data.depth.intrinsics")
+            if data.normals.files is None and not (data.depth and (data.depth.intrinsics or data.depth.camera)):
+                raise ValueError("normals without data.normals.files are derived: give data.depth.intrinsics or camera")
         return self
