@@ -35,7 +35,8 @@ def scale_invariant_log(prediction: Tensor, target: Tensor, valid: Tensor, beta:
     Sources: Eigen et al. 2014, eq. 4, whose lambda is 1 - beta; Bhat et al. 2021 (AdaBins), eq. 4, beta 0.15.
 
     Args:
-        prediction, target: positive depths in metres, of one shape.
+        prediction: positive depths in metres, of any shape.
+        target: the truth, of the same shape.
         valid: bool, of the same shape.
         beta: weight of the squared mean; 1 makes it the root mean square log error.
     """
@@ -61,7 +62,8 @@ def gradient_term(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     of its tensors; this is the term as it is meant, along height and width.
 
     Args:
-        prediction, target: positive depths in metres (B, 1, H, W).
+        prediction: positive depths in metres (B, 1, H, W).
+        target: the truth, of the same shape.
         valid: bool (B, 1, H, W).
     """
     total = prediction.new_zeros(())
@@ -80,7 +82,8 @@ def cosine_loss(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Mean of 1 - cosine between predicted and true normals over valid pixels.
 
     Args:
-        prediction, target: (B, 3, ...), of any length but 0.
+        prediction: (B, 3, ...), of any length.
+        target: of the same shape.
         valid: bool (B, 1, ...).
     """
     cosine = F.cosine_similarity(prediction, target, dim=1)
