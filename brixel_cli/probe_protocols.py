@@ -18,6 +18,8 @@ Side = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length
 
 
 class FieldConfig(Section):
+    """What is seen of the images of a split."""
+
     kind: Literal["whole", "centre", "stretch", "random", "slide"]
     """What is seen of an image: `whole`: all, aspect kept. `centre`: its middle. `stretch`: all, squeezed.
     `random`: `per_image` crops at random places and scales. `slide`: windows that cover it."""
@@ -32,6 +34,8 @@ class FieldConfig(Section):
 
 
 class Protocol(Section):
+    """Rules of training and evaluation under one name."""
+
     name: str
     tasks: list[Task]
     """What it can be used for."""
@@ -114,8 +118,8 @@ PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol(
-            name="jafar", tasks=["segmentation"], side=448, train=FieldConfig(kind="centre", flip=True), train_labels=448,
-            evaluate=_CENTRE, evaluate_labels=448, batch_norm=False,
+            name="jafar", tasks=["segmentation"], side=448,
+            train=FieldConfig(kind="centre", flip=True), train_labels=448, evaluate=_CENTRE, evaluate_labels=448, batch_norm=False,
             lr=5e-4, weight_decay=1e-5, batch_size=2, epochs=20, schedule="cosine",
         ),
         Protocol(

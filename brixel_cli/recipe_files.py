@@ -114,6 +114,27 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), schema: type[Sect
         raise UsageError(f"{path} must hold keys and values, such as 'name: mine'; it holds {_shown(tree)}.")
     for override in overrides:
         _apply(tree, override, _KINDS[schema].example)
+    return _validated(tree, schema, str(path))
+
+
+def with_overrides(section: Schema, overrides: Sequence[str], what: str) -> Schema:
+    """A section with `key.path=value` overrides, in order.
+
+    Args:
+        section: of any schema.
+        overrides: keys without the name of the section itself.
+        what: names the section in errors.
+
+    Raises:
+        UsageError: with every fault in one message, as `load_recipe`.
+    """
+    tree = section.model_dump()
+    for override in overrides:
+        _apply(tree, override, "lr=3e-4")
+    return _validated(tree, type(section), what)
+
+
+def _validated(tree: dict[str, Any], schema: type[Schema], what: str) -> Schema:
     sections = {key for key, field in schema.model_fields.items() if isinstance(field.annotation, type(BaseModel))}
     tree = {key: {} if value is None and key in sections else value for key, value in tree.items()}
     try:
@@ -121,7 +142,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), schema: type[Sect
     except ValidationError as error:
         faults = _describe_all(error.errors(), schema)
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UsageError(f"{path} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults)) from error
+        raise UsageError(f"{what} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults)) from error
 
 
 def dump_recipe(recipe: Section) -> str:
