@@ -119,7 +119,8 @@ PROTOCOLS: dict[str, Protocol] = {
     for protocol in (
         Protocol(
             name="jafar", tasks=["segmentation"], side=448,
-            train=FieldConfig(kind="centre", flip=True), train_labels=448, evaluate=_CENTRE, evaluate_labels=448, batch_norm=False,
+            train=FieldConfig(kind="centre", flip=True), train_labels=448,
+            evaluate=_CENTRE, evaluate_labels=448, batch_norm=False,
             lr=5e-4, weight_decay=1e-5, batch_size=2, epochs=20, schedule="cosine",
         ),
         Protocol(
