@@ -71,13 +71,13 @@ class ApplyOptions:
     Attributes:
         head: file of a saved head.
         inputs: folders, images, globs or lists.
-        output: folder of the predictions.
+        output: folder of the predictions; None: beside the input.
         checkpoint, backbone_weights: in place of those that the head was trained on, where these have moved.
     """
 
     head: Path
     inputs: Sequence[str]
-    output: Path
+    output: Path | None = None
     checkpoint: str | None = None
     backbone_weights: str | None = None
     device: Device = "auto"
