@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -145,6 +146,31 @@ class DataSetConfig(Section):
     """Read for depth, and for normals that are derived from it."""
     normals: NormalsConfig | None = None
     """Read for normals."""
+
+    @model_validator(mode="after")
+    def _placeholders(self) -> DataSetConfig:
+        columns = {"column2", "column3", "column4"} if self.list_file else set()
+        self._check("list_file", self.list_file or "", {"split"})
+        self._check("images", self.images, {"split", "name"} | (columns or {"folder"}))
+        if "{name}" not in self.images and not columns:
+            raise ValueError("data.images needs {name} in its path, or data.list_file")
+        known = {"split", "name"} | columns | ({"folder"} if "{folder}" in self.images else set())
+        targets: dict[str, LabelsConfig | DepthConfig | NormalsConfig | CameraConfig | None] = {
+            "labels": self.labels,
+            "depth": self.depth,
+            "normals": self.normals,
+            "depth.camera": self.depth.camera if self.depth else None,
+        }
+        for key, section in targets.items():
+            if section is not None and section.files is not None:
+                self._check(f"{key}.files", section.files, known)
+        return self
+
+    @staticmethod
+    def _check(key: str, path: str, known: set[str]) -> None:
+        for word in re.findall(r"\{([^}]*)\}", path):
+            if word not in known:
+                raise ValueError(f"data.{key}: {{{word}}} stands for nothing; known here: {', '.join(sorted(known))}")
 
 
 class ProbeRecipe(Section):
