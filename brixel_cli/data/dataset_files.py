@@ -44,7 +44,7 @@ def find_entries(recipe: ProbeRecipe, split: Split, root: Path, patterns: Mappin
         raise BrixelError(f"There is no folder {root} for the data set {recipe.name}.\n{how_to_get(recipe, root)}")
     data, config = recipe.data, getattr(recipe.data, split)
     if data.list_file is None:
-        found = _scan(root, _filled(data.images, {"split": config.split}))
+        found = _scan(root, data.images, config.split)
         _refuse_orphans(recipe, root, found, patterns, config.split)
         found = {path: words for path, words in found.items() if fnmatchcase(path, config.only or "*")}
         if not found:
@@ -78,15 +78,16 @@ def _filled(pattern: str, words: Mapping[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda match: words.get(match[1], match[0]), pattern)
 
 
-def _scan(root: Path, pattern: str) -> dict[str, dict[str, str]]:
+def _scan(root: Path, pattern: str, split: str) -> dict[str, dict[str, str]]:
     """Paths below the root that a pattern fits, sorted, with what its placeholders stand for."""
+    pattern = _filled(pattern, {"split": split})
     fits, start = _expression(pattern), _fixed_folder(pattern)
     found = {}
     for path in image_files(root / start) if (root / start).is_dir() else []:
         relative = path.relative_to(root).as_posix()
         match = fits.fullmatch(relative)
         if match:
-            found[relative] = match.groupdict()
+            found[relative] = {"split": split, **match.groupdict()}
     return found
 
 
@@ -174,12 +175,14 @@ def _refuse_orphans(
     recipe: ProbeRecipe, root: Path, found: Mapping[str, dict[str, str]], patterns: Mapping[str, str], split: str
 ) -> None:
     """A target without its image is a fault: the set is not whole, and would be smaller than it seems."""
+    images = recipe.data.images
     for kind in ("labels", "depth", "normals"):
-        pattern = _filled(patterns.get(kind, ""), {"split": split})
-        if "{name}" not in pattern or "*" in pattern or "*" in recipe.data.images:
+        pattern = patterns.get(kind, "")
+        shared = "{split}" in images and "{split}" not in pattern  # one folder of targets for all splits
+        if not pattern or shared or "*" in pattern or "*" in images:
             continue
         claimed = {_filled(pattern, words) for words in found.values()}
-        orphans = [path for path in _scan(root, pattern) if path not in claimed]
+        orphans = [path for path in _scan(root, pattern, split) if path not in claimed]
         if found and orphans:
             raise BrixelError(
                 f"{len(orphans)} of the {len(orphans) + len(claimed)} files of {kind} of {recipe.name} ({split}) have "
