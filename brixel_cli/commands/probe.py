@@ -280,7 +280,7 @@ def _column(name: str, align: bool) -> str:
 
 
 def _grid(source: Mapping[str, Any]) -> str:
-    grids = sorted(source["grid"], key=lambda grid: -source["grid"][grid])
+    grids: list[str] = sorted(source["grid"], key=lambda grid: -int(source["grid"][grid]))
     return grids[0] + (f" and {len(grids) - 1} more" if len(grids) > 1 else "")
 
 

@@ -75,6 +75,8 @@ class Head(nn.Module):
     Depth is worked out on the map's own grid, so that all outputs are few channels and cheap to enlarge.
     """
 
+    centres: Tensor
+
     def __init__(self, spec: HeadSpec):
         super().__init__()
         self.spec = spec
@@ -95,8 +97,7 @@ class Head(nn.Module):
         if quantity != "depth":
             return output
         if self.spec.has_bins:
-            centres: Tensor = self.centres
-            return torch.einsum("bkhw,k->bhw", output.softmax(dim=1), centres)[:, None]
+            return torch.einsum("bkhw,k->bhw", output.softmax(dim=1), self.centres)[:, None]
         return F.softplus(output) + self.spec.depth_range[0]
 
 

@@ -95,7 +95,9 @@ def finish(outputs: Sequence[dict[str, Tensor]], fields: Sequence[FieldOfView], 
         if len(outputs) == 1:
             output = outputs[0][quantity]
         else:
-            windows = [enlarge(quantity, some[quantity], field.size)[0] for some, field in zip(outputs, fields, strict=True)]
+            windows = [
+                enlarge(quantity, some[quantity], field.size)[0] for some, field in zip(outputs, fields, strict=True)
+            ]
             output = stitch(windows, fields)[None]
         enlarged = enlarge(quantity, output, size)[0]
         if quantity == "segmentation":

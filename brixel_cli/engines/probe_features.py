@@ -38,7 +38,7 @@ MOST_WORKERS = 8
 class Maps(Protocol):
     """Maps of the fields of view of a split."""
 
-    grids: Sequence[Grid]
+    grids: list[Grid]
     channels: int
 
     def read(self, positions: Sequence[int]) -> Tensor:
@@ -105,7 +105,8 @@ class Targets:
 
     def view(self, quantity: str, row: int) -> Array:
         """The same for one quantity, not copied; read-only."""
-        return self.store.array(_dataset(quantity, self.sizes[row]))[self._places[row]]
+        values: Array = self.store.array(_dataset(quantity, self.sizes[row]))[self._places[row]]
+        return values
 
 
 def prepare(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> None:
@@ -162,16 +163,18 @@ def _cut(sample: Sample, split: SplitPlan, row: int, task: str) -> dict[str, Arr
     """An image's targets for one row; beyond the evaluation crop, in evaluation, nothing counts."""
     field, size = (None, None) if split.slides else (split.fields[row], split.target_sizes[row])
     valid = sample.valid if split.split == "evaluate" else np.ones_like(sample.valid)
+    wholes: dict[str, tuple[Array | None, Array]] = {
+        "segmentation": (sample.labels, np.array(255, np.uint8)),
+        "depth": (sample.depth, np.array(0, np.float32)),
+        "normals": (sample.normals, np.array(0, np.float32)),
+    }
     targets: dict[str, Array] = {}
     for quantity in QUANTITIES[task]:
-        if quantity == "segmentation":
-            assert sample.labels is not None
-            whole: Array = np.where(valid, sample.labels, np.uint8(255))
-        else:
-            value = sample.depth[None] if quantity == "depth" and sample.depth is not None else sample.normals
-            assert value is not None
-            whole = np.where(valid, value, np.float32(0))
-        targets[quantity] = whole if field is None else cut_target(whole, field, size, normals=quantity == "normals")
+        value, nothing = wholes[quantity]
+        assert value is not None
+        whole = np.where(valid, value, nothing)
+        target = whole if field is None else cut_target(whole, field, size)
+        targets[quantity] = target[None] if quantity == "depth" else target
     return targets
 
 

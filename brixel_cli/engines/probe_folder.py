@@ -14,7 +14,6 @@ import csv
 import io
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,9 @@ class ProbeFolder:
             for folder in ("heads", "curves", "images", "pictures"):
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BrixelError(f"The folder {self.path} cannot be made: {error.strerror}. Choose another one.") from error
+            raise BrixelError(
+                f"The folder {self.path} cannot be made: {error.strerror}. Choose another one."
+            ) from error
         runs: list[dict[str, Any]] = earlier.get("runs", [])
         return [run for run in runs if self.head(run["source"], run["seed"]).is_file()]
 
@@ -130,11 +131,13 @@ class ProbeFolder:
         # The results go first: without them, no kill can leave half of an old probe to be continued.
         for file in (self.results, self.table, self.curves):
             file.unlink(missing_ok=True)
-        for folder, pattern in (("heads", "*_seed*.safetensors"), ("curves", "*_seed*.jsonl"), ("images", "*_seed*.csv")):
+        for folder, pattern in (
+            ("heads", "*_seed*.safetensors"),
+            ("curves", "*_seed*.jsonl"),
+            ("images", "*_seed*.csv"),
+        ):
             for file in (self.path / folder).glob(pattern):
                 file.unlink()
-        if self.pictures.is_dir():
-            shutil.rmtree(self.pictures)
 
 
 def file_name(label: str) -> str:
@@ -156,8 +159,11 @@ def _is_number(value: object) -> bool:
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs; where the same weights lie does not matter."""
     lines = []
-    for key in old | new:
+    for key in {**old, **new}:
+        if key in ("checkpoint", "backbone_weights", "path"):
+            continue
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
             lines += _changes(before, now, f"{prefix}{key}.")

@@ -138,8 +138,8 @@ def make_plan(
         BrixelError: an image's header cannot be read, or a feature file lacks an image of the set.
     """
     sizes: dict[Split, list[Size]] = {
-        split: [labelled.size(row) for row in range(len(labelled))]
-        for split, labelled in (("train", train), ("evaluate", evaluate))
+        "train": [train.size(row) for row in range(len(train))],
+        "evaluate": [evaluate.size(row) for row in range(len(evaluate))],
     }
     protocol = options.protocol
     plans = []

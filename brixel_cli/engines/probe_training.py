@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from brixel_cli.core.heads import Head, HeadSpec, build_head, enlarge
+from brixel_cli.core.heads import Head, HeadSpec, build_head
 from brixel_cli.core.probe_losses import (
     at_points,
     cosine_loss,
@@ -165,7 +166,7 @@ def batch_loss(
             truth = torch.from_numpy(stored)
             chosen = output if len(places) == len(batch) else output[places]
             if points is None:
-                predictions.append(torch.nn.functional.interpolate(chosen, size=size, mode="bilinear"))
+                predictions.append(F.interpolate(chosen, size=size, mode="bilinear", align_corners=False))
             else:
                 predictions.append(at_points(chosen, points[places], size))
                 truth = labels_at_points(truth, points[places])

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from brixel_cli.core.heads import Head, HeadSpec, save_head
+from brixel_cli.core.heads import HeadSpec, save_head
 from brixel_cli.core.probe_metrics import mean_and_spread
 from brixel_cli.data.labelled import LabelledSet
 from brixel_cli.engines.extraction_model import versions
 from brixel_cli.engines.probe_evaluation import evaluate_head
 from brixel_cli.engines.probe_features import Maps, Targets, open_maps, prepare
 from brixel_cli.engines.probe_folder import ProbeFolder
-from brixel_cli.engines.probe_plan import ProbePlan, SourcePlan, SplitPlan, make_plan
+from brixel_cli.engines.probe_plan import ProbePlan, SourcePlan, make_plan
+from brixel_cli.engines.probe_report import write_curves
 from brixel_cli.engines.probe_sources import ModelSource, kind_of, resolve_sources
 from brixel_cli.engines.probe_training import train_head
 from brixel_cli.engines.reporting import Reporter
@@ -183,9 +184,7 @@ def _versions() -> dict[str, Any]:
     return versions() | {name: version(name) for name in LIBRARIES} | {"threads": torch.get_num_threads()}
 
 
-def _results(
-    settings: dict[str, Any], described: dict[str, Any], runs: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def _results(settings: dict[str, Any], described: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     summary = summarise(described, runs)
     return {
         "settings": settings,
@@ -226,17 +225,32 @@ def shares_of_gap(sources: dict[str, Any], summary: dict[str, Any]) -> dict[str,
     if not {"backbone", "teacher"} <= set(by_kind):
         return {}
     plain, teacher = by_kind["backbone"], by_kind["teacher"]
-    shares: dict[str, dict[str, float]] = {}
-    for label, entry in summary.items():
-        if sources[label]["kind"] in ("student", "file"):
-            shares[label] = {
-                name: (value - plain[name]) / (teacher[name] - plain[name]) if teacher[name] != plain[name] else math.nan
-                for name, value in entry["mean"].items()
-                if not isinstance(value, list) and name in plain and name in teacher
-            }
-    return shares
+    return {
+        label: {
+            name: _share(plain[name], value, teacher[name])
+            for name, value in entry["mean"].items()
+            if not isinstance(value, list) and name in plain and name in teacher
+        }
+        for label, entry in summary.items()
+        if sources[label]["kind"] in ("student", "file")
+    }
+
+
+def _share(plain: float, value: float, teacher: float) -> float:
+    return (value - plain) / (teacher - plain) if teacher != plain else math.nan
 
 
 def _nanmean(values: Sequence[float | None]) -> float:
     there = [value for value in values if value is not None and not math.isnan(value)]
     return float(np.mean(there)) if there else math.nan
+
+
+def _files(
+    folder: ProbeFolder, plan: ProbePlan, results: dict[str, Any], changed: bool, runtime: Runtime, reporter: Reporter
+) -> list[Path]:
+    """Draw what is for the eye, where the figures have changed; all files that there are."""
+    if changed or not folder.curves.exists():
+        write_curves(folder, list(results["summary"]), results["seeds"])
+    pictures = sorted(folder.pictures.glob("*.png"))
+    heads = [folder.head(run["source"], run["seed"]) for run in results["runs"]]
+    return [folder.results, folder.table, folder.curves, *pictures, *heads]
