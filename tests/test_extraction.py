@@ -22,32 +22,12 @@ from typer.testing import CliRunner
 
 import brixel_cli
 from brixel_cli.app import app
-from brixel_cli.core.backbone import load_backbone
-from brixel_cli.core.student import StudentCard, build_adapter, load_student, save_student
+from brixel_cli.core.student import load_student, save_student
 from brixel_cli.data.views import normalise
 from brixel_cli.engines.extraction import extract
 from brixel_cli.engines.extraction_model import ExtractionModel
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.extract_options import ExtractOptions
-from brixel_cli.recipe import AdapterConfig, FusionConfig
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A student of test_vit with weights of its own on disk: (checkpoint, backbone weights)."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    backbone = load_backbone("test_vit", "random")
-    from safetensors.torch import save_file
-
-    save_file(backbone.vit.state_dict(), folder / "vit.safetensors")
-    config = AdapterConfig(fusion=FusionConfig(width=16, fine_width=16, blocks=[1, 1, 1]))
-    adapter = build_adapter(backbone.embed_dim, 4, config)
-    torch.nn.init.normal_(adapter.out.weight, std=0.1)
-    trained = load_backbone("test_vit", str(folder / "vit.safetensors"))
-    card = StudentCard("test_vit", str(folder / "vit.safetensors"), trained.sha256, backbone.embed_dim, 4, config, 7)
-    save_student(folder / "student.safetensors", adapter.state_dict(), card)
-    return str(folder), str(folder / "vit.safetensors")
 
 
 @pytest.fixture

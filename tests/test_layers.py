@@ -19,12 +19,25 @@ BELOW = {
     "errors": set(),
     "recipe": {"errors"},
     "probe_recipe": {"recipe", "errors"},
+    "probe_protocols": {"recipe", "probe_recipe"},
     "recipe_files": {"recipe", "probe_recipe", "errors"},
     "extract_options": {"errors"},
+    "probe_options": {"probe_recipe", "probe_protocols", "extract_options", "errors"},
     "formatting": set(),
     "core": {"recipe", "recipe_files", "extract_options", "errors"},
     "data": {"recipe", "probe_recipe", "recipe_files", "extract_options", "formatting", "errors"},
-    "engines": {"core", "data", "recipe", "probe_recipe", "recipe_files", "extract_options", "formatting", "errors"},
+    "engines": {
+        "core",
+        "data",
+        "recipe",
+        "probe_recipe",
+        "probe_protocols",
+        "recipe_files",
+        "extract_options",
+        "probe_options",
+        "formatting",
+        "errors",
+    },
     "console": {"formatting", "errors"},
     "commands": {
         "console",
@@ -33,8 +46,10 @@ BELOW = {
         "data",
         "recipe",
         "probe_recipe",
+        "probe_protocols",
         "recipe_files",
         "extract_options",
+        "probe_options",
         "formatting",
         "errors",
     },
@@ -149,9 +164,9 @@ def test_every_way_to_print_is_noticed(source: str) -> None:
     assert printing(source) != []
 
 
-@pytest.mark.parametrize("module", ["app", "recipe_files", "commands.distill"])
+@pytest.mark.parametrize("module", ["app", "recipe_files", "commands.distill", "commands.probe"])
 def test_the_command_line_starts_without_the_heavy_libraries(module: str) -> None:
-    heavy = {"torch", "timm", "h5py", "accelerate", "numpy"}
+    heavy = {"torch", "timm", "h5py", "accelerate", "numpy", "torchmetrics", "matplotlib"}
     code = f"import sys, brixel_cli.{module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -25,7 +25,9 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_a_name_means_what_is_published(name: str) -> None:
     p = PROTOCOLS[name]
-    assert (p.side, p.head, p.batch_norm, p.lr, p.weight_decay, p.batch_size, p.steps, p.epochs, p.schedule) == TABLE[name]
+    assert (p.side, p.head, p.batch_norm, p.lr, p.weight_decay, p.batch_size, p.steps, p.epochs, p.schedule) == TABLE[
+        name
+    ]
 
 
 def test_no_other_protocols_are_there() -> None:

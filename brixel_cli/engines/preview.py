@@ -10,7 +10,7 @@ from PIL import Image
 
 from brixel_cli.core.pca import RunningPca
 from brixel_cli.core.pictures import Palette, panel
-from brixel_cli.data.feature_file import FeatureFile, single_file_names
+from brixel_cli.data.feature_file import FeatureFile, picture_names
 from brixel_cli.engines.extraction_plan import ExtractPlan
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError
@@ -35,7 +35,7 @@ def write_previews(features: FeatureFile, plan: ExtractPlan, folder: Path, repor
     if not rows:
         return []
     palette = _palette(features)
-    names = [f"{name.removesuffix('.npy')}.png" for name in single_file_names(features.paths, "npy")]
+    names = picture_names(features.paths)
     on_sheet = set(_spread(rows, SHEET_IMAGES))
     pairs: list[tuple[Image.Image, Image.Image]] = []
     with reporter.bar("preview", len(rows), unit="image") as bar:

@@ -149,7 +149,7 @@ def _fill_targets(split: SplitPlan, task: str, reporter: Reporter) -> None:
 
     total = len(split.target_sizes)
     with reporter.bar(f"targets, {split.split}", total, total - len(missing), "view") as bar:
-        for chunk, loaded in read_ahead([[image] for image in images], load, _workers(), polite=False):
+        for chunk, loaded in read_ahead([[image] for image in images], load, num_workers(), polite=False):
             rows = rows_of_image[chunk[0]]
             for row, values in zip(rows, loaded[0], strict=True):
                 for quantity, value in values.items():
@@ -212,7 +212,7 @@ def _computed(
     ]
     polite = model.runtime.device.type == "cpu"
     load = _image_loader(split.labelled, split.fields, enlarge)
-    for chunk, pixels in read_ahead(chunks, load, _workers(), polite):
+    for chunk, pixels in read_ahead(chunks, load, num_workers(), polite):
         maps = model.maps(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous())
         tensors, finite = encode(maps, "float16", None)
         if not all(finite):
@@ -252,5 +252,6 @@ def _dataset(quantity: str, size: Size) -> str:
     return f"{quantity}/{size[0]}x{size[1]}"
 
 
-def _workers() -> int:
+def num_workers() -> int:
+    """Threads that read and cut images."""
     return min(max(torch.get_num_threads(), 2), MOST_WORKERS)

@@ -22,7 +22,7 @@ from brixel_cli.engines.probe_evaluation import evaluate_head
 from brixel_cli.engines.probe_features import Maps, Targets, open_maps, prepare
 from brixel_cli.engines.probe_folder import ProbeFolder
 from brixel_cli.engines.probe_plan import ProbePlan, SourcePlan, make_plan
-from brixel_cli.engines.probe_report import write_curves
+from brixel_cli.engines.probe_report import write_curves, write_pictures
 from brixel_cli.engines.probe_sources import ModelSource, kind_of, resolve_sources
 from brixel_cli.engines.probe_training import train_head
 from brixel_cli.engines.reporting import Reporter
@@ -78,7 +78,7 @@ def probe(options: ProbeOptions, reporter: Reporter) -> Probed:
     runs.sort(key=lambda run: (order[run["source"]], run["seed"]))
     results = _results(settings, described, runs)
     folder.write(results)
-    return Probed(results, _files(folder, plan, results, bool(missing), runtime, reporter))
+    return Probed(results, _files(folder, plan, results, bool(missing), runtime))
 
 
 def _plan(options: ProbeOptions, runtime: Runtime, reporter: Reporter) -> ProbePlan:
@@ -172,6 +172,7 @@ def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str,
     return {
         "recipe": options.recipe.model_dump(),
         "protocol": options.protocol_name,
+        "evaluate": options.protocol.evaluate.model_dump(),
         "size": options.size,
         "seed": seed,
         "label": item.source.label,
@@ -246,11 +247,12 @@ def _nanmean(values: Sequence[float | None]) -> float:
 
 
 def _files(
-    folder: ProbeFolder, plan: ProbePlan, results: dict[str, Any], changed: bool, runtime: Runtime, reporter: Reporter
+    folder: ProbeFolder, plan: ProbePlan, results: dict[str, Any], changed: bool, runtime: Runtime
 ) -> list[Path]:
     """Draw what is for the eye, where the figures have changed; all files that there are."""
-    if changed or not folder.curves.exists():
+    if changed:
         write_curves(folder, list(results["summary"]), results["seeds"])
+        write_pictures(folder, plan, runtime)
     pictures = sorted(folder.pictures.glob("*.png"))
     heads = [folder.head(run["source"], run["seed"]) for run in results["runs"]]
     return [folder.results, folder.table, folder.curves, *pictures, *heads]
