@@ -58,7 +58,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console.print(escape(title), soft_wrap=True)
     console.print(table)
     for note in notes:
-        console.print(escape(note), soft_wrap=True)
+        print_note(note)
+
+
+def print_note(note: str) -> None:
+    """A line of text below tables, to stdout."""
+    if is_first_process():
+        Console(highlight=False).print(escape(note), soft_wrap=True)
 
 
 def print_json(result: Mapping[str, Any]) -> None:

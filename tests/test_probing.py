@@ -179,6 +179,8 @@ def test_shares_of_the_gap_by_hand() -> None:
     assert list(shares) == ["student"]
     assert (shares["student"]["miou"], shares["student"]["rmse_m"]) == (pytest.approx(0.5), pytest.approx(0.5))
     assert math.isnan(shares["student"]["same"])
+    summary["teacher"]["mean"] |= {"miou": 0.3, "rmse_m": 2.1}  # no better than the backbone: no gap to close
+    assert all(math.isnan(shares_of_gap(sources, summary)["student"][name]) for name in ("miou", "rmse_m"))
     del summary["teacher"]
     assert shares_of_gap(sources, summary) == {}
 

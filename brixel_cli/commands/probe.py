@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brixel_cli.console import Progress, print_files, print_json, print_table, say
+from brixel_cli.console import Progress, print_files, print_json, print_note, print_table, say
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.extract_options import Device, Precision
 from brixel_cli.formatting import human_bytes
@@ -40,7 +40,15 @@ TITLES = {
     "within_22.5": ("< 22.5 deg", 100, "%"),
     "within_30": ("< 30 deg", 100, "%"),
 }
-"""Metrics in the order of the table: title, factor, unit. Means over images are in the files alone."""
+"""Title, factor and unit of each metric of the tables. Means over images are in the files alone."""
+TABLES = (
+    ("miou", "boundary_iou", "pixel_accuracy"),
+    ("rmse_m", "abs_rel", "silog"),
+    ("delta1", "delta2", "delta3"),
+    ("mean_angle_deg", "median_angle_deg"),
+    ("within_11.25", "within_22.5", "within_30"),
+)
+"""Metrics that stand in one table: no more than fit beside one another in 80 columns."""
 SHARED_TITLE = "share of gap closed"
 
 
@@ -231,14 +239,7 @@ def _show_results(done: Probed, per_class: bool) -> None:
     settings, sources, summary = results["settings"], results["sources"], results["summary"]
     align = settings["protocol_settings"]["align"]
     present = set().union(*(entry["mean"] for entry in summary.values()))
-    names = [name for name in TITLES if name in present]
-    columns = ["source", "grid", *(_column(name, align) for name in names)]
-    rows = [
-        [label, _grid(sources[label]), *(_figure(entry, name) for name in names)] for label, entry in summary.items()
-    ]
-    for label, shares in results["share_of_gap_closed"].items():
-        title = SHARED_TITLE if len(results["share_of_gap_closed"]) == 1 else f"{SHARED_TITLE}, {label}"
-        rows.append([title, "", *(_percent(shares.get(name)) for name in names)])
+    groups = [[name for name in group if name in present] for group in TABLES]
     seeds = ", ".join(map(str, results["seeds"]))
     data = settings["data"]
     notes = [
@@ -248,24 +249,35 @@ def _show_results(done: Probed, per_class: bool) -> None:
     if align:
         notes.append("Depth metrics are after fitting scale and shift of each image to the truth.")
     if results["share_of_gap_closed"]:
-        notes.append("Share of gap: (source - backbone) / (teacher - backbone), of the means.")
+        notes.append(
+            "Share of gap: (source - backbone) / (teacher - backbone), of the means; "
+            "-: the teacher is no better than the backbone."
+        )
     if len(results["seeds"]) < 3:
         notes.append("Fewer than three seeds: the spread says little.")
-    print_table(_title(settings["recipe"], settings["task"], settings["protocol"], settings["size"]),
-                columns, rows, notes)  # fmt: skip
+    title = _title(settings["recipe"], settings["task"], settings["protocol"], settings["size"])
+    for names in filter(None, groups):
+        columns = ["source", "grid", *(_column(name, align) for name in names)]
+        rows = [[label, _grid(sources[label]), *(_figure(entry, name) for name in names)]
+                for label, entry in summary.items()]  # fmt: skip
+        for label, shares in results["share_of_gap_closed"].items():
+            only = len(results["share_of_gap_closed"]) == 1
+            rows.append([SHARED_TITLE if only else f"{SHARED_TITLE}, {label}", "",
+                         *(_percent(shares.get(name)) for name in names)])  # fmt: skip
+        print_table(title, columns, rows)
+    for note in notes:
+        print_note(note)
     if per_class and settings["classes"]:
         _show_classes(settings["classes"], summary)
 
 
 def _show_classes(classes: Sequence[str], summary: Mapping[str, Any]) -> None:
-    rows = []
-    for number, name in enumerate(classes):
-        cells = []
-        for entry in summary.values():
-            cells += [_percent(entry["mean"][kind][number]) for kind in ("class_iou", "class_boundary_iou")]
-        rows.append([name, *cells])
-    columns = ["class", *(f"{label} {kind}" for label in summary for kind in ("IoU", "bIoU"))]
-    print_table("IoU and boundary IoU by class, mean over seeds", columns, rows, ["-: absent from the split."])
+    for kind, title in (("class_iou", "IoU"), ("class_boundary_iou", "Boundary IoU")):
+        rows = [
+            [name, *(_percent(entry["mean"][kind][number]) for entry in summary.values())]
+            for number, name in enumerate(classes)
+        ]
+        print_table(f"{title} by class, mean over seeds", ["class", *summary], rows, ["-: absent from the split."])
 
 
 def _title(recipe: str, task: str, protocol: str, size: Any) -> str:

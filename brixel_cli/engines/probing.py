@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from brixel_cli.core.heads import HeadSpec, save_head
-from brixel_cli.core.probe_metrics import mean_and_spread
+from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
 from brixel_cli.data.labelled import LabelledSet
 from brixel_cli.engines.extraction_model import versions
 from brixel_cli.engines.probe_evaluation import evaluate_head
@@ -220,7 +220,7 @@ def summarise(sources: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[s
 def shares_of_gap(sources: dict[str, Any], summary: dict[str, Any]) -> dict[str, dict[str, float]]:
     """(source - plain) / (teacher - plain) of the means, for every source besides those two; empty without them.
 
-    1 is the teacher, 0 the plain backbone; nan where these two are equal.
+    1 is the teacher, 0 the plain backbone; nan where the teacher is no better than that: there is no gap to close.
     """
     by_kind = {sources[label]["kind"]: means["mean"] for label, means in summary.items()}
     if not {"backbone", "teacher"} <= set(by_kind):
@@ -228,7 +228,7 @@ def shares_of_gap(sources: dict[str, Any], summary: dict[str, Any]) -> dict[str,
     plain, teacher = by_kind["backbone"], by_kind["teacher"]
     return {
         label: {
-            name: _share(plain[name], value, teacher[name])
+            name: _share(name, plain[name], value, teacher[name])
             for name, value in entry["mean"].items()
             if not isinstance(value, list) and name in plain and name in teacher
         }
@@ -237,8 +237,9 @@ def shares_of_gap(sources: dict[str, Any], summary: dict[str, Any]) -> dict[str,
     }
 
 
-def _share(plain: float, value: float, teacher: float) -> float:
-    return (value - plain) / (teacher - plain) if teacher != plain else math.nan
+def _share(name: str, plain: float, value: float, teacher: float) -> float:
+    sign = 1 if name.removesuffix("_image_mean") in HIGHER_IS_BETTER else -1
+    return (value - plain) / (teacher - plain) if sign * (teacher - plain) > 0 else math.nan
 
 
 def _nanmean(values: Sequence[float | None]) -> float:
