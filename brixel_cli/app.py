@@ -270,7 +270,8 @@ def probe(
     input_: Annotated[
         list[str] | None,
         typer.Option(
-            "--input", help="With --apply: folder, image, quoted glob or .txt list; can be repeated.",
+            "--input",
+            help="With --apply: folder, image, quoted glob or .txt list; can be repeated.",
             show_default=False,
         ),
     ] = None,

@@ -28,7 +28,7 @@ class FieldConfig(Section):
     scale: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)] = [1.0, 1.0]
     """Least and most scale of random crops."""
     stride: PositiveInt | None = None
-    """Pixels between sliding windows; null: two thirds of the window."""
+    """Pixels between sliding windows at the published size, and in proportion at others; null: two thirds of them."""
     flip: bool = False
     """Whether each field of view is stored mirrored too, and either taken with equal chance."""
 
@@ -98,6 +98,13 @@ class Protocol(Section):
             return self.steps
         assert self.epochs is not None
         return max(self.epochs * num_images // self.batch_size, 1)
+
+    def stride(self, size: Side) -> int | None:
+        """Pixels between sliding windows of a size."""
+        if self.evaluate.stride is None or self.side is None:
+            return self.evaluate.stride
+        mine, theirs = (side if isinstance(side, int) else min(side) for side in (size, self.side))
+        return max(self.evaluate.stride * mine // theirs, 1)
 
     def learning_rate(self, step: int, total: int) -> float:
         """Rate of a step, from 0 to total - 1."""

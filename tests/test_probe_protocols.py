@@ -89,6 +89,12 @@ def test_the_rate_follows_the_schedule() -> None:
     assert constant.learning_rate(0, 9) == constant.learning_rate(8, 9) == 1e-3
 
 
+def test_windows_overlap_at_any_size() -> None:
+    ade = PROTOCOLS["dinov3-ade"]
+    assert [ade.stride(size) for size in (512, 256, [256, 512])] == [341, 170, 170]
+    assert PROTOCOLS["quick"].stride(112) is None
+
+
 def test_epochs_become_steps() -> None:
     assert PROTOCOLS["jafar"].num_steps(100) == 1000
     assert PROTOCOLS["quick"].num_steps(5) == 1500

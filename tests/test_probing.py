@@ -327,11 +327,19 @@ def test_labels_of_several_sizes_train_together(root: Path, tmp_path: Path, list
         for folder in ("images", "labels"):
             path = mixed / folder / split / f"{name}.png"
             Image.open(path).resize((80, 60), Image.Resampling.NEAREST).save(path)
-    source = str(write_features(tmp_path / "mixed.h5", mixed, one_hot(mixed, "labels", 3)))
+    whole = one_hot(mixed, "labels", 3)
+
+    def blocks(name: str) -> np.ndarray:
+        """The label of each block's middle: the same grid whatever the size."""
+        labels = whole(name)
+        step = labels.shape[1] // 6
+        return labels[:, step // 2 :: step, step // 2 :: step]
+
+    source = str(write_features(tmp_path / "mixed.h5", mixed, blocks))
     for points in (0, 64):
         changes = [f"protocol.points={points}", "protocol.steps=60", "protocol.lr=0.1", "protocol.batch_size=3"]
         found = figures(make_options(mixed, tmp_path / f"{points}", sources=[source], overrides=changes), listener)
-        assert found["miou"] == 1
+        assert found["pixel_accuracy"] > 0.75
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(root: Path, tmp_path: Path, listener: Listener) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import time
@@ -95,12 +96,12 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
     head, said = load_head(options.head)
     extract, size = _extract_options(options, said)
-    facts = model_facts(extract, reporter)
+    facts = dataclasses.replace(model_facts(extract, reporter), factor=_described(said)["factor"])
     output = options.output or default_output(options.inputs, f"_{said['recipe']['task']}")
     inputs = find_inputs(options.inputs, every=1, without=[output])
     _begin(output, options, said)
     model = ExtractionModel(extract, facts, runtime, reporter, size_option="--size")
-    _check_weights(options.head, said["source"], facts, model)
+    _check_weights(options.head, _described(said), facts, model)
     head.to(runtime.device)
     names = picture_names([item.name for item in inputs.items])
     failures: dict[str, str] = {}
@@ -153,9 +154,15 @@ def _extract_options(options: ApplyOptions, said: dict[str, Any]) -> tuple[Extra
     return made, size
 
 
-def _check_weights(path: Path, source: dict[str, Any], facts: ModelFacts, model: ExtractionModel) -> None:
-    said = source["description"] if source["kind"] == "file" else source
-    student = said["student"] if source["kind"] == "file" else None
+def _described(said: dict[str, Any]) -> dict[str, Any]:
+    """What is said of the model: by the head, or by the feature file that it was trained on."""
+    source: dict[str, Any] = said["source"]
+    described: dict[str, Any] = source["description"] if source["kind"] == "file" else source
+    return described
+
+
+def _check_weights(path: Path, said: dict[str, Any], facts: ModelFacts, model: ExtractionModel) -> None:
+    student = said.get("student")
     expected = {
         "backbone": (said["backbone_sha256"], model.backbone.sha256),
         "student": (

@@ -153,7 +153,8 @@ def make_plan(
         for split, labelled, config, label_side in settings:
             key = split, source.patch_size
             if key not in targets:
-                fields = fields_of_view(config, sizes[split], options.size, source.patch_size)
+                stride = protocol.stride(options.size)
+                fields = fields_of_view(config, sizes[split], options.size, source.patch_size, stride)
                 part, target_sizes = _targets(options, labelled, split, fields, sizes[split], label_side, config)
                 targets[key] = fields, part, target_sizes
             fields, part, target_sizes = targets[key]
@@ -167,7 +168,9 @@ def make_plan(
     return ProbePlan(options, plans)
 
 
-def fields_of_view(config: FieldConfig, sizes: Sequence[Size], side: Side, patch_size: int) -> list[FieldOfView]:
+def fields_of_view(
+    config: FieldConfig, sizes: Sequence[Size], side: Side, patch_size: int, stride: int | None
+) -> list[FieldOfView]:
     """The fields of view of a set; where they are mirrored too, the mirrored ones follow the plain ones."""
     fields = plan_fields(
         config.kind,
@@ -175,7 +178,7 @@ def fields_of_view(config: FieldConfig, sizes: Sequence[Size], side: Side, patch
         side if isinstance(side, int) else (side[0], side[1]),
         patch_size,
         per_image=config.per_image,
-        stride=config.stride,
+        stride=stride,
         scale=(config.scale[0], config.scale[1]),
     )
     if not config.flip:

@@ -172,7 +172,7 @@ def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str,
     return {
         "recipe": options.recipe.model_dump(),
         "protocol": options.protocol_name,
-        "evaluate": options.protocol.evaluate.model_dump(),
+        "evaluate": {"kind": options.protocol.evaluate.kind, "stride": options.protocol.stride(options.size)},
         "size": options.size,
         "seed": seed,
         "label": item.source.label,
