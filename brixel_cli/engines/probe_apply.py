@@ -27,7 +27,7 @@ from brixel_cli.core.prediction_pictures import (
 from brixel_cli.core.weights import tensors_sha256
 from brixel_cli.data.feature_file import picture_names
 from brixel_cli.data.features import Array
-from brixel_cli.data.fields_of_view import FieldOfView, cut_image, plan_fields
+from brixel_cli.data.fields_of_view import FieldKind, FieldOfView, cut_image, plan_fields
 from brixel_cli.data.fitting import Fitting
 from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, reason_of
 from brixel_cli.engines.extraction_model import ExtractionModel
@@ -210,7 +210,8 @@ def _loaded(
 ) -> Iterator[tuple[int, _Loaded | str]]:
     """Each image with its views, or the reason why there is none; read ahead of whoever takes them."""
     enlarge = facts.factor if facts.source == "teacher" else 1
-    kind = said["evaluate"]["kind"] if said["evaluate"]["kind"] in ("stretch", "slide") else "whole"
+    kind: FieldKind = said["evaluate"]["kind"]
+    kind = kind if kind in ("stretch", "slide") else "whole"
     fitting = Fitting(size if isinstance(size, int) else min(size), "short", facts.patch_size)
     side = size if isinstance(size, int) else (size[0], size[1])
 
