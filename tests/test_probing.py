@@ -374,6 +374,19 @@ def test_the_runtime_is_named_by_the_option(root: Path, tmp_path: Path, answers:
         probe(options, listener)
 
 
+def test_several_processes_are_refused(
+    root: Path, tmp_path: Path, answers: str, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Two(Runtime):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            self.world_size = 2
+
+    monkeypatch.setattr(probing, "Runtime", Two)
+    with pytest.raises(UsageError, match="brixel probe runs in one process: start it without torchrun"):
+        probe(make_options(root, tmp_path / "out", sources=[answers]), listener)
+
+
 def test_prepare_says_what_it_takes_first(root: Path, tmp_path: Path, model, listener: Listener) -> None:
     options = make_options(root, tmp_path / "out", checkpoints=[model[0]], overrides=FAST)
     plan = plan_only(options, listener)

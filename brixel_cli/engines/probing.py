@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from brixel_cli.engines.probe_sources import ModelSource, kind_of, resolve_sourc
 from brixel_cli.engines.probe_training import train_head
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
+from brixel_cli.errors import UsageError
 from brixel_cli.probe_options import ProbeOptions
 from brixel_cli.recipe import RunConfig
 
@@ -57,6 +58,8 @@ def probe(options: ProbeOptions, reporter: Reporter) -> Probed:
         BrixelError: something the user can mend; what was computed before stays.
     """
     runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
+    if runtime.world_size > 1:
+        raise UsageError("brixel probe runs in one process: start it without torchrun.")
     plan = _plan(options, runtime, reporter)
     folder = ProbeFolder(options.output)
     settings, described = _settings(plan, runtime), {item.source.label: _describe(item) for item in plan.sources}
@@ -88,7 +91,7 @@ def _plan(options: ProbeOptions, runtime: Runtime, reporter: Reporter) -> ProbeP
 
 def _run_source(
     plan: ProbePlan, item: SourcePlan, seeds: Sequence[int], folder: ProbeFolder, runtime: Runtime, reporter: Reporter
-) -> Any:
+) -> Iterator[dict[str, Any]]:
     """Train and evaluate the missing seeds of a source; yields a row of the results for each."""
     options, protocol, label = plan.options, plan.options.protocol, item.source.label
     maps = {"train": open_maps(item, item.train), "evaluate": open_maps(item, item.evaluate)}
