@@ -51,6 +51,22 @@ EXTRACT_EXAMPLES = """
   brixel extract --checkpoint runs/vits --export student.onnx
 """
 
+PROBE_EXAMPLES = """
+[bold]Examples[/bold]
+
+  brixel probe --recipe camvid --data data/camvid --checkpoint runs/vits --dry-run
+
+  brixel probe --recipe camvid --data data/camvid --checkpoint runs/vits --quick
+
+  brixel probe --recipe nyu_depth --checkpoint runs/vits --protocol brixel-nyu --size 288x384
+
+  brixel probe --recipe camvid --checkpoint runs/a --checkpoint runs/b --set protocol.lr=1e-3 --per-class
+
+  brixel probe --recipe camvid --source backbone --source student --source features.h5
+
+  brixel probe --apply runs/probe/camvid/heads/student_seed0.safetensors --input photos
+"""
+
 BENCHMARK_EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -209,6 +225,115 @@ def extract(
             preview=preview,
         )
         run_extract(options, export, dry_run, as_json)
+
+
+@app.command(epilog=PROBE_EXAMPLES)
+def probe(
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A recipe of a labelled set, or the name of a shipped one: camvid ...", show_default=False),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the labelled set; short for --set data.root=DIR.", show_default=False)
+    ] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Student: run folder, .safetensors, released .pth or hub id; can be repeated. Default: newest run.",
+            show_default=False,
+        ),
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="backbone, student, teacher, or a feature file (.h5); can be repeated. Default: the first three.",
+            show_default=False,
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="timm name; default: the one of the student.", show_default=False)
+    ] = None,
+    backbone_weights: Annotated[
+        str | None,
+        typer.Option(help="pretrained, or a .safetensors or .pth file; default: as in training.", show_default=False),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="The student's input in pixels: 112, or 288x384. Default: the recipe's.", show_default=False),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="quick, jafar, brixel, dinov3-ade, dinov3-nyu, brixel-nyu, normals. Default: the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Short for --protocol quick: an answer in minutes.")] = False,
+    seeds: Annotated[int, typer.Option(help="Trainings of each source, with seeds 0, 1, ...")] = 3,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a value of the recipe, or protocol.KEY; can be repeated."
+        ),
+    ] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also print the IoU of each class.")] = False,
+    apply: Annotated[
+        Path | None,
+        typer.Option(help="A saved head: predict new images with it instead of probing.", show_default=False),
+    ] = None,
+    input_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="With --apply: folder, image, quoted glob or .txt list; can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results. Default: runs/probe/NAME, by the recipe's name.", show_default=False),
+    ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of stored features, which probes can share. Default: runs/probe/features; with --output, "
+            "features in it.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where it runs.")] = "auto",
+    precision: Annotated[Precision, typer.Option(help="Arithmetic of the models; heads are float32.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew over a probe that is there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No hints and no progress bars.")] = False,
+) -> None:
+    """Say how good dense features are: train small heads on them, frozen, and measure.
+
+    The same command again continues an interrupted probe, source by source and seed by seed.
+    """
+    with error_boundary():
+        from brixel_cli.commands.probe import apply_options, probe_options, run_apply, run_probe
+
+        set_quiet(quiet)
+        if apply is not None:
+            others = {"--recipe": recipe, "--data": data, "--source": source, "--size": size, "--protocol": protocol,
+                      "--quick": quick, "--set": set_, "--backbone": backbone, "--dry-run": dry_run}  # fmt: skip
+            if given := [name for name, value in others.items() if value]:
+                raise UsageError(f"--apply takes all from the head; leave out {', '.join(given)}.")
+            run_apply(apply_options(apply, input_ or [], output, checkpoint or [], backbone_weights, device, precision,
+                                    overwrite), as_json)  # fmt: skip
+            return
+        if input_:
+            raise UsageError("--input goes with --apply; the images of a probe are those of the recipe: --data DIR.")
+        if quick and protocol not in (None, "quick"):
+            raise UsageError(f"--quick is the protocol quick, and --protocol is {protocol}: give one of them.")
+        options = probe_options(
+            recipe, data=data, protocol="quick" if quick else protocol, size=size, overrides=set_ or [],
+            output=output, features=features, sources=source or [], checkpoints=checkpoint or [], backbone=backbone,
+            backbone_weights=backbone_weights, seeds=seeds, device=device, precision=precision, overwrite=overwrite,
+        )  # fmt: skip
+        run_probe(options, per_class, dry_run, as_json)
 
 
 @app.command(epilog=BENCHMARK_EXAMPLES)

@@ -8,19 +8,31 @@ import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from brixel_cli.errors import UsageError
-from brixel_cli.recipe import Recipe
+from brixel_cli.probe_recipe import ProbeRecipe
+from brixel_cli.recipe import Recipe, Section
 
 PACKAGE = Path(__file__).resolve().parent
 SHIPPED = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "recipes"
+Schema = TypeVar("Schema", bound=Section)
 
 
-_SECTIONS = {key for key, field in Recipe.model_fields.items() if isinstance(field.annotation, type(BaseModel))}
+class _Kind(NamedTuple):
+    """Folder of the shipped recipes of a schema, below recipes/, and a change that --set could make to one."""
+
+    folder: str
+    example: str
+
+
+_KINDS: dict[type[Section], _Kind] = {
+    Recipe: _Kind("", "optim.lr=3e-4"),
+    ProbeRecipe: _Kind("probe", "data.root=data/mine"),
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -54,12 +66,12 @@ _Loader.add_implicit_resolver(
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with brixel."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+def shipped_recipes(schema: type[Section] = Recipe) -> list[str]:
+    """Names of the recipes of a schema that come with brixel."""
+    return sorted(path.stem for path in (SHIPPED / _KINDS[schema].folder).glob("*.yaml"))
 
 
-def find_recipe(reference: str) -> Path:
+def find_recipe(reference: str, schema: type[Section] = Recipe) -> Path:
     """Locate a recipe: a path, or the name of a shipped one (`vitl`, `vitl.yaml` or `recipes/vitl.yaml`).
 
     Raises:
@@ -68,35 +80,66 @@ def find_recipe(reference: str) -> Path:
     path = Path(reference)
     if path.is_file():
         return path
-    stem = path.name.removesuffix(".yaml")
-    if path.parent in (Path("."), Path("recipes")) and stem in shipped_recipes():
-        return SHIPPED / f"{stem}.yaml"
-    close = difflib.get_close_matches(stem, shipped_recipes(), n=1)
+    stem, folder = path.name.removesuffix(".yaml"), Path(_KINDS[schema].folder)
+    shipped = shipped_recipes(schema)
+    if path.parent in (Path("."), Path("recipes") / folder) and stem in shipped:
+        return SHIPPED / folder / f"{stem}.yaml"
+    close = difflib.get_close_matches(stem, shipped, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise UsageError(
-        f"No recipe at {reference}, and brixel ships none of that name.{hint} Shipped: {', '.join(shipped_recipes())}."
+        f"No recipe at {reference}, and brixel ships none of that name.{hint} Shipped: {', '.join(shipped)}."
     )
 
 
-def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `key.path=value` overrides, in order.
+@typing.overload
+def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe: ...
+
+
+@typing.overload
+def load_recipe(reference: str, overrides: Sequence[str], schema: type[Schema]) -> Schema: ...
+
+
+def load_recipe(reference: str, overrides: Sequence[str] = (), schema: type[Section] = Recipe) -> Section:
+    """Read a recipe of a schema, and apply `key.path=value` overrides, in order.
 
     Raises:
         UsageError: with every fault of the recipe in one message: key path, expected, found, nearest spelling.
     """
-    path = find_recipe(reference)
+    path = find_recipe(reference, schema)
     tree = _read(path)
     if not isinstance(tree, dict):
         raise UsageError(f"{path} must hold keys and values, such as 'name: mine'; it holds {_shown(tree)}.")
     for override in overrides:
-        _apply(tree, override)
-    tree = {key: {} if value is None and key in _SECTIONS else value for key, value in tree.items()}
+        _apply(tree, override, _KINDS[schema].example)
+    return _validated(tree, schema, str(path))
+
+
+def with_overrides(section: Schema, overrides: Sequence[str], what: str) -> Schema:
+    """A section with `key.path=value` overrides, in order.
+
+    Args:
+        section: of any schema.
+        overrides: keys without the name of the section itself.
+        what: names the section in errors.
+
+    Raises:
+        UsageError: with every fault in one message, as `load_recipe`.
+    """
+    tree = section.model_dump()
+    for override in overrides:
+        _apply(tree, override, "lr=3e-4")
+    return _validated(tree, type(section), what)
+
+
+def _validated(tree: dict[str, Any], schema: type[Schema], what: str) -> Schema:
+    sections = {key for key, field in schema.model_fields.items() if isinstance(field.annotation, type(BaseModel))}
+    tree = {key: {} if value is None and key in sections else value for key, value in tree.items()}
     try:
-        return Recipe.model_validate_json(json.dumps(tree))
+        return schema.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        faults = _describe_all(error.errors())
+        faults = _describe_all(error.errors(), schema)
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UsageError(f"{path} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults)) from error
+        raise UsageError(f"{what} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults)) from error
 
 
 def load_variants(path: Path) -> dict[str, dict[str, Any]]:
@@ -117,7 +160,7 @@ def load_variants(path: Path) -> dict[str, dict[str, Any]]:
     return {str(name): changes for name, changes in variants.items()}
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Section) -> str:
     """A recipe as YAML that `load_recipe` reads back to an equal one."""
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False)
 
@@ -161,13 +204,13 @@ def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str, example: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise UsageError(f"--set takes key.path=value, such as optim.lr=3e-4; got {override!r}.")
+        raise UsageError(f"--set takes key.path=value, such as {example}; got {override!r}.")
     *parents, leaf = key.strip().split(".")
     if not all((*parents, leaf)):
-        raise UsageError(f"--set {key}: a part of the key is empty. Such as optim.lr=3e-4.")
+        raise UsageError(f"--set {key}: a part of the key is empty. Such as {example}.")
     node = tree
     for parent in parents:
         child = node[parent] = {} if node.get(parent) is None else node[parent]
@@ -180,11 +223,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {key}: {text!r} is not a YAML value: {error}") from error
 
 
-def _describe_all(faults: Sequence[Any]) -> list[str]:
+def _describe_all(faults: Sequence[Any], schema: type[Section]) -> list[str]:
     """One line for each faulty key, whatever the number of things that are wrong with its value."""
     lines: dict[str, list[Any]] = {}
     for fault in faults:
-        section, depth = _section_of(fault["loc"][:-1])
+        section, depth = _section_of(fault["loc"][:-1], schema)
         # Below a section's key, pydantic adds positions in lists, and the branches of unions, which no user knows.
         below = fault["loc"][depth + 1 :]
         known = fault["loc"] if all(isinstance(part, int) for part in below) else fault["loc"][: depth + 1]
@@ -221,14 +264,15 @@ def _expectation(fault: Any) -> str:
     return message.removeprefix("Input should be ").removeprefix("a valid ").replace("array", "a list")
 
 
-def _section_of(location: Sequence[Any]) -> tuple[type[BaseModel], int]:
+def _section_of(location: Sequence[Any], schema: type[Section]) -> tuple[type[BaseModel], int]:
     """The innermost section that a fault's location lies in, and how many keys lead to it."""
-    section: type[BaseModel] = Recipe
+    section: type[BaseModel] = schema
     for depth, key in enumerate(location):
         annotation = typing.get_type_hints(section).get(str(key))
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        options = [option for option in typing.get_args(annotation) if option is not type(None)] or [annotation]
+        if len(options) > 1 or not (isinstance(options[0], type) and issubclass(options[0], BaseModel)):
             return section, depth
-        section = annotation
+        section = options[0]
     return section, len(location)
 
 

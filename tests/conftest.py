@@ -72,6 +72,22 @@ def tiny_recipe(tiny_recipe_file: Path) -> Recipe:
     return load_recipe(str(tiny_recipe_file))
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A student of test_vit with weights of its own on disk: (checkpoint, backbone weights)."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    backbone = load_backbone("test_vit", "random")
+    save_file(backbone.vit.state_dict(), folder / "vit.safetensors")
+    config = AdapterConfig(fusion=FusionConfig(width=16, fine_width=16, blocks=[1, 1, 1]))
+    adapter = build_adapter(backbone.embed_dim, 4, config)
+    torch.nn.init.normal_(adapter.out.weight, std=0.1)
+    trained = load_backbone("test_vit", str(folder / "vit.safetensors"))
+    card = StudentCard("test_vit", str(folder / "vit.safetensors"), trained.sha256, backbone.embed_dim, 4, config, 7)
+    save_student(folder / "student.safetensors", adapter.state_dict(), card)
+    return str(folder), str(folder / "vit.safetensors")
+
+
 def with_changes(file: Path, *overrides: str) -> Recipe:
     """A recipe file with overrides."""
     return load_recipe(str(file), overrides)
@@ -104,22 +120,6 @@ class Listener:
 @pytest.fixture
 def listener() -> Listener:
     return Listener()
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A student of test_vit with weights of its own on disk: (checkpoint, backbone weights)."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    backbone = load_backbone("test_vit", "random")
-    save_file(backbone.vit.state_dict(), folder / "vit.safetensors")
-    config = AdapterConfig(fusion=FusionConfig(width=16, fine_width=16, blocks=[1, 1, 1]))
-    adapter = build_adapter(backbone.embed_dim, 4, config)
-    torch.nn.init.normal_(adapter.out.weight, std=0.1)
-    trained = load_backbone("test_vit", str(folder / "vit.safetensors"))
-    card = StudentCard("test_vit", str(folder / "vit.safetensors"), trained.sha256, backbone.embed_dim, 4, config, 7)
-    save_student(folder / "student.safetensors", adapter.state_dict(), card)
-    return str(folder), str(folder / "vit.safetensors")
 
 
 @pytest.fixture

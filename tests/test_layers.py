@@ -18,12 +18,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 BELOW = {
     "errors": set(),
     "recipe": {"errors"},
-    "recipe_files": {"recipe", "errors"},
+    "probe_recipe": {"recipe", "errors"},
+    "probe_protocols": {"recipe", "probe_recipe"},
+    "recipe_files": {"recipe", "probe_recipe", "errors"},
     "extract_options": {"errors"},
     "benchmark_options": {"extract_options", "errors"},
+    "probe_options": {"probe_recipe", "probe_protocols", "extract_options", "errors"},
     "formatting": set(),
     "core": {"recipe", "recipe_files", "extract_options", "errors"},
-    "data": {"recipe", "recipe_files", "extract_options", "formatting", "errors"},
+    "data": {"recipe", "probe_recipe", "recipe_files", "extract_options", "formatting", "errors"},
     "engines": {
         "core",
         "data",
@@ -31,6 +34,9 @@ BELOW = {
         "recipe_files",
         "extract_options",
         "benchmark_options",
+        "probe_recipe",
+        "probe_protocols",
+        "probe_options",
         "formatting",
         "errors",
     },
@@ -41,9 +47,12 @@ BELOW = {
         "core",
         "data",
         "recipe",
+        "probe_recipe",
+        "probe_protocols",
         "recipe_files",
         "extract_options",
         "benchmark_options",
+        "probe_options",
         "formatting",
         "errors",
     },
@@ -158,9 +167,9 @@ def test_every_way_to_print_is_noticed(source: str) -> None:
     assert printing(source) != []
 
 
-@pytest.mark.parametrize("module", ["app", "recipe_files", "commands.distill", "commands.benchmark"])
+@pytest.mark.parametrize("module", ["app", "recipe_files", "commands.distill", "commands.probe", "commands.benchmark"])
 def test_the_command_line_starts_without_the_heavy_libraries(module: str) -> None:
-    heavy = {"torch", "timm", "h5py", "accelerate", "numpy"}
+    heavy = {"torch", "timm", "h5py", "accelerate", "numpy", "torchmetrics", "matplotlib"}
     code = f"import sys, brixel_cli.{module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

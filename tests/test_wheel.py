@@ -21,6 +21,9 @@ def test_a_built_wheel_works_in_another_folder(tmp_path: Path) -> None:
         names = archive.namelist()
     assert not [name for name in names if name.startswith("tests/")]
     assert any(name.endswith("NOTICE") for name in names)
+    assert {
+        f"brixel_cli/recipes/{path.relative_to(ROOT / 'recipes')}" for path in ROOT.glob("recipes/**/*.yaml")
+    } <= set(names)
     (tmp_path / "empty").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     where = "import brixel_cli; print(brixel_cli.__file__)"

@@ -110,6 +110,11 @@ def single_file_names(names: Sequence[str], storage: Storage) -> list[str]:
     ]
 
 
+def picture_names(names: Sequence[str]) -> list[str]:
+    """Names of a PNG for each image: the image's, as `single_file_names` has it."""
+    return [f"{name.removesuffix('.npy')}.png" for name in single_file_names(names, "npy")]
+
+
 def dequantise(values: Mapping[str, Array]) -> npt.NDArray[np.float32]:
     """A map as float32 from the datasets it was stored in."""
     features = values["features"].astype(np.float32)

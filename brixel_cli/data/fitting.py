@@ -17,6 +17,11 @@ LEAST_SIDE = 8
 MOST_ELONGATED = 8
 
 
+def snap(side: float, patch_size: int) -> int:
+    """The multiple of the patch nearest to a side in pixels, at least one patch; halves go up."""
+    return max(int(side / patch_size + 0.5), 1) * patch_size
+
+
 @dataclass(frozen=True)
 class Fitting:
     """What is done to every image.
@@ -33,10 +38,6 @@ class Fitting:
     patch_size: int
     enlarge: int = 1
 
-    def snap(self, side: float) -> int:
-        """The nearest multiple of the patch, at least one patch; halves go up."""
-        return max(int(side / self.patch_size + 0.5), 1) * self.patch_size
-
     def student_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the student's input for an image of this size.
 
@@ -45,13 +46,15 @@ class Fitting:
         """
         if min(height, width) < LEAST_SIDE:
             raise BrixelError(f"too small: {width}x{height} pixels, shorter side under {LEAST_SIDE}")
-        side = self.snap(self.res)
+        side = snap(self.res, self.patch_size)
         if self.fit != "short":
             return side, side
         if max(height, width) > MOST_ELONGATED * min(height, width):
             raise BrixelError(f"too elongated: {width}x{height} pixels, over {MOST_ELONGATED}:1; --fit centre takes it")
         scale = self.res / min(height, width)
-        return (side, self.snap(width * scale)) if height <= width else (self.snap(height * scale), side)
+        if height <= width:
+            return side, snap(width * scale, self.patch_size)
+        return snap(height * scale, self.patch_size), side
 
     def model_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the input that the model sees; raises as `student_size`."""

@@ -54,20 +54,20 @@ def load_image(path: Path, still: bool = False) -> Image.Image:
     Raises:
         BrixelError: the file is no image, is damaged or too large; the message starts with the reason.
     """
-    with _opened(path, still) as image:
+    with open_image(path, still) as image:
         image.load()
         return _to_rgb(_upright(image))
 
 
 def read_size(path: Path, still: bool = False) -> tuple[int, int]:
     """Height and width of an image after rotation, from its header alone; arguments and errors as for `load_image`."""
-    with _opened(path, still) as image:
+    with open_image(path, still) as image:
         width, height = image.size
         return (width, height) if _is_turned(image) else (height, width)
 
 
 @contextmanager
-def _opened(path: Path, still: bool) -> Iterator[Image.Image]:
+def open_image(path: Path, still: bool = False) -> Iterator[Image.Image]:
     """An image whose header has been read and found harmless; any fault within becomes a BrixelError."""
     try:
         with Image.open(path) as image:

@@ -34,13 +34,21 @@ class ExtractionModel:
         facts: of the model.
         runtime: device and precision.
         reporter: hears of memory running out.
+        size_option: what sets the size of the input, in errors.
 
     Raises:
         WeightsError: the weights cannot be had, or do not belong together.
     """
 
-    def __init__(self, options: ExtractOptions, facts: ModelFacts, runtime: Runtime, reporter: Reporter):
-        self.facts, self.runtime, self.reporter = facts, runtime, reporter
+    def __init__(
+        self,
+        options: ExtractOptions,
+        facts: ModelFacts,
+        runtime: Runtime,
+        reporter: Reporter,
+        size_option: str = "--res",
+    ):
+        self.facts, self.runtime, self.reporter, self.size_option = facts, runtime, reporter, size_option
         self.student: Student | None = None
         if facts.adapter is not None:
             self.student = load_student(
@@ -103,7 +111,8 @@ class ExtractionModel:
                     height, width = pixels.shape[-2:]
                     raise BrixelError(
                         f"Out of memory on {self.runtime.device} with a single image of {height}x{width} pixels. "
-                        "Lower --res, or take --precision bfloat16 or another --device; what was computed stays."
+                        f"Lower {self.size_option}, or take --precision bfloat16 or another --device; "
+                        "what was computed stays."
                     ) from error
                 self.most_at_once = size // 2
                 self.reporter.warn(f"out of memory with {size} images at once; going on with {size // 2}")

@@ -214,8 +214,11 @@ def preview_folder(output: Path) -> Path:
     return output.with_name(f"{output.stem if output.suffix == '.h5' else output.name}_preview")
 
 
-def newest_student() -> str:
+def newest_student(purpose: str = "extract with") -> str:
     """The run under ./runs whose student was saved last: what is meant where no checkpoint is named.
+
+    Args:
+        purpose: what it is wanted for, in the error.
 
     Raises:
         UsageError: there is none.
@@ -223,7 +226,7 @@ def newest_student() -> str:
     newest = newest_run()
     if newest is None:
         raise UsageError(
-            f"No student to extract with, and none under ./{RUNS}: train one with brixel distill, give --checkpoint "
+            f"No student to {purpose}, and none under ./{RUNS}: train one with brixel distill, give --checkpoint "
             "RUN (a run folder, .safetensors, released .pth or hub id), or take the plain maps with --source backbone "
             "--backbone NAME."
         )

@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from brixel_cli.core.pca import RunningPca
 from brixel_cli.core.pictures import Palette, panel
-from brixel_cli.data.feature_file import FeatureFile, single_file_names
+from brixel_cli.data.feature_file import FeatureFile, picture_names
 from brixel_cli.engines.extraction_plan import ExtractPlan
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.sinks import writing
@@ -37,7 +37,7 @@ def write_previews(features: FeatureFile, plan: ExtractPlan, folder: Path, repor
     if not rows:
         return []
     palette = _palette(features)
-    names = [f"{name.removesuffix('.npy')}.png" for name in single_file_names(features.paths, "npy")]
+    names = picture_names(features.paths)
     on_sheet = set(_spread(rows, SHEET_IMAGES))
     pairs: list[tuple[Image.Image, Image.Image]] = []
     with reporter.bar("preview", len(rows), unit="image") as bar:

@@ -1,0 +1,309 @@
+"""`brixel probe`: options to recipe and protocol, these to the engine, results to tables."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from brixel_cli.console import Progress, print_files, print_json, print_notes, print_table, say
+from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.extract_options import Device, Precision
+from brixel_cli.formatting import human_bytes
+from brixel_cli.probe_options import OUTPUT, ApplyOptions, ProbeOptions
+from brixel_cli.probe_protocols import PROTOCOLS, Protocol, published
+from brixel_cli.probe_recipe import ProbeRecipe
+from brixel_cli.recipe_files import load_recipe, shipped_recipes, with_overrides
+
+if TYPE_CHECKING:
+    from brixel_cli.engines.probe_plan import ProbePlan
+    from brixel_cli.engines.probing import Probed
+
+MOST_LISTED = 20
+PREFIX = "protocol."
+TITLES = {
+    "miou": ("mIoU", 100, "%"),
+    "boundary_iou": ("boundary IoU", 100, "%"),
+    "pixel_accuracy": ("pixel accuracy", 100, "%"),
+    "rmse_m": ("RMSE", 1, "m"),
+    "abs_rel": ("abs rel", 1, ""),
+    "delta1": ("delta1", 100, "%"),
+    "delta2": ("delta2", 100, "%"),
+    "delta3": ("delta3", 100, "%"),
+    "silog": ("SiLog", 1, ""),
+    "mean_angle_deg": ("mean angle", 1, "deg"),
+    "median_angle_deg": ("median angle", 1, "deg"),
+    "within_11.25": ("< 11.25 deg", 100, "%"),
+    "within_22.5": ("< 22.5 deg", 100, "%"),
+    "within_30": ("< 30 deg", 100, "%"),
+}
+"""Title, factor and unit of each metric of the tables. Means over images are in the files alone."""
+TABLES = (
+    ("miou", "boundary_iou", "pixel_accuracy"),
+    ("rmse_m", "abs_rel", "silog"),
+    ("delta1", "delta2", "delta3"),
+    ("mean_angle_deg", "median_angle_deg"),
+    ("within_11.25", "within_22.5", "within_30"),
+)
+"""Metrics that stand in one table: no more than fit beside one another in 80 columns."""
+SHARED_TITLE = "share of gap closed"
+
+
+def probe_options(
+    recipe: str | None,
+    *,
+    data: Path | None,
+    protocol: str | None,
+    size: str | None,
+    overrides: Sequence[str],
+    output: Path | None,
+    features: Path | None,
+    sources: Sequence[str],
+    checkpoints: Sequence[str],
+    backbone: str | None,
+    backbone_weights: str | None,
+    seeds: int,
+    device: Device,
+    precision: Precision,
+    overwrite: bool,
+) -> ProbeOptions:
+    """A probe from what the user gave; see `app.probe` for what the options mean.
+
+    Raises:
+        UsageError: recipe, protocol or an option is faulty.
+    """
+    if recipe is None:
+        listed = ", ".join(shipped_recipes(ProbeRecipe))
+        raise UsageError(f"--recipe is missing: a .yaml file, or one of {listed}. Or --apply HEAD --input DIR.")
+    changes = [override for override in overrides if not override.strip().startswith(PREFIX)]
+    if data is not None:
+        changes.append(f"data.root={json.dumps(str(data))}")
+    if size is not None:
+        changes.append(f"size={_size(size)}")
+    loaded = load_recipe(recipe, changes, ProbeRecipe)
+    rules = _protocol(protocol or loaded.protocol, loaded.name, overrides)
+    folder = output or OUTPUT / loaded.name
+    stored = features or (OUTPUT / "features" if output is None else output / "features")
+    return ProbeOptions(
+        recipe=loaded, protocol=rules, output=folder, features=stored, sources=tuple(sources),
+        checkpoints=tuple(checkpoints), backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
+        device=device, precision=precision, overwrite=overwrite,
+    )  # fmt: skip
+
+
+def apply_options(
+    head: Path,
+    inputs: Sequence[str],
+    output: Path | None,
+    checkpoints: Sequence[str],
+    backbone_weights: str | None,
+    device: Device,
+    precision: Precision,
+    overwrite: bool,
+) -> ApplyOptions:
+    """What `--apply` was told.
+
+    Raises:
+        UsageError: there is no input, or more than one student.
+    """
+    if not inputs:
+        raise UsageError("--apply needs --input: a folder, an image, a quoted glob, or a .txt list of paths.")
+    if len(checkpoints) > 1:
+        raise UsageError("--apply takes one --checkpoint: the student that the head was trained on.")
+    checkpoint = checkpoints[0] if checkpoints else None
+    return ApplyOptions(head, inputs, output, checkpoint, backbone_weights, device, precision, overwrite)
+
+
+def run_probe(options: ProbeOptions, per_class: bool, dry_run: bool, as_json: bool) -> None:
+    """Carry out `brixel probe`.
+
+    Raises:
+        BrixelError: something the user can mend.
+    """
+    # torch takes seconds to import: only now, when there is work for it.
+    from brixel_cli.engines.probing import plan_only, probe
+
+    if dry_run:
+        _show_plan(plan_only(options, Progress()), as_json)
+        return
+    done = probe(options, Progress())
+    files = [str(path) for path in done.files]
+    if as_json:
+        print_json({**done.results, "files": files})
+        return
+    _show_results(done, per_class)
+    print_files(files)
+    say(f"use a head: brixel probe --apply {options.output}/heads/HEAD.safetensors --input PHOTOGRAPHS")
+
+
+def run_apply(options: ApplyOptions, as_json: bool) -> None:
+    """Carry out `brixel probe --apply`.
+
+    Raises:
+        BrixelError: something the user can mend; also, at the end, that some images failed.
+    """
+    from brixel_cli.engines.probe_apply import apply_head
+
+    done = apply_head(options, Progress())
+    if as_json:
+        print_json(
+            {
+                "output": str(done.output),
+                "images": done.num_images,
+                "written": done.num_written,
+                "failed": len(done.failures),
+                "failures": done.failures,
+                "seconds": round(done.seconds, 3),
+            }
+        )
+    else:
+        rows = [
+            ["images", f"{done.num_images:,}"],
+            ["  predicted", f"{done.num_written:,}"],
+            ["  failed", f"{len(done.failures):,}"],
+            ["seconds", f"{done.seconds:,.1f}"],
+        ]
+        print_table(f"{done.output}: {done.what}", ["", ""], rows, done.notes)
+        if done.failures:
+            listed = list(done.failures.items())
+            more = [f"and {len(listed) - MOST_LISTED} more"] if len(listed) > MOST_LISTED else []
+            title = f"{len(listed)} images without a prediction"
+            print_table(title, ["image", "reason"], listed[:MOST_LISTED], more)
+        print_files([str(path) for path in done.files])
+    if done.failures:
+        raise BrixelError(
+            f"{len(done.failures)} of {done.num_images} images failed; the predictions of the others are in "
+            f"{done.output}."
+        )
+
+
+def _protocol(name: str, data: str, overrides: Sequence[str]) -> Protocol:
+    if name not in PROTOCOLS:
+        close = difflib.get_close_matches(name, PROTOCOLS, n=1)
+        hint = f"Did you mean {close[0]}? " if close else ""
+        raise UsageError(f"No protocol {name}. {hint}There are: {', '.join(PROTOCOLS)}.")
+    changes = [override.strip().removeprefix(PREFIX) for override in overrides if override.strip().startswith(PREFIX)]
+    if any(change.partition("=")[0].strip() in ("name", "side") for change in changes):
+        raise UsageError("protocol.name and protocol.side say what was published: set the size with --size.")
+    return with_overrides(published(name, data), changes, f"protocol {name}")
+
+
+def _size(text: str) -> str:
+    """A size as YAML: 112, or 288x384 for height and width."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise UsageError(f"--size takes a side in pixels, such as 112, or HEIGHTxWIDTH, such as 288x384; not {text}.")
+    return sides[0] if len(sides) == 1 else f"[{sides[0]}, {sides[1]}]"
+
+
+def _show_plan(plan: ProbePlan, as_json: bool) -> None:
+    options = plan.options
+    if as_json:
+        print_json(
+            {
+                "recipe": options.recipe.name,
+                "protocol": options.protocol_name,
+                "sources": [item.source.label for item in plan.sources],
+                "train_images": len(plan.sources[0].train.labelled),
+                "evaluate_images": len(plan.sources[0].evaluate.labelled),
+                "seeds": options.seeds,
+                "steps": plan.num_steps,
+                "bytes_needed": plan.bytes_needed,
+                "bytes_free": plan.bytes_free,
+            }
+        )
+    else:
+        rows = []
+        for item in plan.sources:
+            parts = [part for part in (item.train.maps, item.evaluate.maps) if part is not None]
+            views = f"{len(item.train.fields):,} + {len(item.evaluate.fields):,}"
+            needed = human_bytes(sum(part.bytes_needed for part in parts)) if parts else "stored already"
+            rows.append([item.source.label, views, needed])
+        train, evaluate = plan.sources[0].train.labelled, plan.sources[0].evaluate.labelled
+        notes = [
+            f"{len(train):,} images to train on, {len(evaluate):,} to evaluate.",
+            f"{options.seeds} seeds of {plan.num_steps:,} steps for each source.",
+            f"Disk: {human_bytes(plan.bytes_needed)} needed with targets, {human_bytes(plan.bytes_free)} free, "
+            f"in {options.features}.",
+        ]
+        print_table(_title(options.recipe.name, options.recipe.task, options.protocol_name, options.size),
+                    ["source", "views", "disk"], rows, notes)  # fmt: skip
+    say("dry run: nothing was written")
+
+
+def _show_results(done: Probed, per_class: bool) -> None:
+    results = done.results
+    settings, sources, summary = results["settings"], results["sources"], results["summary"]
+    align = settings["protocol_settings"]["align"]
+    present = set().union(*(entry["mean"] for entry in summary.values()))
+    groups = [[name for name in group if name in present] for group in TABLES]
+    seeds = ", ".join(map(str, results["seeds"]))
+    data = settings["data"]
+    notes = [
+        f"Trained on {data['train']['images']:,} images, evaluated on {data['evaluate']['images']:,}. "
+        f"Mean and standard deviation over seeds {seeds}."
+    ]
+    if align:
+        notes.append("Depth metrics are after fitting scale and shift of each image to the truth.")
+    if results["share_of_gap_closed"]:
+        notes.append(
+            "Share of gap: (source - backbone) / (teacher - backbone), of the means; "
+            "-: the teacher is no better than the backbone."
+        )
+    if len(results["seeds"]) < 3:
+        notes.append("Fewer than three seeds: the spread says little.")
+    title = _title(settings["recipe"], settings["task"], settings["protocol"], settings["size"])
+    for names in filter(None, groups):
+        columns = ["source", "grid", *(_column(name, align) for name in names)]
+        rows = [[label, _grid(sources[label]), *(_figure(entry, name) for name in names)]
+                for label, entry in summary.items()]  # fmt: skip
+        for label, shares in results["share_of_gap_closed"].items():
+            only = len(results["share_of_gap_closed"]) == 1
+            rows.append([SHARED_TITLE if only else f"{SHARED_TITLE}, {label}", "",
+                         *(_percent(shares.get(name)) for name in names)])  # fmt: skip
+        print_table(title, columns, rows)
+    print_notes(notes)
+    if per_class and settings["classes"]:
+        _show_classes(settings["classes"], summary)
+
+
+def _show_classes(classes: Sequence[str], summary: Mapping[str, Any]) -> None:
+    for kind, title in (("class_iou", "IoU"), ("class_boundary_iou", "Boundary IoU")):
+        rows = [
+            [name, *(_percent(entry["mean"][kind][number]) for entry in summary.values())]
+            for number, name in enumerate(classes)
+        ]
+        print_table(f"{title} by class, mean over seeds", ["class", *summary], rows, ["-: absent from the split."])
+
+
+def _title(recipe: str, task: str, protocol: str, size: Any) -> str:
+    side = size if isinstance(size, int) else "x".join(map(str, size))
+    return f"{recipe}: {task.replace('_', ' and ')}, protocol {protocol}, student's input {side} px"
+
+
+def _column(name: str, align: bool) -> str:
+    title, _, unit = TITLES[name]
+    aligned = ", aligned" if align and name == "rmse_m" else ""
+    return f"{title}{aligned}{f' ({unit})' if unit else ''}"
+
+
+def _grid(source: Mapping[str, Any]) -> str:
+    grids: list[str] = sorted(source["grid"], key=lambda grid: -int(source["grid"][grid]))
+    return grids[0] + (f" and {len(grids) - 1} more" if len(grids) > 1 else "")
+
+
+def _figure(entry: Mapping[str, Any], name: str) -> str:
+    mean, spread = entry["mean"].get(name), entry["spread"].get(name)
+    if mean is None or math.isnan(mean):
+        return "-"
+    _, factor, _ = TITLES[name]
+    digits = 2 if factor == 100 or name.endswith("deg") else 4
+    shown = f"{mean * factor:.{digits}f}"
+    return shown if spread is None or math.isnan(spread) else f"{shown} +- {spread * factor:.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None or math.isnan(share) else f"{share:.1%}"

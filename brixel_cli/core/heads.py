@@ -1,0 +1,171 @@
+"""Probe heads: what is trained on frozen maps, from a 1x1 convolution to a small readout; how they are stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from brixel_cli.core.weights import check_keys, load_tensors, save_tensors
+from brixel_cli.errors import WeightsError
+
+FORMAT = "brixel-head-1"
+READOUT_WIDTH = 128
+HeadKind = Literal["linear", "readout"]
+Quantity = Literal["segmentation", "depth", "normals"]
+QUANTITIES: dict[str, tuple[Quantity, ...]] = {
+    "segmentation": ("segmentation",),
+    "depth": ("depth",),
+    "normals": ("normals",),
+    "depth_normals": ("depth", "normals"),
+}
+"""What each task predicts, from one map."""
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """All that determines a head's architecture.
+
+    Attributes:
+        task: a key of `QUANTITIES`.
+        channels: D of the maps.
+        num_classes: of a segmentation; 0 otherwise.
+        kind: `linear`, a 1x1 convolution, or `readout`: 1x1, depthwise 3x3 and 1x1 convolutions with GELU between.
+        batch_norm: whether BatchNorm comes first, as in DINOv2's and DINOv3's probes.
+        bins: of a linear depth head; their softmax weighs the bin centres. 0: one output through softplus.
+        depth_range: least and most depth in metres, the first and the last bin centre.
+    """
+
+    task: str
+    channels: int
+    num_classes: int = 0
+    kind: HeadKind = "linear"
+    batch_norm: bool = True
+    bins: int = 256
+    depth_range: tuple[float, float] = (0.001, 10.0)
+
+    @property
+    def quantities(self) -> tuple[Quantity, ...]:
+        """What the head predicts."""
+        return QUANTITIES[self.task]
+
+    def num_outputs(self, quantity: Quantity) -> int:
+        """Channels of the last convolution."""
+        if quantity == "segmentation":
+            return self.num_classes
+        if quantity == "normals":
+            return 3
+        return self.bins if self.has_bins else 1
+
+    @property
+    def has_bins(self) -> bool:
+        """Whether depth is a weighted mean of bin centres."""
+        return self.kind == "linear" and self.bins > 0
+
+
+class Head(nn.Module):
+    """One branch for each quantity, on the same map; the branches share no weights.
+
+    Depth is worked out on the map's own grid, so that all outputs are few channels and cheap to enlarge.
+    """
+
+    centres: Tensor
+
+    def __init__(self, spec: HeadSpec):
+        super().__init__()
+        self.spec = spec
+        self.branches = nn.ModuleDict({name: _branch(spec, name) for name in spec.quantities})
+        low, high = spec.depth_range
+        self.register_buffer("centres", torch.linspace(low, high, max(spec.bins, 1)), persistent=False)
+
+    def forward(self, maps: Tensor) -> dict[str, Tensor]:
+        """Outputs on the map's grid, from maps (B, D, h, w).
+
+        Returns:
+            `segmentation`: logits (B, C, h, w). `depth`: metres, positive (B, 1, h, w). `normals`: vectors of any
+            length (B, 3, h, w); `enlarge` and the losses normalise them.
+        """
+        return {name: self._finish(name, branch(maps)) for name, branch in self.branches.items()}
+
+    def _finish(self, quantity: str, output: Tensor) -> Tensor:
+        if quantity != "depth":
+            return output
+        if self.spec.has_bins:
+            return torch.einsum("bkhw,k->bhw", output.softmax(dim=1), self.centres)[:, None]
+        return F.softplus(output) + self.spec.depth_range[0]
+
+
+def enlarge(quantity: str, output: Tensor, size: tuple[int, int]) -> Tensor:
+    """An output of a head at (height, width) of the labels: bilinear, align_corners=False; normals of length 1."""
+    enlarged = F.interpolate(output, size=size, mode="bilinear", align_corners=False)
+    return F.normalize(enlarged, dim=1) if quantity == "normals" else enlarged
+
+
+def build_head(spec: HeadSpec, seed: int) -> Head:
+    """A head with fresh weights, a pure function of spec and seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = Head(spec)
+        for branch in head.branches.values():
+            _initialise(branch)
+    return head
+
+
+def save_head(path: Path, head: Head, description: Mapping[str, Any]) -> None:
+    """Write a head and what is to be known of it (recipe, classes, source ...), atomically; JSON-able values."""
+    spec = {name: getattr(head.spec, name) for name in HeadSpec.__dataclass_fields__}
+    metadata = {"format": FORMAT, "head": json.dumps(spec), "description": json.dumps(description, sort_keys=True)}
+    save_tensors(path, head.state_dict(), metadata)
+
+
+def load_head(path: Path) -> tuple[Head, dict[str, Any]]:
+    """Read a head in eval mode, and its description.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or holds no head.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(
+            f"{path} is no probe head of format {FORMAT}: {metadata.get('format', 'unmarked')}. "
+            "Heads are what brixel probe leaves in the folder heads of its output."
+        )
+    try:
+        fields = json.loads(metadata["head"])
+        head = Head(HeadSpec(**{**fields, "depth_range": tuple(fields["depth_range"])}))
+        description: dict[str, Any] = json.loads(metadata["description"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: its description of the head cannot be read: {error}") from error
+    check_keys(head.state_dict(), tensors, f"{path} does not fit its own description")
+    head.load_state_dict(tensors)
+    return head.eval().requires_grad_(False), description
+
+
+def _branch(spec: HeadSpec, quantity: Quantity) -> nn.Module:
+    outputs = spec.num_outputs(quantity)
+    first: list[nn.Module] = [nn.BatchNorm2d(spec.channels)] if spec.batch_norm else []
+    if spec.kind == "linear":
+        return nn.Sequential(*first, nn.Conv2d(spec.channels, outputs, 1))
+    width = min(READOUT_WIDTH, spec.channels)
+    return nn.Sequential(
+        *first,
+        nn.Conv2d(spec.channels, width, 1),
+        nn.GELU(),
+        nn.Conv2d(width, width, 3, padding=1, groups=width),
+        nn.GELU(),
+        nn.Conv2d(width, outputs, 1),
+    )
+
+
+def _initialise(branch: nn.Module) -> None:
+    """Last convolution: normal with deviation 0.01 and no bias, as the published linear probes start."""
+    last = [module for module in branch.modules() if isinstance(module, nn.Conv2d)][-1]
+    nn.init.normal_(last.weight, std=0.01)
+    if last.bias is not None:
+        nn.init.zeros_(last.bias)

@@ -1,0 +1,137 @@
+"""Labelled sets: images with their class masks, depth maps and surface normals, read and checked by description."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from brixel_cli.data import targets
+from brixel_cli.data.dataset_files import Entry, find_entries
+from brixel_cli.data.images import load_image, read_size
+from brixel_cli.errors import BrixelError
+from brixel_cli.probe_recipe import ProbeRecipe, Split
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image with its targets, all of the same height and width; targets that the task does not need are None.
+
+    Attributes:
+        name: of the image: its path below the root of the set.
+        image: 8-bit RGB.
+        labels: (H, W) uint8, class numbers; 255 counts nowhere.
+        depth: (H, W) float32, metres; 0 counts nowhere.
+        normals: (3, H, W) float32, unit vectors, x right, y down, z forward, facing the camera; 0 counts nowhere.
+        valid: (H, W) bool, the pixels that are evaluated: inside `depth.crop` where the recipe has one, else all.
+    """
+
+    name: str
+    image: Image.Image
+    labels: npt.NDArray[np.uint8] | None
+    depth: npt.NDArray[np.float32] | None
+    normals: npt.NDArray[np.float32] | None
+    valid: npt.NDArray[np.bool_]
+
+
+class LabelledSet:
+    """One split of a labelled set; files are found on construction, read by `load`.
+
+    Args:
+        recipe: describes the set and names the task, which decides what targets are read.
+        split: `train` or `evaluate`.
+        root: folder of the set in place of the recipe's.
+
+    Attributes:
+        names: paths of the images below the root, sorted, or in the order of the list file.
+
+    Raises:
+        BrixelError: folder, list, image or target missing; the message says what to download and where to put it.
+    """
+
+    def __init__(self, recipe: ProbeRecipe, split: Split, root: Path | None = None):
+        self.recipe, self.split = recipe, split
+        self.root = root or Path(recipe.data.root)
+        self._entries = find_entries(recipe, split, self.root, _patterns(recipe))
+        self.names = [entry.name for entry in self._entries]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of an image, from its header.
+
+        Raises:
+            BrixelError: it is no image, or damaged.
+        """
+        return read_size(self._entries[row].image)
+
+    def load(self, row: int) -> Sample:
+        """Read an image and its targets.
+
+        Raises:
+            BrixelError: a file is damaged; image and target differ in size; a label is no class; no depth is valid.
+        """
+        entry, data, task = self._entries[row], self.recipe.data, self.recipe.task
+        image = load_image(entry.image)
+        size = image.height, image.width
+        labels, depth, normals, valid = None, None, None, np.ones(size, bool)
+        if task == "segmentation":
+            assert data.labels is not None
+            labels = targets.read_labels(entry.files["labels"], data.labels)
+            _match(entry, "labels", size, labels.shape)
+        if "depth" in entry.files:
+            assert data.depth is not None
+            depth = targets.read_depth(entry.files["depth"], data.depth)
+            _match(entry, "depth", size, depth.shape)
+            valid = targets.evaluated(entry.files["depth"], depth, data.depth)
+        if task in ("normals", "depth_normals"):
+            assert data.normals is not None
+            if "normals" in entry.files:
+                normals = targets.read_normals(entry.files["normals"], data.normals)
+                _match(entry, "normals", size, normals.shape[1:])
+            else:
+                assert depth is not None
+                assert data.depth is not None
+                camera = targets.read_camera(entry.image, size, entry.files.get("camera"), data.depth)
+                normals = targets.derive_normals(entry.files["depth"], depth, camera, data.normals)
+        return Sample(entry.name, image, labels, None if task == "normals" else depth, normals, valid)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of task, description and split, and the names, sizes and times of all files; for resuming."""
+        digest = hashlib.sha256(f"{self.recipe.task} {self.split} {self.recipe.data.model_dump_json()}".encode())
+        for entry in self._entries:
+            for path in (entry.image, *entry.files.values()):
+                status = path.stat()
+                digest.update(f"\n{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+def _patterns(recipe: ProbeRecipe) -> dict[str, str]:
+    """Which files the task needs for each image."""
+    data, task = recipe.data, recipe.task
+    patterns: dict[str, str] = {}
+    if task == "segmentation" and data.labels is not None:
+        patterns["labels"] = data.labels.files
+    derived = task in ("normals", "depth_normals") and data.normals is not None and data.normals.files is None
+    if data.depth is not None and (task in ("depth", "depth_normals") or derived):
+        patterns["depth"] = data.depth.files
+    if task in ("normals", "depth_normals") and data.normals is not None and data.normals.files is not None:
+        patterns["normals"] = data.normals.files
+    if derived and data.depth is not None and data.depth.camera is not None:
+        patterns["camera"] = data.depth.camera.files
+    return patterns
+
+
+def _match(entry: Entry, kind: str, size: tuple[int, ...], found: tuple[int, ...]) -> None:
+    if size == found:
+        return
+    turned = " One of them is turned: look at the EXIF orientation of the image." if size == found[::-1] else ""
+    raise BrixelError(
+        f"{entry.image} is {size[1]}x{size[0]} pixels, but its {kind}, {entry.files[kind]}, {found[1]}x{found[0]}: "
+        f"they have to be of the same size.{turned}"
+    )

@@ -1,0 +1,85 @@
+"""What `brixel probe` was told, typed; `app.probe` says what each means to the user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from brixel_cli.errors import UsageError
+from brixel_cli.extract_options import Device, Precision
+from brixel_cli.probe_protocols import Protocol, Side, printed_name
+from brixel_cli.probe_recipe import ProbeRecipe
+
+OUTPUT = Path("runs/probe")
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """A probe to be carried out; checked at construction.
+
+    Attributes:
+        recipe: task and data set.
+        protocol: rules of training and evaluation, with what the user changed of them.
+        sources: `backbone`, `student`, `teacher`, or feature files; empty: the first three.
+        checkpoints: students; empty: the newest run.
+        output: folder of the results.
+        features: folder of the stored features, which other probes may share.
+        seeds: number of trainings of each source: seeds 0, 1, ...
+
+    Raises:
+        UsageError: the protocol is for other tasks, or a value is out of range.
+    """
+
+    recipe: ProbeRecipe
+    protocol: Protocol
+    output: Path
+    features: Path
+    sources: Sequence[str] = ()
+    checkpoints: Sequence[str] = ()
+    backbone: str | None = None
+    backbone_weights: str | None = None
+    seeds: int = 3
+    device: Device = "auto"
+    precision: Precision = "auto"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recipe.task not in self.protocol.tasks:
+            raise UsageError(
+                f"The protocol {self.protocol.name} is for {' and '.join(self.protocol.tasks)}, "
+                f"not for {self.recipe.task}: take another with --protocol."
+            )
+        if self.seeds < 1:
+            raise UsageError(f"--seeds must be at least 1, not {self.seeds}.")
+
+    @property
+    def size(self) -> Side:
+        """The student's input in pixels."""
+        return self.recipe.size
+
+    @property
+    def protocol_name(self) -> str:
+        """The protocol's name with everything that is not as published."""
+        return printed_name(self.protocol, self.recipe.name, self.size)
+
+
+@dataclass(frozen=True)
+class ApplyOptions:
+    """What `brixel probe --apply` was told.
+
+    Attributes:
+        head: file of a saved head.
+        inputs: folders, images, globs or lists.
+        output: folder of the predictions; None: beside the input.
+        checkpoint, backbone_weights: in place of those that the head was trained on, where these have moved.
+    """
+
+    head: Path
+    inputs: Sequence[str]
+    output: Path | None = None
+    checkpoint: str | None = None
+    backbone_weights: str | None = None
+    device: Device = "auto"
+    precision: Precision = "auto"
+    overwrite: bool = False

@@ -1,0 +1,198 @@
+"""Probe protocols: named rules of training and evaluation, without which a figure cannot be compared.
+
+What each name means is in docs/PROBE.md. A name stands for these values and no others: whatever is set differently is
+printed and stored with the name.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from brixel_cli.probe_recipe import Task
+from brixel_cli.recipe import Rate, Section, Weight
+
+Side = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+
+
+class FieldConfig(Section):
+    """What is seen of the images of a split."""
+
+    kind: Literal["whole", "centre", "stretch", "random", "slide"]
+    """What is seen of an image: `whole`: all, aspect kept. `centre`: its middle. `stretch`: all, squeezed.
+    `random`: `per_image` crops at random places and scales. `slide`: windows that cover it."""
+    per_image: PositiveInt = 1
+    """Random crops of each image, drawn once and stored; each epoch takes one of them."""
+    scale: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)] = [1.0, 1.0]
+    """Least and most scale of random crops."""
+    stride: PositiveInt | None = None
+    """Pixels between sliding windows at the published size, and in proportion at others; null: two thirds of them."""
+    flip: bool = False
+    """Whether each field of view is stored mirrored too, and either taken with equal chance."""
+
+
+class Protocol(Section):
+    """Rules of training and evaluation under one name."""
+
+    name: str
+    tasks: list[Task]
+    """What it can be used for."""
+    side: Side | None = None
+    """Published input in pixels, short side or [height, width]; null: the recipe's size, whatever it is."""
+    train: FieldConfig
+    """Fields of view that heads are trained on."""
+    train_labels: Side | None = None
+    """Size that the labels of a field are brought to for training, by nearest neighbour; null: their own resolution."""
+    evaluate: FieldConfig
+    """Fields of view that are evaluated."""
+    evaluate_labels: Side | None = None
+    """The same for evaluation."""
+    head: Literal["linear", "readout"] = "linear"
+    """`linear`: a 1x1 convolution. `readout`: 1x1, depthwise 3x3, 1x1."""
+    batch_norm: bool = True
+    """Whether BatchNorm comes before the head."""
+    bins: Annotated[int, Field(ge=0)] = 256
+    """Depth bins of a linear head, whose softmax weighs the bin centres; 0: one output through softplus."""
+    depth_loss: Literal["sig", "silog"] = "sig"
+    """`sig`: SigLoss with warm-up. `silog`: without. Both have beta 0.15."""
+    gradient_weight: Weight = 0.5
+    """Weight of the gradient term that is added to the depth loss."""
+    points: Annotated[int, Field(ge=0)] = 0
+    """Random label pixels of each image at which the loss is evaluated in a step; 0: all of them."""
+    lr: Rate
+    """Peak learning rate of AdamW."""
+    weight_decay: Weight
+    """Decoupled weight decay of AdamW."""
+    batch_size: PositiveInt
+    """Images in a step."""
+    steps: PositiveInt | None = None
+    """Steps of a training; give this or `epochs`."""
+    epochs: PositiveInt | None = None
+    """Passes over the training images; give this or `steps`."""
+    schedule: Literal["cosine", "linear", "constant"]
+    """How the rate goes from its peak to zero after the warm-up; or not at all."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate rises linearly from zero; at most a tenth of the training is used."""
+    align: bool = False
+    """Whether each image's depth is brought to the truth by scale and shift before it is measured."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Protocol:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of protocol.steps and protocol.epochs")
+        if self.points and self.gradient_weight and "depth" in self.tasks:
+            raise ValueError("protocol.points leaves no neighbours to compare: set protocol.gradient_weight=0")
+        if self.train.kind == "random" and self.train_labels is None:
+            raise ValueError("protocol.train.kind random needs protocol.train_labels: each crop has another size else")
+        if self.train.kind == "slide":
+            raise ValueError("protocol.train.kind slide is for evaluation only")
+        if self.evaluate.kind == "random" or self.evaluate.flip:
+            raise ValueError("protocol.evaluate must look at every image in one way: neither random nor flip")
+        return self
+
+    def num_steps(self, num_images: int) -> int:
+        """Steps of a training on so many images."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(self.epochs * num_images // self.batch_size, 1)
+
+    def stride(self, size: Side) -> int | None:
+        """Pixels between sliding windows of a size."""
+        if self.evaluate.stride is None or self.side is None:
+            return self.evaluate.stride
+        mine, theirs = (side if isinstance(side, int) else min(side) for side in (size, self.side))
+        return max(self.evaluate.stride * mine // theirs, 1)
+
+    def learning_rate(self, step: int, total: int) -> float:
+        """Rate of a step, from 0 to total - 1."""
+        warmup = min(self.warmup_steps, total // 10)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        progress = (step - warmup) / max(total - warmup, 1)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr * (1 - progress) if self.schedule == "linear" else self.lr
+
+
+_WHOLE = FieldConfig(kind="whole")
+_CENTRE = FieldConfig(kind="centre")
+_NYU_CROPS = FieldConfig(kind="random", per_image=4)
+
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            name="jafar", tasks=["segmentation"], side=448,
+            train=FieldConfig(kind="centre", flip=True), train_labels=448,
+            evaluate=_CENTRE, evaluate_labels=448, batch_norm=False,
+            lr=5e-4, weight_decay=1e-5, batch_size=2, epochs=20, schedule="cosine",
+        ),
+        Protocol(
+            name="dinov3-ade", tasks=["segmentation"], side=512,
+            train=FieldConfig(kind="random", per_image=4, scale=[0.5, 2.0]), train_labels=512,
+            evaluate=FieldConfig(kind="slide", stride=341),
+            lr=1e-3, weight_decay=1e-3, batch_size=16, steps=40_000, schedule="linear", warmup_steps=1500,
+        ),
+        Protocol(
+            name="dinov3-nyu", tasks=["depth"], side=[416, 544], train=_NYU_CROPS,
+            train_labels=[416, 544], evaluate=_WHOLE,
+            lr=3e-4, weight_decay=1e-4, batch_size=16, steps=38_400, schedule="linear", warmup_steps=1500,
+        ),
+        Protocol(
+            name="brixel", tasks=["segmentation"], side=256, train=_CENTRE, evaluate=_CENTRE, batch_norm=False,
+            lr=1e-3, weight_decay=0.01, batch_size=16, epochs=20, schedule="constant",
+        ),
+        Protocol(
+            name="brixel-nyu", tasks=["depth"], side=[288, 384], train=FieldConfig(kind="stretch"),
+            evaluate=FieldConfig(kind="stretch"), head="readout", batch_norm=False, depth_loss="silog",
+            gradient_weight=0.0, lr=1e-3, weight_decay=0.01, batch_size=16, epochs=80, schedule="constant", align=True,
+        ),
+        Protocol(
+            name="normals", tasks=["normals", "depth_normals"], side=[416, 544], train=_NYU_CROPS,
+            train_labels=[416, 544], evaluate=_WHOLE,
+            lr=5e-4, weight_decay=1e-4, batch_size=16, steps=38_400, schedule="linear", warmup_steps=1500,
+        ),
+        Protocol(
+            name="quick", tasks=["segmentation", "depth", "normals", "depth_normals"],
+            train=_WHOLE, evaluate=_WHOLE, gradient_weight=0.0, points=4096,
+            lr=2e-3, weight_decay=1e-4, batch_size=8, steps=1500, schedule="cosine",
+        ),
+    )
+}  # fmt: skip
+
+BY_DATA: dict[str, dict[str, dict[str, int]]] = {
+    "brixel": {"ade20k": {"batch_size": 32, "epochs": 40}, "cityscapes": {"epochs": 50}},
+}
+"""What a protocol prescribes for single data sets, by the recipe's name."""
+
+
+def published(name: str, data: str) -> Protocol:
+    """The protocol of a name as it is for a data set.
+
+    Raises:
+        KeyError: there is no such protocol.
+    """
+    return PROTOCOLS[name].model_copy(update=BY_DATA.get(name, {}).get(data, {}))
+
+
+def differences(protocol: Protocol, data: str, size: Side) -> list[str]:
+    """What is not as published, as `key=value`; the input's size among it."""
+    mine, theirs = _flat(protocol), _flat(published(protocol.name, data))
+    changed = [f"{key}={value}" for key, value in mine.items() if value != theirs[key]]
+    return changed + ([f"size={size}"] if protocol.side is not None and size != protocol.side else [])
+
+
+def printed_name(protocol: Protocol, data: str, size: Side) -> str:
+    """The name as it stands in tables and files: with everything that is not as published."""
+    changed = differences(protocol, data, size)
+    return f"{protocol.name} (changed: {', '.join(changed)})" if changed else protocol.name
+
+
+def _flat(protocol: Protocol) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in protocol.model_dump().items():
+        flat |= {f"{key}.{below}": item for below, item in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

@@ -1,0 +1,126 @@
+"""Small labelled sets and feature files made here, on which the answer of a probe is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import make_photograph
+from PIL import Image
+
+from brixel_cli.commands.probe import probe_options
+from brixel_cli.data.feature_file import FORMAT, Layout, text_array
+from brixel_cli.data.features import Store, create_store
+from brixel_cli.probe_options import ProbeOptions
+
+HEIGHT, WIDTH = 48, 64
+CLASSES = ("sky", "sea", "land")
+DEPTHS = (1.0, 2.0, 3.0, 4.0)
+"""Metres; with bins=4 over [1, 4] the bin centres."""
+RECIPE = """
+name: mine
+task: TASK
+size: 32
+protocol: quick
+data:
+  root: ROOT
+  download: Bake it at home.
+  images: images/{split}/{name}.png
+  train: {split: train}
+  evaluate: {split: val}
+  labels: {files: "labels/{split}/{name}.png", classes: [sky, sea, land]}
+  depth: {files: "depth/{split}/{name}.png", range: [1.0, 4.0]}
+  normals: {files: "normals/{split}/{name}.npy", encoding: npy}
+"""
+NAMES = tuple(f"images/train/{n}.png" for n in range(6)) + tuple(f"images/val/{n}.png" for n in range(4))
+
+
+def make_set(root: Path) -> Path:
+    """Ten images with blocky labels (a few of them void), depth of four levels, and normals."""
+    for number, name in enumerate(NAMES):
+        split, stem = Path(name).parts[1], Path(name).stem
+        for folder in ("images", "labels", "depth", "normals"):
+            (root / folder / split).mkdir(parents=True, exist_ok=True)
+        make_photograph(root / name, number, WIDTH, HEIGHT)
+        rng = np.random.default_rng(100 + number)
+        labels = np.kron(rng.integers(0, 3, (6, 8)), np.ones((8, 8))).astype(np.uint8)
+        labels[:2, :5] = 255
+        Image.fromarray(labels).save(root / "labels" / split / f"{stem}.png")
+        levels = np.kron(rng.integers(0, 4, (6, 8)), np.ones((8, 8))).astype(int)
+        depth = (np.array(DEPTHS)[levels] * 1000).astype(np.uint16)
+        depth[-3:, :4] = 0
+        Image.fromarray(depth).save(root / "depth" / split / f"{stem}.png")
+        normals = np.array([[0, 0, -1], [0.6, 0, -0.8], [0, 0.6, -0.8], [-0.6, 0, -0.8]], np.float32)[levels]
+        np.save(root / "normals" / split / f"{stem}.npy", normals)
+    return root
+
+
+def recipe_file(root: Path, task: str = "segmentation") -> Path:
+    path = root.parent / f"{task}.yaml"
+    path.write_text(RECIPE.replace("TASK", task).replace("ROOT", str(root)))
+    return path
+
+
+def make_options(root: Path, output: Path, task: str = "segmentation", **changes) -> ProbeOptions:
+    """As the command line would make them."""
+    values = {
+        "data": None, "protocol": None, "size": None, "overrides": [], "output": output, "features": None,
+        "sources": [], "checkpoints": [], "backbone": None, "backbone_weights": None, "seeds": 1, "device": "cpu",
+        "precision": "float32", "overwrite": False,
+    }  # fmt: skip
+    return probe_options(str(recipe_file(root, task)), **values | changes)
+
+
+def stored_levels(root: Path, name: str, folder: str) -> np.ndarray:
+    """Labels, or depth levels, of an image (H, W); void pixels are -1."""
+    values = np.asarray(Image.open(root / folder / Path(name).relative_to("images"))).astype(int)
+    return np.where(values == 255, -1, values) if folder == "labels" else values // 1000 - 1
+
+
+def one_hot(root: Path, folder: str, channels: int) -> Callable[[str], np.ndarray]:
+    """Features that are the answer: (C, H, W); nothing where there is no label."""
+    return lambda name: np.stack([stored_levels(root, name, folder) == level for level in range(channels)])
+
+
+def noise(channels: int, grid: tuple[int, int] = (12, 16)) -> Callable[[str], np.ndarray]:
+    """Features that know nothing of the image."""
+    return lambda name: np.random.default_rng(sum(name.encode())).normal(size=(channels, *grid))
+
+
+def write_features(
+    path: Path, root: Path, maps: Callable[[str], np.ndarray], names: Sequence[str] = NAMES, **said: object
+) -> Path:
+    """A feature file as `brixel extract --input ROOT` would write it."""
+    arrays = [maps(name).astype(np.float16) for name in names]
+    layout = Layout(tuple(array.shape[1:] for array in arrays), arrays[0].shape[0], "float16")
+    sizes = np.array([[HEIGHT, WIDTH]] * len(names), np.int32)
+    filled = {
+        "paths": text_array(names),
+        "reason": text_array([""] * len(names), 10),
+        "original_size": sizes,
+        "model_size": sizes,
+        "grid_size": np.array(layout.grids, np.int32),
+        "grid_row": layout.grid_rows,
+    }
+    description = {"source": "synthetic", "storage": "h5", "root": str(root), "fit": "short", **said}
+    create_store(path, len(names), layout.columns, description, filled, {"format": FORMAT})
+    store = Store(path, writable=True)
+    for row, array in enumerate(arrays):
+        grid = "x".join(map(str, array.shape[1:]))
+        store.put("features" if "features" in store else f"features/{grid}", int(layout.grid_rows[row]), array)
+        store.mark(row, 1)
+    return path
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def constant_head(head, weights: torch.Tensor) -> None:
+    """Set the last convolution of every branch."""
+    for branch in head.branches.values():
+        branch[-1].weight.data = weights[:, :, None, None]
+        branch[-1].bias.data.zero_()

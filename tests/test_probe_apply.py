@@ -1,0 +1,207 @@
+"""A saved head on new images: the whole way from photographs to masks, depth and normals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Listener, make_photograph
+from PIL import Image
+from probe_sets import CLASSES, make_options, make_set, noise, write_features
+
+from brixel_cli.core.prediction_pictures import class_colours
+from brixel_cli.engines.probe_apply import apply_head, encode_prediction
+from brixel_cli.engines.probing import plan_only, probe
+from brixel_cli.errors import BrixelError, UsageError, WeightsError
+from brixel_cli.probe_options import ApplyOptions
+
+FAST = ["protocol.steps=3", "protocol.points=64"]
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_set(tmp_path_factory.mktemp("apply") / "set")
+
+
+@pytest.fixture(scope="session")
+def probed(root: Path, tmp_path_factory: pytest.TempPathFactory, model) -> Path:
+    """Heads of backbone, student and teacher for segmentation, and of the student for depth and normals."""
+    folder = tmp_path_factory.mktemp("probed")
+    for task, sources in (("segmentation", []), ("depth_normals", ["student"])):
+        options = make_options(root, folder / task, task, sources=sources, checkpoints=[model[0]], overrides=FAST)
+        probe(options, Listener())
+    return folder
+
+
+def head(probed: Path, task: str = "segmentation", source: str = "student") -> Path:
+    return probed / task / "heads" / f"{source}_seed0.safetensors"
+
+
+@pytest.mark.parametrize("source", ["backbone", "student", "teacher"])
+def test_masks_of_the_probed_images_are_those_of_the_probe(
+    root: Path, probed: Path, tmp_path: Path, model, listener: Listener, source: str
+) -> None:
+    from brixel_cli.core.heads import load_head
+    from brixel_cli.engines.probe_evaluation import predict
+    from brixel_cli.engines.probe_features import open_maps
+
+    done = apply_head(
+        ApplyOptions(
+            head(probed, source=source), [str(root / "images/val")], tmp_path / "out", device="cpu", precision="float32"
+        ),
+        listener,
+    )
+    assert (done.num_images, done.num_written, done.failures) == (4, 4, {})
+    options = make_options(root, probed / "segmentation", checkpoints=[model[0]], overrides=FAST, sources=[source])
+    item = plan_only(options, listener).sources[0]
+    trained, _ = load_head(head(probed, source=source))
+    for number, name in enumerate(item.evaluate.labelled.names):
+        expected = predict(
+            trained, open_maps(item, item.evaluate), item.evaluate, number, (48, 64), torch.device("cpu")
+        )
+        mask = Image.open(tmp_path / "out" / "segmentation" / Path(name).name)
+        assert mask.mode == "P"
+        # Stored and fresh maps differ in the last bit of float16 at most: at a tie, a pixel may fall either way.
+        assert (np.asarray(mask) == expected["segmentation"].numpy()).mean() > 0.999
+        preview = Image.open(tmp_path / "out" / "segmentation_preview" / Path(name).name)
+        assert (preview.mode, preview.size) == ("RGB", (64, 48))
+
+
+def test_the_folder_says_what_its_numbers_are(root: Path, probed: Path, tmp_path: Path, listener: Listener) -> None:
+    done = apply_head(ApplyOptions(head(probed), [str(root / "images/val")], tmp_path / "out", device="cpu"), listener)
+    said = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert said["classes"] == list(CLASSES)
+    assert (said["label"], said["recipe"], said["size"]) == ("student", "mine", 32)
+    assert said["protocol"] == "quick (changed: points=64, steps=3)"
+    assert len(said["head_sha256"]) == 64
+    assert done.what == "segmentation by student, trained on mine"
+    assert all(path.exists() for path in done.files)
+
+
+def test_depth_and_normals_keep_names_and_sizes(probed: Path, tmp_path: Path, listener: Listener) -> None:
+    folder = tmp_path / "photos"
+    (folder / "trip").mkdir(parents=True)
+    make_photograph(folder / "trip" / "wide.jpg", 1, 130, 70)
+    make_photograph(folder / "tall.png", 2, 50, 90)
+    done = apply_head(ApplyOptions(head(probed, "depth_normals"), [str(folder)], device="cpu"), listener)
+    out = tmp_path / "photos_depth_normals"
+    assert done.output == out
+    depth = Image.open(out / "depth" / "trip" / "wide.png")
+    assert (depth.size, depth.mode) == ((130, 70), "I;16")
+    metres = np.asarray(depth) / 1000
+    assert metres.min() >= 1
+    assert metres.max() <= 4
+    normals = np.asarray(Image.open(out / "normals" / "tall.png")) / 127.5 - 1
+    assert normals.shape == (90, 50, 3)
+    np.testing.assert_allclose(np.linalg.norm(normals, axis=-1), 1, atol=0.02)
+    previews = {path.name for kind in ("depth", "normals") for path in (out / f"{kind}_preview").rglob("*.png")}
+    assert previews == {"wide.png", "tall.png"}
+    assert [note.split(":")[0] for note in done.notes] == ["depth", "normals"]
+
+
+def test_what_is_stored_is_exact() -> None:
+    image = Image.new("RGB", (2, 1))
+    mask, _ = encode_prediction("segmentation", image, torch.tensor([[2, 0]]))
+    assert np.asarray(mask).tolist() == [[2, 0]]
+    assert np.asarray(mask.convert("RGB"))[0, 0].tolist() == class_colours()[2].tolist()
+    depth, _ = encode_prediction("depth", image, torch.tensor([[1.2344, 70.0]]))
+    assert np.asarray(depth).tolist() == [[1234, 65535]]
+    normals, _ = encode_prediction("normals", image, torch.tensor([[[1.0, 0]], [[0.0, -1]], [[0.0, 0]]]))
+    assert np.asarray(normals).tolist() == [[[255, 128, 128], [128, 0, 128]]]
+
+
+def test_bad_images_are_listed_and_the_others_predicted(probed: Path, tmp_path: Path, listener: Listener) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    make_photograph(folder / "good.png", 1, 80, 60)
+    make_photograph(folder / "thin.png", 1, 900, 20)
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:-3000])
+    (folder / "text.jpg").write_text("text")
+    done = apply_head(ApplyOptions(head(probed), [str(folder)], tmp_path / "out", device="cpu"), listener)
+    assert done.num_written == 1
+    assert set(done.failures) == {"cut.png", "text.jpg", "thin.png"}
+    assert "not an image" in done.failures["text.jpg"]
+    assert "too elongated" in done.failures["thin.png"]
+    (folder / "good.png").unlink()
+    with pytest.raises(BrixelError, match=r"None of the 3 images found can be used\.\n  cut.png: .*\nName others with"):
+        apply_head(ApplyOptions(head(probed), [str(folder)], tmp_path / "out2", device="cpu"), listener)
+
+
+def test_predictions_of_two_heads_are_not_mixed(root: Path, probed: Path, tmp_path: Path, listener: Listener) -> None:
+    images = [str(root / "images/val")]
+    apply_head(ApplyOptions(head(probed), images, tmp_path / "out", device="cpu"), listener)
+    apply_head(ApplyOptions(head(probed), images, tmp_path / "out", device="cpu"), listener)  # the same one may
+    other = ApplyOptions(head(probed, source="teacher"), images, tmp_path / "out", device="cpu")
+    with pytest.raises(
+        UsageError, match=r"out holds predictions of another head\. Give --overwrite, or another folder"
+    ):
+        apply_head(other, listener)
+    apply_head(ApplyOptions(other.head, images, tmp_path / "out", device="cpu", overwrite=True), listener)
+
+
+def test_other_weights_are_refused(root: Path, probed: Path, tmp_path: Path, model, listener: Listener) -> None:
+    from brixel_cli.core.student import load_student, read_adapter, save_student
+
+    images = [str(root / "images/val")]
+    other = Path(shutil.copytree(model[0], tmp_path / "other"))
+    state = load_student(other).adapter.state_dict()
+    state["out.bias"] += 1
+    save_student(other / "student.safetensors", state, read_adapter(str(other)).card)
+    with pytest.raises(
+        WeightsError, match=r"The weights of the student are not those that .* Name them with --checkpoint"
+    ):
+        apply_head(ApplyOptions(head(probed), images, tmp_path / "out", checkpoint=str(other), device="cpu"), listener)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model[1])
+    weights["norm.bias"] += 1
+    save_file(weights, tmp_path / "vit.safetensors")
+    changed = ApplyOptions(
+        head(probed, source="teacher"),
+        images,
+        tmp_path / "out",
+        backbone_weights=str(tmp_path / "vit.safetensors"),
+        device="cpu",
+    )
+    with pytest.raises(
+        WeightsError, match=r"The weights of the backbone are not those .* Name them with --backbone-weights"
+    ):
+        apply_head(changed, listener)
+
+
+def test_a_head_on_features_from_elsewhere_cannot_be_applied(root: Path, tmp_path: Path, listener: Listener) -> None:
+    source = str(write_features(tmp_path / "noise.h5", root, noise(4)))
+    probe(make_options(root, tmp_path / "out", sources=[source], overrides=FAST), listener)
+    options = ApplyOptions(head(tmp_path, "out", "file_noise.h5"), [str(root / "images/val")], device="cpu")
+    with pytest.raises(BrixelError, match=r"was trained on the features of .*noise.h5, which brixel cannot compute"):
+        apply_head(options, listener)
+
+
+def test_a_head_on_an_extracted_file_is_applied_with_its_model(
+    root: Path, tmp_path: Path, model, listener: Listener
+) -> None:
+    from brixel_cli.engines.extraction import extract
+    from brixel_cli.extract_options import ExtractOptions
+
+    extract(
+        ExtractOptions(
+            [str(root / "images")],
+            res=32,
+            checkpoint=model[0],
+            output=tmp_path / "f.h5",
+            device="cpu",
+            precision="float32",
+        ),
+        listener,
+    )
+    probe(make_options(root, tmp_path / "out", sources=[str(tmp_path / "f.h5")], overrides=FAST), listener)
+    images = [str(root / "images/val")]
+    file = head(tmp_path, "out", "file_f.h5")
+    with pytest.raises(UsageError, match="was trained on a feature file of a student: name it with --checkpoint"):
+        apply_head(ApplyOptions(file, images, tmp_path / "masks", device="cpu"), listener)
+    done = apply_head(ApplyOptions(file, images, tmp_path / "masks", checkpoint=model[0], device="cpu"), listener)
+    assert done.num_written == 4
