@@ -72,9 +72,7 @@ footer { color: var(--faint); font-size: 0.85rem; margin-top: 1.5rem; }
 """
 
 
-def write_report(
-    results: Results | None, ablations: Ablations | None, pictures: Path, folder: Path, created: str
-) -> list[Path]:
+def write_report(results: Results | None, ablations: Ablations | None, pictures: Path, folder: Path) -> list[Path]:
     """Write report.html, report.md and the folder `figures` of the latter.
 
     Args:
@@ -82,7 +80,6 @@ def write_report(
         ablations: or None; one of both is there.
         pictures: folder that the paths of the results' pictures start from.
         folder: of the report; it is made.
-        created: date of the results, for the foot of the page.
 
     Returns:
         The two files.
@@ -95,18 +92,18 @@ def write_report(
     except OSError as error:
         raise UsageError(f"--report {folder} cannot be made: {error.strerror}. Name another folder.") from error
     report = make_report(results, ablations, pictures)
-    write_text(folder / HTML_NAME, html(report, created))
+    write_text(folder / HTML_NAME, html(report))
     for section in report.sections:
         for block in section.blocks:
             _write_figure(block, folder / FIGURES)
-    write_text(folder / MARKDOWN_NAME, markdown(report, created))
+    write_text(folder / MARKDOWN_NAME, markdown(report))
     return [folder / HTML_NAME, folder / MARKDOWN_NAME]
 
 
 # HTML
 
 
-def html(report: Report, created: str) -> str:
+def html(report: Report) -> str:
     """The whole page; every text in it is escaped, and nothing is fetched from elsewhere."""
     anchors = [_anchor(section.title) for section in report.sections]
     links = "".join(
@@ -135,7 +132,7 @@ def html(report: Report, created: str) -> str:
 {f'<dl class="highlights">{highlights}</dl>' if highlights else ""}
 <nav>{links}</nav>
 {sections}
-<footer>{escape(created)}</footer>
+<footer>{escape(report.created)}</footer>
 </main>
 </body>
 </html>
@@ -206,7 +203,7 @@ def _anchor(title: str) -> str:
 # Markdown
 
 
-def markdown(report: Report, created: str) -> str:
+def markdown(report: Report) -> str:
     """The same report; its figures are files in the folder `figures`."""
     lines = [f"# {_md(report.title)}", "", _md(report.lead), ""]
     lines += [f"- **{_md(figure)}** {_md(what)}" for figure, what in report.highlights]
@@ -214,7 +211,7 @@ def markdown(report: Report, created: str) -> str:
         lines += ["", f"## {_md(section.title)}"]
         for block in section.blocks:
             lines += ["", *_md_block(block)]
-    return "\n".join([*lines, "", _md(created), ""])
+    return "\n".join([*lines, "", _md(report.created), ""])
 
 
 def _md_block(block: Block) -> list[str]:
