@@ -53,13 +53,16 @@ figure img { width: 100%; height: auto; border-radius: 6px; display: block; back
 figcaption, caption, .note { color: var(--faint); font-size: 0.88rem; }
 figcaption { margin-top: 0.3rem; overflow-wrap: anywhere; }
 .photos { display: grid; gap: 1.2rem; }
+.tables { display: flex; flex-wrap: wrap; gap: 0.6rem 1.8rem; align-items: end; margin-bottom: 0.8rem; }
+.titled { min-width: min(26rem, 100%); max-width: 100%; } .titled > h3, .titled > ul { width: 0; min-width: 100%; }
 .table { overflow-x: auto; margin: 0.9rem 0 0.3rem; }
 table { border-collapse: collapse; font-size: 0.86rem; min-width: 100%; font-variant-numeric: tabular-nums; }
 table.facts { min-width: 0; }
-h3 { font-size: 0.98rem; margin: 1.5rem 0 0.2rem; font-weight: 600; overflow-wrap: anywhere; }
-th, td { padding: 0.34rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
+h3 { font-size: 0.98rem; margin: 0.9rem 0 0.2rem; font-weight: 600; overflow-wrap: anywhere; }
+th, td { padding: 0.34rem 0.48rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
 th { color: var(--faint); font-weight: 600; border-bottom-width: 2px; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
+  background: var(--card); }
 td.best { font-weight: 700; }
 table.facts td { white-space: normal; text-align: left; overflow-wrap: anywhere; }
 table.facts td:first-child { color: var(--faint); white-space: nowrap; }
@@ -140,11 +143,11 @@ def html(report: Report) -> str:
 
 
 def _html_blocks(blocks: Sequence[Block]) -> str:
-    """Blocks one after the other; neighbouring charts, and neighbouring pictures, share a grid."""
+    """Blocks one after the other; neighbouring charts share a grid, as do pictures and tables."""
     parts: list[str] = []
     grid = ""
     for block in blocks:
-        wanted = {Chart: "charts", Photo: "photos"}.get(type(block), "")
+        wanted = {Chart: "charts", Photo: "photos", Table: "tables"}.get(type(block), "")
         if wanted != grid:
             parts += ["</div>"] if grid else []
             parts += [f'<div class="{wanted}">'] if wanted else []
@@ -179,9 +182,9 @@ def _html_table(table: Table) -> str:
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
     return (
-        f'{title}<div class="table"><table{"" if has_head else " class=facts"}>'
+        f'<div class="titled">{title}<div class="table"><table{"" if has_head else " class=facts"}>'
         f"{f'<thead><tr>{head}</tr></thead>' if has_head else ''}<tbody>{rows}</tbody></table></div>"
-        f"{f'<ul class=notes>{notes}</ul>' if notes else ''}"
+        f"{f'<ul class=notes>{notes}</ul>' if notes else ''}</div>"
     )
 
 
