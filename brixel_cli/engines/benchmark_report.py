@@ -34,7 +34,7 @@ PAGE_STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 2.2rem 1.1rem 4rem; }
+main { max-width: 1260px; margin: 0 auto; padding: 2.2rem 1.1rem 4rem; }
 h1 { font-size: 1.1rem; margin: 0; color: var(--faint); font-weight: 600; letter-spacing: 0.02em; }
 h2 { font-size: 1.3rem; margin: 0 0 0.9rem; }
 .lead { font-size: 1.22rem; line-height: 1.5; margin: 0.7rem 0 1.4rem; max-width: 54rem; text-wrap: pretty; }
