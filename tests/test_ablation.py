@@ -223,20 +223,29 @@ def test_a_later_group_joins_those_that_are_there_unless_something_else_changed(
     assert list(run("optim.lr=2e-3", groups=(other,)).groups()) == ["other"]
 
 
-def test_equal_time_gives_a_faster_variant_more_steps_and_the_same_when_called_again(run, tmp_path: Path) -> None:
+def test_equal_time_gives_a_faster_variant_more_steps_and_the_same_when_called_again(
+    run, mine: Path, tmp_path: Path
+) -> None:
     run()  # measures the updates
     times = tmp_path / "out" / "ablations" / "update_seconds.json"
     stored = json.loads(times.read_text())
-    assert len(stored["seconds"]) == 3
-    stored["seconds"] = dict.fromkeys(stored["seconds"], 0.5)
-    stored["seconds"][list(stored["seconds"])[2]] = 0.25
+    assert len(stored["times"]) == 3
+    for number, time in enumerate(stored["times"].values()):
+        time["first"] = 0.25 if number == 2 else 0.5
     times.write_text(json.dumps(stored))
     done = run(seconds=2.0)
     assert [item.steps for item in done.variants] == [4, 4, 8]  # 2 s at 0.5, 0.5 and 0.25 s
-    assert [item.training_seconds for item in done.variants] == [2.0, 2.0, 2.0]
+    # A variant more: all are timed together anew, and those that were there keep their number of updates.
+    mine.write_text(MINE + "wide: {adapter.fusion.width: 32}\n")
+    more = run(seconds=2.0)
+    assert [item.steps for item in more.variants[:3]] == [4, 4, 8]
+    stored = json.loads(times.read_text())
+    assert {time["session"] for time in stored["times"].values()} == {1}
+    assert more.variants[0].update_seconds == stored["times"][next(iter(stored["times"]))]["latest"]
     # Times of another machine do not count.
     times.write_text(json.dumps({**stored, "where": ["abacus"]}))
-    assert run().variants[0].update_seconds != 0.5
+    run()
+    assert {time["session"] for time in json.loads(times.read_text())["times"].values()} == {0}
 
 
 def test_equal_time_needs_a_cache(tiny_recipe_file: Path, mine: Path, tmp_path: Path, listener) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from brixel_cli.benchmark_options import ABLATION_STEPS, AblationOptions
-from brixel_cli.engines.ablation_cost import Inference, UpdateTimes, measure_inference
+from brixel_cli.engines.ablation_cost import Inference, UpdateTime, UpdateTimes, measure_inference
 from brixel_cli.engines.ablation_results import FILE_NAME, TABLE_NAME, Ablations, Point, VariantResult, read_ablations
 from brixel_cli.engines.ablation_variants import Planned, Variant, find_groups
 from brixel_cli.engines.distillation import distill
@@ -58,11 +58,11 @@ def ablate(options: AblationOptions, reporter: Reporter) -> Ablations:
     recipes = [item.recipe for item in planned]
     runtime = Runtime(recipes[0].run)
     photographs = _find_photographs(recipes)
-    seconds = UpdateTimes(folder / RUNS / "update_seconds.json", runtime).measure(recipes, reporter)
+    times = UpdateTimes(folder / RUNS / "update_seconds.json", runtime).measure(recipes, reporter)
     inference = measure_inference(recipes, runtime, reporter)
-    recipes = [_with_steps(recipe, options, update) for recipe, update in zip(recipes, seconds, strict=True)]
+    recipes = [_with_steps(recipe, options, time.first) for recipe, time in zip(recipes, times, strict=True)]
     runs = _run_folders(folder / RUNS, [item.variant for item in planned], recipes, photographs)
-    rows = [_row(*facts, folder) for facts in zip(planned, recipes, runs, seconds, inference, strict=True)]
+    rows = [_row(*facts, folder) for facts in zip(planned, recipes, runs, times, inference, strict=True)]
     base = recipes[0]
     results = Ablations(
         commands=(options.command,),
@@ -195,7 +195,7 @@ def _train(recipe: Recipe, run: RunFolder, reporter: Reporter) -> str:
 
 
 def _row(
-    planned: Planned, recipe: Recipe, run: RunFolder, update_seconds: float, inference: Inference, results: Path
+    planned: Planned, recipe: Recipe, run: RunFolder, time: UpdateTime, inference: Inference, results: Path
 ) -> VariantResult:
     """What is known of a variant before its training."""
     assert recipe.optim.steps is not None
@@ -208,7 +208,7 @@ def _row(
         gflop=inference.gflop,
         latency=inference.latency,
         steps=recipe.optim.steps,
-        update_seconds=update_seconds,
+        update_seconds=time.latest,
         training_bytes=planned.counts.training_bytes,
     )
 
