@@ -42,7 +42,7 @@ nav { display: flex; flex-wrap: wrap; gap: 0.35rem 1.1rem; margin: 1.4rem 0; fon
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
 section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 1.3rem 1.3rem 1.1rem;
   margin: 1.1rem 0; }
-.highlights { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 0.8rem; margin: 0; }
+.highlights { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 0.8rem; margin: 0; }
 .highlights div { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 0.8rem 1rem; }
 .highlights dt { font-size: 1.55rem; font-weight: 650; line-height: 1.25; color: var(--accent); }
 .highlights dd { margin: 0; font-size: 0.86rem; line-height: 1.35; color: var(--faint); }

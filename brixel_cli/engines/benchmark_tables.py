@@ -105,11 +105,16 @@ def ablation_tables(ablations: Ablations, group: str) -> list[Table]:
             f"{group}: {ablations.recipe}, {equal} of {ablations.batch_size} images for each; {images}",
             ABLATION_FIDELITY,
             faithful,
-            [f"{item.name}: {described(item)}" for item in variants],
+            (),
             _best_cells(faithful, range(1, 5), higher=(2,)),
         ),
         Table("", GAP_COLUMNS, closed, (), _best_cells(closed, range(1, 5), higher=range(1, 5))),
-        Table(f"{group}: cost", ABLATION_COST, [_ablation_cost(item) for item in variants]),
+        Table(
+            f"{group}: cost",
+            ABLATION_COST,
+            [_ablation_cost(item) for item in variants],
+            [f"{item.name}: {described(item)}" for item in variants],
+        ),
     ]
     return [table for table in tables if table.rows]
 
@@ -160,7 +165,6 @@ def sizes_of(results: Results, model: Model) -> list[tuple[int, int]]:
 
 def _cost_cells(results: Results, row: Row) -> list[str]:
     ratios = results.ratios(row)
-    memory = "-" if row.peak_bytes is None else human_bytes(row.peak_bytes)
     return [
         row.label,
         human_size(row.input_size),
@@ -168,9 +172,16 @@ def _cost_cells(results: Results, row: Row) -> list[str]:
         human_count(row.frozen_parameters),
         human_count(row.adapter_parameters),
         "-" if row.gflop is None else f"{row.gflop:,.1f}",
-        f"{memory} c" if row.memory == "counted" else memory,
+        memory_text(row),
         *(_times(ratio) for ratio in (ratios.less_flop, ratios.less_memory)),
     ]
+
+
+def memory_text(row: Row) -> str:
+    """Peak memory for people; c marks what was counted."""
+    if row.peak_bytes is None:
+        return "-"
+    return human_bytes(row.peak_bytes) + (" c" if row.memory == "counted" else "")
 
 
 def _time_cells(results: Results, row: Row, latency: Latency) -> list[str]:
