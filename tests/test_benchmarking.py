@@ -312,7 +312,13 @@ def invoke(arguments: Sequence[str]) -> tuple[int, str, str]:
 def test_the_command_prints_the_table_and_names_its_files(run: Path, tmp_path: Path) -> None:
     code, out, err = invoke(["--compare-highres", "--checkpoint", str(run), "--seconds", "0.3", "--output", "out"])
     assert code == 0, err
-    for text in ("images/s", "teacher", "2 photographs of", "gap to the teacher closed", "closed formula by 0.00% at most"):
+    for text in (
+        "images/s",
+        "teacher",
+        "2 photographs of",
+        "gap to the teacher closed",
+        "closed formula by 0.00% at most",
+    ):
         assert text in out
     named = [Path(line.removeprefix("wrote ")) for line in out.splitlines() if line.startswith("wrote ")]
     assert [path.name for path in named[:2]] == ["results.json", "results.csv"]
