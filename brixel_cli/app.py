@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from brixel_cli import __version__
-from brixel_cli.benchmark_options import BenchmarkOptions
+from brixel_cli.benchmark_options import ABLATION_STEPS, AblationOptions, BenchmarkOptions
 from brixel_cli.console import error_boundary, print_version, set_quiet
 from brixel_cli.errors import UsageError
 from brixel_cli.extract_options import Device, ExtractOptions, Fit, Number, Precision, Source, Storage
@@ -79,6 +80,10 @@ BENCHMARK_EXAMPLES = """
   brixel benchmark --models vits,vitb,vitl,vithplus --budget 4GB --dry-run
 
   brixel benchmark --compare-highres --baseline bilateral.py:upsample
+
+  brixel benchmark --compare-highres --report out
+
+  brixel benchmark --ablate losses,adapter --recipe dinov2_vits --steps 300 --report out
 """
 
 
@@ -390,6 +395,34 @@ def benchmark(
             metavar="FILE.py:FUNCTION", help="A function from elsewhere as a row; can be repeated.", show_default=False
         ),
     ] = None,
+    ablate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GROUPS",
+            help="Train variants of a recipe instead: losses, spectral, residual, adapter, schedule, average, edge, "
+            "cosine, seed, or a YAML file of your own, by commas.",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="With --ablate: the base recipe. Default: dinov2_vits.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="With --ablate: override a value of the base recipe."),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help=f"With --ablate: updates of each variant. Default: {ABLATION_STEPS}.", show_default=False),
+    ] = None,
+    train_seconds: Annotated[
+        float | None,
+        typer.Option(help="With --ablate: instead of --steps, equal time of updates.", show_default=False),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write a report too, as HTML and Markdown, into DIR.", show_default=False),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of results and pictures.")] = Path("runs/benchmark"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure anew what was measured before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count only; run and write nothing.")] = False,
@@ -422,7 +455,22 @@ def benchmark(
             output=output,
             overwrite=overwrite,
         )
-        run_benchmark(options, None, dry_run, as_json)
+        only_with_ablate = {"--recipe": recipe, "--set": set_, "--steps": steps, "--train-seconds": train_seconds}
+        given = [name for name, value in only_with_ablate.items() if value is not None]
+        if ablate is None and given:
+            raise UsageError(f"{' and '.join(given)}: only with --ablate.")
+        if ablate is None:
+            run_benchmark(options, report, dry_run, as_json)
+            return
+        beside = replace(options, output=BenchmarkOptions.output)
+        if beside != BenchmarkOptions():
+            raise UsageError(f"--ablate trains variants and does without the options of {beside.command!r}: see --set.")
+        from brixel_cli.commands.ablation import run_ablation
+
+        ablation = AblationOptions(
+            ablate, recipe or AblationOptions.recipe, tuple(set_ or ()), steps, train_seconds, output
+        )
+        run_ablation(ablation, report, dry_run, as_json)
 
 
 def _batch_size(text: str) -> int | None:

@@ -6,11 +6,13 @@ import re
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from brixel_cli.errors import UsageError
 from brixel_cli.extract_options import Device, Precision
 
 MOST_SIZES = 5
+ABLATION_STEPS = 300
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -86,6 +88,64 @@ class BenchmarkOptions:
                 for item in value if isinstance(value, tuple) else (value,):
                     parts += [name, f"{item:g}" if isinstance(item, float) else str(item)]
         return shlex.join(parts)
+
+
+@dataclass(frozen=True)
+class AblationOptions:
+    """What `brixel benchmark --ablate` was told; checked at construction.
+
+    Attributes:
+        groups: names of built-in groups, or YAML files of variants, by commas.
+        recipe: the base recipe.
+        overrides: of the base recipe, as `--set` takes them.
+        steps: updates of each variant; None: 300, unless `train_seconds` is given.
+        train_seconds: of updates for each variant; as many as fit, by the time of one measured before.
+        output: folder of the results; the runs lie in its folder `ablations`.
+
+    Raises:
+        UsageError: a value is out of range, or two do not go together.
+    """
+
+    groups: str
+    recipe: str = "dinov2_vits"
+    overrides: tuple[str, ...] = ()
+    steps: int | None = None
+    train_seconds: float | None = None
+    output: Path = Path("runs/benchmark")
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise UsageError("--ablate names no group of variants.")
+        if self.steps is not None and self.train_seconds is not None:
+            raise UsageError("--steps and --train-seconds: give one of them.")
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"--steps must be at least 1, not {self.steps}.")
+        if self.train_seconds is not None and not self.train_seconds > 0:
+            raise UsageError(f"--train-seconds must be above 0, not {self.train_seconds:g}.")
+
+    @property
+    def names(self) -> list[str]:
+        """The groups, one by one."""
+        return [name.strip() for name in self.groups.split(",") if name.strip()]
+
+    @property
+    def equal(self) -> Literal["steps", "time"]:
+        """What all variants have in common."""
+        return "steps" if self.train_seconds is None else "time"
+
+    @property
+    def budget(self) -> float:
+        """Updates of each variant, or seconds of updates."""
+        return self.train_seconds or self.steps or ABLATION_STEPS
+
+    @property
+    def command(self) -> str:
+        """The command line that says the same."""
+        parts = ["brixel", "benchmark", "--ablate", self.groups, "--recipe", self.recipe]
+        for override in self.overrides:
+            parts += ["--set", override]
+        parts += ["--steps" if self.equal == "steps" else "--train-seconds", f"{self.budget:g}"]
+        return shlex.join([*parts, "--output", str(self.output)])
 
 
 def parse_bytes(text: str) -> int:

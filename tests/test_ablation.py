@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from brixel_cli.app import app
+from brixel_cli.benchmark_options import AblationOptions
 from brixel_cli.engines import ablation, ablation_cost
-from brixel_cli.engines.ablation import Budget, ablate
+from brixel_cli.engines.ablation import ablate
 from brixel_cli.engines.ablation_results import read_ablations
 from brixel_cli.engines.ablation_variants import GROUPS, find_groups
 from brixel_cli.engines.run_folder import RunFolder
@@ -52,11 +55,12 @@ def mine(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tiny_recipe_file: Path, mine: Path, tmp_path: Path, listener):
-    def call(*overrides: str, groups: tuple[str, ...] = (str(mine),), steps: int = 4, seconds: float = 0.0):
-        budget = Budget("time", seconds) if seconds else Budget("steps", steps)
-        return ablate(
-            groups, str(tiny_recipe_file), [*CACHED, *overrides], tmp_path / "out", listener, "brixel ...", budget
-        )
+    def call(*overrides: str, groups: tuple[Path, ...] = (mine,), steps: int | None = 4, seconds: float | None = None):
+        names = ",".join(str(group) for group in groups)
+        steps = None if seconds else steps
+        given = (*CACHED, *overrides)
+        options = AblationOptions(names, str(tiny_recipe_file), given, steps, seconds, tmp_path / "out")
+        return ablate(options, listener)
 
     return call
 
@@ -196,7 +200,7 @@ def test_other_steps_and_other_photographs_are_other_runs(run, mine: Path, tmp_p
 def test_groups_share_the_run_of_equal_variants(run, tmp_path: Path, mine: Path) -> None:
     other = mine.with_name("other.yaml")
     other.write_text("same: {}\nagain: {seed: 0}\nwide: {adapter.fusion.width: 32}\n")
-    done = run(groups=(str(mine), str(other)))
+    done = run(groups=(mine, other))
     # `again` equals `same` within its group, and is left out; `same` has the run of `base`.
     assert [item.name for item in done.variants] == ["base", "l1", "small", "same", "wide"]
     assert done.variants[3].folder == done.variants[0].folder
@@ -204,25 +208,50 @@ def test_groups_share_the_run_of_equal_variants(run, tmp_path: Path, mine: Path)
     assert list(done.groups()) == ["mine", "other"]
 
 
-def test_equal_time_gives_a_faster_variant_more_steps_and_the_same_when_called_again(run, tmp_path: Path) -> None:
+def test_a_later_group_joins_those_that_are_there_unless_something_else_changed(
+    run, mine: Path, tmp_path: Path
+) -> None:
+    other = mine.with_name("other.yaml")
+    for path in (mine, other):
+        path.write_text("base: {}\n")
+    run()
+    done = run(groups=(other,))
+    assert list(done.groups()) == ["mine", "other"]
+    assert read_ablations(tmp_path / "out") == done
+    assert list(run(groups=(other,), steps=2).groups()) == ["other"]
+    run()
+    assert list(run("optim.lr=2e-3", groups=(other,)).groups()) == ["other"]
+
+
+def test_equal_time_gives_a_faster_variant_more_steps_and_the_same_when_called_again(
+    run, mine: Path, tmp_path: Path
+) -> None:
     run()  # measures the updates
     times = tmp_path / "out" / "ablations" / "update_seconds.json"
     stored = json.loads(times.read_text())
-    assert len(stored["seconds"]) == 3
-    stored["seconds"] = dict.fromkeys(stored["seconds"], 0.5)
-    stored["seconds"][list(stored["seconds"])[2]] = 0.25
+    assert len(stored["times"]) == 3
+    for number, time in enumerate(stored["times"].values()):
+        time["first"] = 0.25 if number == 2 else 0.5
     times.write_text(json.dumps(stored))
     done = run(seconds=2.0)
     assert [item.steps for item in done.variants] == [4, 4, 8]  # 2 s at 0.5, 0.5 and 0.25 s
-    assert [item.training_seconds for item in done.variants] == [2.0, 2.0, 2.0]
+    # A variant more: all are timed together anew, and those that were there keep their number of updates.
+    mine.write_text(MINE + "wide: {adapter.fusion.width: 32}\n")
+    more = run(seconds=2.0)
+    assert [item.steps for item in more.variants[:3]] == [4, 4, 8]
+    stored = json.loads(times.read_text())
+    assert {time["session"] for time in stored["times"].values()} == {1}
+    assert more.variants[0].update_seconds == stored["times"][next(iter(stored["times"]))]["latest"]
     # Times of another machine do not count.
     times.write_text(json.dumps({**stored, "where": ["abacus"]}))
-    assert run().variants[0].update_seconds != 0.5
+    run()
+    assert {time["session"] for time in json.loads(times.read_text())["times"].values()} == {0}
 
 
 def test_equal_time_needs_a_cache(tiny_recipe_file: Path, mine: Path, tmp_path: Path, listener) -> None:
+    options = AblationOptions(str(mine), str(tiny_recipe_file), train_seconds=1.0, output=tmp_path / "out")
     with pytest.raises(UsageError, match=r"Equal training time is counted in updates from a cache.*cache\.enabled"):
-        ablate([str(mine)], str(tiny_recipe_file), [], tmp_path, listener, "brixel ...", Budget("time", 1.0))
+        ablate(options, listener)
 
 
 def test_a_variant_that_fails_does_not_end_the_others(run, mine: Path, listener, tmp_path: Path) -> None:
@@ -243,3 +272,53 @@ def test_faulty_variants_are_refused_before_anything_is_trained(run, mine: Path,
     ):
         run()
     assert not (tmp_path / "out").exists()
+
+
+# The command
+
+
+def test_the_command_lines_of_an_ablation_are_checked() -> None:
+    for options, message in (
+        ({"groups": " , "}, "--ablate names no group of variants"),
+        ({"groups": "losses", "steps": 3, "train_seconds": 3.0}, "--steps and --train-seconds: give one of them"),
+        ({"groups": "losses", "steps": 0}, "--steps must be at least 1, not 0"),
+        ({"groups": "losses", "train_seconds": 0.0}, "--train-seconds must be above 0, not 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            AblationOptions(**options)
+
+
+def test_the_command_trains_prints_and_reports(tiny_recipe_file: Path, mine: Path, tmp_path: Path) -> None:
+    mine.write_text("base: {}\n")
+    line = ["benchmark", "--ablate", str(mine), "--recipe", str(tiny_recipe_file), "--output", str(tmp_path / "out")]
+    line += ["--set", "cache.enabled=true", "--set", "views.kind=fixed"]
+    planned = CliRunner().invoke(app, [*line, "--dry-run"])
+    assert planned.exit_code == 0
+    assert "base: the recipe as it stands" in planned.stdout
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(app, [*line, "--steps", "2", "--report", str(tmp_path / "report"), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert "gap to the teacher closed" in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines() if "│" in line) <= 80
+    assert f"wrote {tmp_path / 'report' / 'report.html'}" in done.stdout
+    command = read_ablations(tmp_path / "out").commands[0]
+    assert command.startswith(f"brixel benchmark --ablate {mine} --recipe {tiny_recipe_file} --set cache.enabled=true")
+    assert command.endswith(f"--steps 2 --output {tmp_path / 'out'}")
+    assert command in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--steps", "3"], "--steps: only with --ablate."),
+        (["--recipe", "demo", "--set", "a=1"], "--recipe and --set: only with --ablate."),
+        (
+            ["--ablate", "losses", "--sizes", "112"],
+            "does without the options of 'brixel benchmark --sizes 112': see --set",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(line: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["benchmark", *line])
+    assert done.exit_code == 2
+    assert message in done.output

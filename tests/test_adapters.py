@@ -219,3 +219,19 @@ def test_adapters_take_what_a_real_backbone_gives() -> None:
     for kind in KINDS:
         adapter = build_adapter(backbone.embed_dim, 4, config_of(kind)).eval()
         assert adapter(images, backbone.intermediate_maps(images)).shape == (2, 64, 12, 20)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_gradients_the_map_is_the_same_and_the_inputs_are_left_alone(kind: str, bfloat16: bool) -> None:
+    # Without gradients the sum of difference and residual is made in place.
+    adapter = awake(build_adapter(64, 4, config_of(kind)))
+    images, maps = inputs_for(16, (2, 3), 2)
+    before = [map_.clone() for map_ in maps]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+        trained = adapter(images, maps)
+        with torch.no_grad():
+            deployed = adapter(images, maps)
+    assert deployed.dtype == trained.dtype == torch.float32
+    assert torch.equal(deployed, trained)
+    assert all(torch.equal(map_, old) for map_, old in zip(maps, before, strict=True))

@@ -167,7 +167,10 @@ def test_every_way_to_print_is_noticed(source: str) -> None:
     assert printing(source) != []
 
 
-@pytest.mark.parametrize("module", ["app", "recipe_files", "commands.distill", "commands.probe", "commands.benchmark"])
+@pytest.mark.parametrize(
+    "module",
+    ["app", "recipe_files", *(f"commands.{name}" for name in ("distill", "probe", "benchmark", "ablation"))],
+)
 def test_the_command_line_starts_without_the_heavy_libraries(module: str) -> None:
     heavy = {"torch", "timm", "h5py", "accelerate", "numpy", "torchmetrics", "matplotlib"}
     code = f"import sys, brixel_cli.{module}; print(sorted({heavy} & set(sys.modules)))"

@@ -7,151 +7,132 @@ that was interrupted goes on, and two groups that have a variant in common share
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from brixel_cli.engines.ablation_cost import Inference, UpdateTimes, measure_inference
-from brixel_cli.engines.ablation_results import FILE_NAME, TABLE_NAME, Ablations, Point, VariantResult
-from brixel_cli.engines.ablation_variants import Variant, find_groups
+from brixel_cli.benchmark_options import ABLATION_STEPS, AblationOptions
+from brixel_cli.engines.ablation_cost import Inference, UpdateTime, UpdateTimes, measure_inference
+from brixel_cli.engines.ablation_results import FILE_NAME, TABLE_NAME, Ablations, Point, VariantResult, read_ablations
+from brixel_cli.engines.ablation_variants import Planned, Variant, find_groups
 from brixel_cli.engines.distillation import distill
 from brixel_cli.engines.environment import describe_environment
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.run_folder import RunFolder, write_text
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.engines.setup import Photographs, find_photographs, resolve_paths
-from brixel_cli.engines.training_cost import TrainingCounts, count_training
+from brixel_cli.engines.training_cost import count_training
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.recipe import Recipe
 from brixel_cli.recipe_files import load_recipe
 
 RUNS = "ablations"
-STEPS = 300
 POINTS = 4
 """Validations in a run, the last at its end."""
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What all variants have in common: a number of updates, or seconds of updates."""
-
-    equal: Literal["steps", "time"] = "steps"
-    amount: float = STEPS
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A variant with its whole recipe and the folder of its run."""
-
-    group: str
-    variant: Variant
-    recipe: Recipe
-    folder: RunFolder
-
-
-def ablate(
-    groups: Sequence[str],
-    reference: str,
-    overrides: Sequence[str],
-    folder: Path,
-    reporter: Reporter,
-    command: str,
-    budget: Budget = Budget(),
-) -> Ablations:
+def ablate(options: AblationOptions, reporter: Reporter) -> Ablations:
     """Train every variant of some groups, one after the other, and write ablations.json and ablations.csv.
 
+    The same call again continues where it was stopped.
+
     Args:
-        groups: names of built-in groups, or YAML files of variants.
-        reference: the base recipe.
-        overrides: of the base recipe, as `--set` takes them.
-        folder: of the results; the runs lie in its folder `ablations`. The same call again continues.
+        options: which variants, of what, for how long.
         reporter: hears of stages, warnings and progress.
-        command: the line that the user gave.
-        budget: of each variant. With equal time, updates are as many as fit, by the time of one measured before.
 
     Returns:
-        What is also in the files, which are written anew after each variant.
+        What is also in the files, which are written anew after each variant: these groups, and before them others
+        that an earlier call with the same recipe, budget and photographs has left there.
 
     Raises:
         BrixelError: something the user can mend. A variant whose training fails does not end the others: its row
             says why.
     """
-    variants, recipes = _variants(groups, reference, overrides, folder)
+    folder = options.output
+    planned = plan_ablation(options)
+    recipes = [item.recipe for item in planned]
     runtime = Runtime(recipes[0].run)
-    _check(recipes, budget, runtime)
     photographs = _find_photographs(recipes)
-    counts = [count_training(recipe, runtime) for recipe in recipes]
-    seconds = UpdateTimes(folder / RUNS / "update_seconds.json", runtime).measure(recipes, reporter)
+    times = UpdateTimes(folder / RUNS / "update_seconds.json", runtime).measure(recipes, reporter)
     inference = measure_inference(recipes, runtime, reporter)
-
-    recipes = [_with_steps(recipe, budget, update) for recipe, update in zip(recipes, seconds, strict=True)]
-    runs = _run_folders(folder / RUNS, [variant for _, variant in variants], recipes, photographs)
-    experiments = [Experiment(*variant, *rest) for variant, *rest in zip(variants, recipes, runs, strict=True)]
-    rows = [_row(item, folder, *costs) for item, *costs in zip(experiments, counts, seconds, inference, strict=True)]
+    recipes = [_with_steps(recipe, options, time.first) for recipe, time in zip(recipes, times, strict=True)]
+    runs = _run_folders(folder / RUNS, [item.variant for item in planned], recipes, photographs)
+    rows = [_row(*facts, folder) for facts in zip(planned, recipes, runs, times, inference, strict=True)]
     base = recipes[0]
     results = Ablations(
-        command=command,
+        commands=(options.command,),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         recipe=base.name,
+        digest=_short(_recipe(options, Variant("base")).model_dump()),
         backbone=base.backbone.name,
         student_size=base.student_hw,
         teacher_size=base.views.teacher_hw,
         batch_size=base.optim.batch_size,
-        equal=budget.equal,
-        budget=budget.amount,
+        equal=options.equal,
+        budget=options.budget,
         environment=describe_environment(runtime),
         photographs=photographs[0].fingerprint,
         variants=tuple(rows),
     )
-    for number, item in enumerate(experiments):
-        failure = _train(item, f"{number + 1} of {len(experiments)}", reporter)
-        rows[number] = _with_fidelity(rows[number], item.folder, failure)
+    earlier = _earlier(folder)
+    for number, (recipe, run) in enumerate(zip(recipes, runs, strict=True)):
+        reporter.say(f"ablation {number + 1} of {len(rows)}: {rows[number].group}, {rows[number].name}")
+        rows[number] = _with_fidelity(rows[number], run, _train(recipe, run, reporter))
         results = dataclasses.replace(results, variants=tuple(rows))
-        write_text(folder / FILE_NAME, results.to_json())
-        write_text(folder / TABLE_NAME, results.to_csv())
-    return results
+        whole = results.joined(earlier) if earlier else results
+        write_text(folder / FILE_NAME, whole.to_json())
+        write_text(folder / TABLE_NAME, whole.to_csv())
+    return whole
 
 
-def _variants(
-    groups: Sequence[str], reference: str, overrides: Sequence[str], folder: Path
-) -> tuple[list[tuple[str, Variant]], list[Recipe]]:
-    """Variants with their groups, and their recipes; of equal ones in a group the first."""
-    variants: list[tuple[str, Variant]] = []
-    recipes: list[Recipe] = []
-    for group, found in find_groups(groups).items():
+def plan_ablation(options: AblationOptions) -> list[Planned]:
+    """Every variant with its recipe and what that costs; of equal ones in a group the first. Nothing is run.
+
+    Raises:
+        BrixelError: a variant is no valid recipe, or cannot be built.
+    """
+    found: list[tuple[str, Variant, Recipe]] = []
+    for group, variants in find_groups(options.names).items():
         seen: list[Recipe] = []
-        for variant in found:
-            recipe = _recipe(reference, overrides, variant, folder)
+        for variant in variants:
+            recipe = _recipe(options, variant)
             if recipe not in seen:
                 seen.append(recipe)
-                variants.append((group, variant))
-        recipes += seen
-    return variants, recipes
-
-
-def _recipe(reference: str, overrides: Sequence[str], variant: Variant, folder: Path) -> Recipe:
-    """The variant's recipe, but for the number of steps; where it has a cache, all share one."""
-    try:
-        recipe = load_recipe(reference, [*overrides, "optim.epochs=null", f"optim.steps={STEPS}", *variant.overrides])
-    except UsageError as error:
-        raise UsageError(f"Variant {variant.name}: {error}") from error
-    if recipe.cache.enabled and recipe.cache.directory is None:
-        cache = recipe.cache.model_copy(update={"directory": str(folder / RUNS / "cache")})
-        recipe = recipe.model_copy(update={"cache": cache})
-    return resolve_paths(recipe)
-
-
-def _check(recipes: Sequence[Recipe], budget: Budget, runtime: Runtime) -> None:
-    if runtime.world_size > 1:
-        raise UsageError("An ablation takes one process: leave torchrun out.")
-    if budget.equal == "time" and not all(recipe.cache.enabled for recipe in recipes):
+                found.append((group, variant, recipe))
+    if options.equal == "time" and not all(recipe.cache.enabled for _, _, recipe in found):
         raise UsageError(
             "Equal training time is counted in updates from a cache, and the recipe has none: "
             "--set cache.enabled=true with views.kind centre or fixed, or give --steps."
         )
+    runtime = Runtime(found[0][2].run)
+    if runtime.world_size > 1:
+        raise UsageError("An ablation takes one process: leave torchrun out.")
+    return [Planned(*item, count_training(item[2], runtime)) for item in found]
+
+
+def _earlier(folder: Path) -> Ablations | None:
+    """What is in the folder already, of this version."""
+    with suppress(BrixelError):
+        return read_ablations(folder)
+    return None
+
+
+def _recipe(options: AblationOptions, variant: Variant) -> Recipe:
+    """The variant's recipe, but for the number of steps; where it has a cache, all share one."""
+    length = ["optim.epochs=null", f"optim.steps={ABLATION_STEPS}"]
+    try:
+        recipe = load_recipe(options.recipe, [*options.overrides, *length, *variant.overrides])
+    except UsageError as error:
+        raise UsageError(f"Variant {variant.name}: {error}") from error
+    if recipe.cache.enabled and recipe.cache.directory is None:
+        cache = recipe.cache.model_copy(update={"directory": str(options.output / RUNS / "cache")})
+        recipe = recipe.model_copy(update={"cache": cache})
+    return resolve_paths(recipe)
 
 
 def _find_photographs(recipes: Sequence[Recipe]) -> list[Photographs]:
@@ -164,9 +145,9 @@ def _find_photographs(recipes: Sequence[Recipe]) -> list[Photographs]:
     return [found[recipe.data.model_dump_json() + recipe.views.model_dump_json()] for recipe in recipes]
 
 
-def _with_steps(recipe: Recipe, budget: Budget, update_seconds: float) -> Recipe:
+def _with_steps(recipe: Recipe, options: AblationOptions, update_seconds: float) -> Recipe:
     """The recipe with the updates that it has by the budget."""
-    steps = max(round(budget.amount if budget.equal == "steps" else budget.amount / update_seconds), 1)
+    steps = max(round(options.budget if options.equal == "steps" else options.budget / update_seconds), 1)
     every = math.ceil(steps / POINTS)
     run = {"validate_every": every, "checkpoint_every": every, "tensorboard": False}
     return recipe.model_copy(
@@ -192,41 +173,43 @@ def _run_folders(
 def _digest(recipe: Recipe, photographs: Photographs) -> str:
     """Of all that the result of a run depends on."""
     facts = recipe.model_dump(exclude={"run": True, "cache": {"directory"}})
-    text = json.dumps([facts, recipe.run.precision, recipe.run.device, photographs.fingerprint], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return _short([facts, recipe.run.precision, recipe.run.device, photographs.fingerprint])
 
 
-def _train(item: Experiment, place: str, reporter: Reporter) -> str:
+def _short(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _train(recipe: Recipe, run: RunFolder, reporter: Reporter) -> str:
     """Train a variant, or what is missing of it; returns why that failed, or nothing."""
-    if item.folder.results.exists():
+    if run.results.exists():
         return ""
-    reporter.say(f"ablation {place}: {item.group}, {item.variant.name}, in {item.folder.path}")
     try:
-        distill(item.recipe, item.folder, reporter, resume=item.folder.recipe.exists())
+        distill(recipe, run, reporter, resume=run.recipe.exists())
     except UsageError:
         raise
     except BrixelError as error:
-        reporter.warn(f"{item.variant.name}: {error}")
+        reporter.warn(f"{run.path.name}: {error}")
         return str(error).splitlines()[0]
     return ""
 
 
 def _row(
-    item: Experiment, results: Path, counts: TrainingCounts, update_seconds: float, inference: Inference
+    planned: Planned, recipe: Recipe, run: RunFolder, time: UpdateTime, inference: Inference, results: Path
 ) -> VariantResult:
     """What is known of a variant before its training."""
-    assert item.recipe.optim.steps is not None
+    assert recipe.optim.steps is not None
     return VariantResult(
-        group=item.group,
-        name=item.variant.name,
-        changes=dict(item.variant.changes),
-        folder=item.folder.path.relative_to(results).as_posix(),
-        num_parameters=counts.num_live,
+        group=planned.group,
+        name=planned.variant.name,
+        changes=dict(planned.variant.changes),
+        folder=run.path.relative_to(results).as_posix(),
+        num_parameters=planned.counts.num_live,
         gflop=inference.gflop,
         latency=inference.latency,
-        steps=item.recipe.optim.steps,
-        update_seconds=update_seconds,
-        training_bytes=counts.state_bytes + counts.batch_bytes + counts.adapter.peak_bytes,
+        steps=recipe.optim.steps,
+        update_seconds=time.latest,
+        training_bytes=planned.counts.training_bytes,
     )
 
 

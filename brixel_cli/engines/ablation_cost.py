@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,23 @@ class Inference:
     latency: Latency
 
 
+@dataclass(frozen=True)
+class UpdateTime:
+    """Seconds of an update.
+
+    Attributes:
+        first: as measured first, and kept: it decides how many updates equal time means.
+        latest: as measured last, together with all others of that session.
+        session: number of the measurement of `latest`.
+    """
+
+    first: float
+    latest: float
+    session: int
+
+
 class UpdateTimes:
-    """Seconds of an update by recipe, measured once and kept in a file: equal time then gives the same steps again.
+    """Seconds of an update by recipe, kept in a file.
 
     Args:
         path: of the file; times from another kind of device, or another torch, do not count.
@@ -52,34 +67,39 @@ class UpdateTimes:
         self.path, self.runtime = path, runtime
         threads = torch.get_num_threads() if runtime.device.type == "cpu" else 0
         self.where = [runtime.device.type, runtime.precision, threads, torch.__version__]
-        self.seconds: dict[str, float] = {}
+        self.times: dict[str, UpdateTime] = {}
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            self.seconds = stored["seconds"] if stored["where"] == self.where else {}
+            if stored["where"] == self.where:
+                self.times = {key: UpdateTime(**time) for key, time in stored["times"].items()}
         except (OSError, ValueError, KeyError, TypeError):
             return  # measured anew
 
-    def measure(self, recipes: Sequence[Recipe], reporter: Reporter) -> list[float]:
-        """Median seconds of an update of each recipe, on a batch in memory; those not known yet take turns."""
+    def measure(self, recipes: Sequence[Recipe], reporter: Reporter) -> list[UpdateTime]:
+        """Median time of an update of each recipe on a batch in memory, measured unless it was for all together."""
         keys = [_digest(_training_facts(recipe)) for recipe in recipes]
-        missing = {key: recipe for key, recipe in zip(keys, recipes, strict=True) if key not in self.seconds}
-        if missing:
-            batches: dict[str, tuple[Backbone, Batch]] = {}
-            updates = {}
-            for key, recipe in missing.items():
-                shape = _digest([recipe.backbone.name, recipe.student_hw, recipe.optim.images_per_pass()])
-                if shape not in batches:
-                    backbone = _random_backbone(recipe, self.runtime)
-                    batches[shape] = backbone, random_batch(recipe, backbone, self.runtime)
-                backbone, batch = batches[shape]
-                updates[key] = random_update(recipe, backbone, self.runtime, batch)
-            self.seconds |= self._take_turns(updates, reporter)
+        sessions = {self.times[key].session if key in self.times else -1 for key in keys}
+        if len(sessions) > 1 or -1 in sessions:
+            session = max((time.session for time in self.times.values()), default=-1) + 1
+            for key, latest in self._take_turns(dict(zip(keys, recipes, strict=True)), reporter).items():
+                first = self.times[key].first if key in self.times else latest
+                self.times[key] = UpdateTime(first, latest, session)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, to_json({"where": self.where, "seconds": self.seconds}, indent=2) + "\n")
-        return [self.seconds[key] for key in keys]
+            times = {key: asdict(time) for key, time in self.times.items()}
+            write_text(self.path, to_json({"where": self.where, "times": times}, indent=2) + "\n")
+        return [self.times[key] for key in keys]
 
-    def _take_turns(self, updates: Mapping[str, Callable[[], object]], reporter: Reporter) -> dict[str, float]:
-        """Median of some rounds, after a first one that only warms up."""
+    def _take_turns(self, recipes: Mapping[str, Recipe], reporter: Reporter) -> dict[str, float]:
+        """Median of some rounds, in each an update of every recipe, after a first round that only warms up."""
+        batches: dict[str, tuple[Backbone, Batch]] = {}
+        updates: dict[str, Callable[[], object]] = {}
+        for key, recipe in recipes.items():
+            shape = _digest([recipe.backbone.name, recipe.student_hw, recipe.optim.images_per_pass()])
+            if shape not in batches:
+                backbone = _random_backbone(recipe, self.runtime)
+                batches[shape] = backbone, random_batch(recipe, backbone, self.runtime)
+            backbone, batch = batches[shape]
+            updates[key] = random_update(recipe, backbone, self.runtime, batch)
         times: dict[str, list[float]] = {key: [] for key in updates}
         with reporter.bar("time updates", UPDATES + 1, unit="round") as bar:
             for _ in range(UPDATES + 1):

@@ -82,8 +82,9 @@ class Ablations:
     """All groups of one base recipe.
 
     Attributes:
-        command: the line that makes them again.
-        recipe, backbone: name of the base recipe, timm name.
+        commands: the lines that make them again.
+        created: date and time, ISO 8601, UTC.
+        recipe, digest, backbone: name of the base recipe, a digest of its contents, timm name.
         student_size, teacher_size: inputs (height, width) in pixels.
         batch_size: images in an update.
         equal: what all variants have in common: `steps` or `time`.
@@ -93,8 +94,10 @@ class Ablations:
         variants: by group, in the order in which they are printed.
     """
 
-    command: str
+    commands: tuple[str, ...]
+    created: str
     recipe: str
+    digest: str
     backbone: str
     student_size: tuple[int, int]
     teacher_size: tuple[int, int]
@@ -112,6 +115,15 @@ class Ablations:
         for variant in self.variants:
             found.setdefault(variant.group, []).append(variant)
         return found
+
+    def joined(self, earlier: Ablations) -> Ablations:
+        """With the groups of earlier ones that are not among these, if all else was the same; else these alone."""
+        facts = [dataclasses.replace(item, commands=(), created="", variants=()) for item in (self, earlier)]
+        if facts[0] != facts[1]:
+            return self
+        kept = tuple(item for item in earlier.variants if item.group not in self.groups())
+        commands = tuple(dict.fromkeys((*earlier.commands, *self.commands)))
+        return dataclasses.replace(self, commands=commands if kept else self.commands, variants=kept + self.variants)
 
     def to_json(self) -> str:
         """As ablations.json has it; nan becomes null."""

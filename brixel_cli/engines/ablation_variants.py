@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from brixel_cli.engines.training_cost import TrainingCounts
 from brixel_cli.errors import UsageError
+from brixel_cli.recipe import Recipe
 from brixel_cli.recipe_files import load_variants
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -32,6 +34,21 @@ class Variant:
     def overrides(self) -> list[str]:
         """As `load_recipe` takes them."""
         return [f"{key}={json.dumps(value)}" for key, value in self.changes.items()]
+
+    @property
+    def described(self) -> str:
+        """What it changes, for people."""
+        return ", ".join(self.overrides) or "the recipe as it stands"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A variant before its training: its whole recipe, but for the number of steps, and what that costs."""
+
+    group: str
+    variant: Variant
+    recipe: Recipe
+    counts: TrainingCounts
 
 
 def _terms(edge: bool = False, spectral: float = 0.0, cosine: bool = False) -> dict[str, Any]:

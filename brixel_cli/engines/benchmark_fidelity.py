@@ -1,4 +1,4 @@
-"""How faithful the rows of one model and size are to its teacher, photograph by photograph; the worst are drawn."""
+"""How faithful the rows of one model and size are to its teacher, photograph by photograph; some are drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from brixel_cli.engines.contenders import Contender
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError
 
-NUM_DRAWN = 4
 COSINE_PERCENTILE = 0.05
 MOST_LOCATIONS = 2**22
 """Cosines kept of one row for the percentile; beyond, every other one is dropped, then every fourth, and so on."""
@@ -102,7 +101,7 @@ def measure_fidelity(
 
 
 @torch.inference_mode()
-def draw_worst(
+def draw_examples(
     contenders: Sequence[Contender],
     views: Views,
     backbone: Backbone,
@@ -111,7 +110,7 @@ def draw_worst(
     model: str,
     size: tuple[int, int],
 ) -> list[Picture]:
-    """Draw the first few of `ranked` photographs: input, every row's map, the teacher's; one file each.
+    """Draw the two worst photographs, the median and the best: input, every row's map, the teacher's; one file each.
 
     Args:
         contenders: rows of one model and size.
@@ -126,12 +125,13 @@ def draw_worst(
     shown = [row for row in contenders if row.kind not in ("bilinear", "teacher")]
     pictures = []
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    for rank, image in enumerate(ranked[:NUM_DRAWN], start=1):
+    chosen = sorted({0, min(1, len(ranked) - 1), len(ranked) // 2, len(ranked) - 1})
+    for rank, image in ((place + 1, ranked[place]) for place in chosen):
         images, target = _images_and_target(views[0, numbers[image.name]].pixels, views, backbone)
         maps = [row.call(images)[0] for row in shown]
         tiles = [denormalise(images[0], backbone.mean, backbone.std), *pca_colours([*maps, target], reference=target)]
         titles = [f"input {size[0]}x{size[1]} px", *(row.label for row in shown), "teacher"]
-        path = folder / "pictures" / f"{model}_{size[0]}x{size[1]}_worst{rank}.png"
+        path = folder / "pictures" / f"{model}_{size[0]}x{size[1]}_rank{rank}.png"
         _save(panel(titles, [tiles]), path)
         pictures.append(Picture(model, size, image.name, rank, str(path.relative_to(folder))))
     return pictures

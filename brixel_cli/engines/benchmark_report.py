@@ -34,7 +34,7 @@ PAGE_STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 2.2rem 1.1rem 4rem; }
+main { max-width: 1260px; margin: 0 auto; padding: 2.2rem 1.1rem 4rem; }
 h1 { font-size: 1.1rem; margin: 0; color: var(--faint); font-weight: 600; letter-spacing: 0.02em; }
 h2 { font-size: 1.3rem; margin: 0 0 0.9rem; }
 .lead { font-size: 1.22rem; line-height: 1.5; margin: 0.7rem 0 1.4rem; max-width: 54rem; text-wrap: pretty; }
@@ -42,7 +42,7 @@ nav { display: flex; flex-wrap: wrap; gap: 0.35rem 1.1rem; margin: 1.4rem 0; fon
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
 section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 1.3rem 1.3rem 1.1rem;
   margin: 1.1rem 0; }
-.highlights { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 0.8rem; margin: 0; }
+.highlights { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 0.8rem; margin: 0; }
 .highlights div { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 0.8rem 1rem; }
 .highlights dt { font-size: 1.55rem; font-weight: 650; line-height: 1.25; color: var(--accent); }
 .highlights dd { margin: 0; font-size: 0.86rem; line-height: 1.35; color: var(--faint); }
@@ -53,13 +53,16 @@ figure img { width: 100%; height: auto; border-radius: 6px; display: block; back
 figcaption, caption, .note { color: var(--faint); font-size: 0.88rem; }
 figcaption { margin-top: 0.3rem; overflow-wrap: anywhere; }
 .photos { display: grid; gap: 1.2rem; }
+.tables { display: flex; flex-wrap: wrap; gap: 0.6rem 1.8rem; align-items: end; margin-bottom: 0.8rem; }
+.titled { min-width: min(26rem, 100%); max-width: 100%; } .titled > h3, .titled > ul { width: 0; min-width: 100%; }
 .table { overflow-x: auto; margin: 0.9rem 0 0.3rem; }
 table { border-collapse: collapse; font-size: 0.86rem; min-width: 100%; font-variant-numeric: tabular-nums; }
 table.facts { min-width: 0; }
-h3 { font-size: 0.98rem; margin: 1.5rem 0 0.2rem; font-weight: 600; overflow-wrap: anywhere; }
-th, td { padding: 0.34rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
+h3 { font-size: 0.98rem; margin: 0.9rem 0 0.2rem; font-weight: 600; overflow-wrap: anywhere; }
+th, td { padding: 0.34rem 0.48rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
 th { color: var(--faint); font-weight: 600; border-bottom-width: 2px; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
+  background: var(--card); }
 td.best { font-weight: 700; }
 table.facts td { white-space: normal; text-align: left; overflow-wrap: anywhere; }
 table.facts td:first-child { color: var(--faint); white-space: nowrap; }
@@ -72,9 +75,7 @@ footer { color: var(--faint); font-size: 0.85rem; margin-top: 1.5rem; }
 """
 
 
-def write_report(
-    results: Results | None, ablations: Ablations | None, pictures: Path, folder: Path, created: str
-) -> list[Path]:
+def write_report(results: Results | None, ablations: Ablations | None, pictures: Path, folder: Path) -> list[Path]:
     """Write report.html, report.md and the folder `figures` of the latter.
 
     Args:
@@ -82,7 +83,6 @@ def write_report(
         ablations: or None; one of both is there.
         pictures: folder that the paths of the results' pictures start from.
         folder: of the report; it is made.
-        created: date of the results, for the foot of the page.
 
     Returns:
         The two files.
@@ -95,18 +95,18 @@ def write_report(
     except OSError as error:
         raise UsageError(f"--report {folder} cannot be made: {error.strerror}. Name another folder.") from error
     report = make_report(results, ablations, pictures)
-    write_text(folder / HTML_NAME, html(report, created))
+    write_text(folder / HTML_NAME, html(report))
     for section in report.sections:
         for block in section.blocks:
             _write_figure(block, folder / FIGURES)
-    write_text(folder / MARKDOWN_NAME, markdown(report, created))
+    write_text(folder / MARKDOWN_NAME, markdown(report))
     return [folder / HTML_NAME, folder / MARKDOWN_NAME]
 
 
 # HTML
 
 
-def html(report: Report, created: str) -> str:
+def html(report: Report) -> str:
     """The whole page; every text in it is escaped, and nothing is fetched from elsewhere."""
     anchors = [_anchor(section.title) for section in report.sections]
     links = "".join(
@@ -135,7 +135,7 @@ def html(report: Report, created: str) -> str:
 {f'<dl class="highlights">{highlights}</dl>' if highlights else ""}
 <nav>{links}</nav>
 {sections}
-<footer>{escape(created)}</footer>
+<footer>{escape(report.created)}</footer>
 </main>
 </body>
 </html>
@@ -143,11 +143,11 @@ def html(report: Report, created: str) -> str:
 
 
 def _html_blocks(blocks: Sequence[Block]) -> str:
-    """Blocks one after the other; neighbouring charts, and neighbouring pictures, share a grid."""
+    """Blocks one after the other; neighbouring charts share a grid, as do pictures and tables."""
     parts: list[str] = []
     grid = ""
     for block in blocks:
-        wanted = {Chart: "charts", Photo: "photos"}.get(type(block), "")
+        wanted = {Chart: "charts", Photo: "photos", Table: "tables"}.get(type(block), "")
         if wanted != grid:
             parts += ["</div>"] if grid else []
             parts += [f'<div class="{wanted}">'] if wanted else []
@@ -182,9 +182,9 @@ def _html_table(table: Table) -> str:
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
     return (
-        f'{title}<div class="table"><table{"" if has_head else " class=facts"}>'
+        f'<div class="titled">{title}<div class="table"><table{"" if has_head else " class=facts"}>'
         f"{f'<thead><tr>{head}</tr></thead>' if has_head else ''}<tbody>{rows}</tbody></table></div>"
-        f"{f'<ul class=notes>{notes}</ul>' if notes else ''}"
+        f"{f'<ul class=notes>{notes}</ul>' if notes else ''}</div>"
     )
 
 
@@ -206,7 +206,7 @@ def _anchor(title: str) -> str:
 # Markdown
 
 
-def markdown(report: Report, created: str) -> str:
+def markdown(report: Report) -> str:
     """The same report; its figures are files in the folder `figures`."""
     lines = [f"# {_md(report.title)}", "", _md(report.lead), ""]
     lines += [f"- **{_md(figure)}** {_md(what)}" for figure, what in report.highlights]
@@ -214,7 +214,7 @@ def markdown(report: Report, created: str) -> str:
         lines += ["", f"## {_md(section.title)}"]
         for block in section.blocks:
             lines += ["", *_md_block(block)]
-    return "\n".join([*lines, "", _md(created), ""])
+    return "\n".join([*lines, "", _md(report.created), ""])
 
 
 def _md_block(block: Block) -> list[str]:

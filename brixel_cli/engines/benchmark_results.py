@@ -270,7 +270,7 @@ class Results:
         models: of which the rows speak.
         rows: by model, then size, in the order in which they are printed.
         budget: answers to --budget; empty where none was given.
-        pictures: of worst photographs; paths are relative to the folder of results.json.
+        pictures: of the worst, the median and the best photographs; paths are relative to the folder of results.json.
         notes: to be read with the table.
     """
 

@@ -17,7 +17,7 @@ from brixel_cli.core.backbone import check_size
 from brixel_cli.core.student import Student
 from brixel_cli.engines.baselines import Baseline, load_baseline
 from brixel_cli.engines.benchmark_counts import count_baselines, count_rows, largest_sizes
-from brixel_cli.engines.benchmark_fidelity import draw_worst, measure_fidelity
+from brixel_cli.engines.benchmark_fidelity import draw_examples, measure_fidelity
 from brixel_cli.engines.benchmark_models import Candidate, Photos, find_candidates, find_photos, load_or_randomise
 from brixel_cli.engines.benchmark_results import (
     FILE_NAME,
@@ -241,7 +241,7 @@ def _measure_size(
         found = measure_fidelity(compared, views, student.backbone, work.reporter, f"fidelity, {size[0]}x{size[1]} px")
         rows |= {label: replace(rows[label], fidelity=fidelity) for label, fidelity in found.items()}
         ranked = found["student" if "student" in found else "bilinear"].worst_images
-        work.pictures += draw_worst(compared, views, student.backbone, ranked, work.folder, candidate.name, size)
+        work.pictures += draw_examples(compared, views, student.backbone, ranked, work.folder, candidate.name, size)
     return [rows[contender.label] for contender in contenders]
 
 
@@ -258,8 +258,8 @@ def _left_out(
     if first.label in notes:
         return notes
     with torch.inference_mode():
-        first.call(images[first.label])
-        seconds = call_seconds(lambda: first.call(images[first.label]), work.runtime.device)
+        # The fastest of several: one slow call of a small model must not rule out a large one.
+        seconds = min(call_seconds(partial(first.call, images[first.label]), work.runtime.device) for _ in range(4))
     per_gflop = seconds / (counts[first.label].gflop or 1)
     for contender in contenders:
         estimate = per_gflop * (counts[contender.label].gflop or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -84,7 +85,8 @@ def bar_chart(title: str, bars: Sequence[Bar]) -> str:
         high = high if high > low else 1.0
         place = _scale(low, high, left, right)
         ticks = _ticks(low, high, 4)
-    parts, y, group = [], 30.0, ""
+    head, top = _title(title + (", log scale" if logarithmic else ""), width)
+    parts, y, group = [], top + 2, ""
     for bar in bars:
         if bar.group != group:
             group = bar.group
@@ -105,12 +107,10 @@ def bar_chart(title: str, bars: Sequence[Bar]) -> str:
         parts.append(f'<text x="{at + 6:.1f}" y="{y + 15:.0f}">{escape(bar.text)}</text>')
         y += step
     grid = "".join(
-        f'<path class="grid" d="M{place(tick):.1f} 28V{y:.0f}"/>'
+        f'<path class="grid" d="M{place(tick):.1f} {top:.0f}V{y:.0f}"/>'
         f'<text class="faint" x="{place(tick):.1f}" y="{y + 14:.0f}" text-anchor="middle">{_number(tick)}</text>'
         for tick in ticks
     )
-    note = ", log scale" if logarithmic else ""
-    head = f'<text class="title" x="0" y="15">{escape(title)}<tspan class="faint">{note}</tspan></text>'
     return _svg(title, width, y + 20, head + grid + "".join(parts))
 
 
@@ -135,13 +135,14 @@ def line_chart(
         joined: whether points are joined by lines; else they are marked only, and labelled where they are.
     """
     width, left, right = 372.0, 56.0, 364.0
-    legend, legend_height = _legend(lines, width) if joined else ("", 0.0)
-    top, bottom = 34.0 + legend_height, 232.0 + legend_height
+    head, top = _title(title, width)
+    legend, top = _legend(lines, width, top) if joined else ("", top + 4)
+    bottom = top + 200
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     place_x, x_ticks = _axis(xs, left + 8, right - 8, log_x)
     place_y, y_ticks = _axis(ys, bottom - 8, top + 8, log_y)
-    parts = [f'<text class="title" x="0" y="15">{escape(title)}</text>', legend]
+    parts = [head, legend]
     for tick in y_ticks:
         y = place_y(tick)
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
@@ -196,9 +197,16 @@ def _svg(title: str, width: float, height: float, body: str) -> str:
     )
 
 
-def _legend(lines: Sequence[Line], width: float) -> tuple[str, float]:
-    """Marks and labels in as many rows as they need; and their height."""
-    parts, x, y = [], 0.0, 34.0
+def _title(title: str, width: float) -> tuple[str, float]:
+    """The title in as many lines as it needs, and where what follows begins."""
+    lines = textwrap.wrap(title, int(width / (CHARACTER * 1.12)))
+    spans = "".join(f'<tspan x="0" y="{15 + 17 * number}">{escape(line)}</tspan>' for number, line in enumerate(lines))
+    return f'<text class="title">{spans}</text>', 11.0 + 17 * len(lines)
+
+
+def _legend(lines: Sequence[Line], width: float, top: float) -> tuple[str, float]:
+    """Marks and labels in as many rows as they need, and where what follows begins."""
+    parts, x, y = [], 0.0, top + 10
     for line in lines:
         needed = len(line.label) * CHARACTER + 26
         if x and x + needed > width:
@@ -206,7 +214,7 @@ def _legend(lines: Sequence[Line], width: float) -> tuple[str, float]:
         parts.append(f'<circle class="mark {line.style}" cx="{x + 6:.0f}" cy="{y - 4:.0f}" r="5"/>')
         parts.append(f'<text x="{x + 15:.0f}" y="{y:.0f}">{escape(line.label)}</text>')
         x += needed
-    return "".join(parts), y - 12
+    return "".join(parts), y + 12
 
 
 def _axis(

@@ -61,9 +61,11 @@ class Report:
         lead: the result in a sentence or two.
         highlights: the few figures that matter most, each with what it means.
         sections: all the rest; none is empty.
+        created: when the figures were taken.
     """
 
     title: str
     lead: str
     highlights: Sequence[tuple[str, str]]
     sections: Sequence[Section]
+    created: str

@@ -9,10 +9,10 @@ from dataclasses import replace
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.engines.ablation_results import VariantResult
 from brixel_cli.engines.benchmark_results import Curve, Fidelity, Kind, Model, Results, Row
-from brixel_cli.engines.benchmark_tables import rows_of, sizes_of
+from brixel_cli.engines.benchmark_tables import memory_text, rows_of, sizes_of
 from brixel_cli.engines.charts import NUM_SERIES, Bar, Line, bar_chart, line_chart
 from brixel_cli.engines.report_blocks import Chart
-from brixel_cli.formatting import human_bytes, human_seconds, human_size
+from brixel_cli.formatting import human_seconds, human_size
 
 TITLES = {"l1": "L1", "cosine": "Cosine", "edge": "Edge error", "spectral": "Spectral error"}
 BEST = {"l1": "best 0", "cosine": "best 1", "edge": "best 0", "spectral": "best 0"}
@@ -31,17 +31,17 @@ def cost_bars(results: Results) -> Iterator[Chart]:
     rows = [row for model in results.models for row in rows_of(results, model, main_size(results, model))]
     several = len(results.models) > 1
 
-    def bars(value: Callable[[Row], float | None], text: Callable[[float], str]) -> list[Bar]:
+    def bars(value: Callable[[Row], float | None], text: Callable[[Row], str]) -> list[Bar]:
         found = []
         for row in rows:
             amount = value(row)
-            if amount is not None and amount > 0:
+            if amount:
                 group = f"{row.model}, {human_size(row.size)} px" if several else ""
-                found.append(Bar(row.label, amount, text(amount), row.kind, group=group))
+                found.append(Bar(row.label, amount, text(row), row.kind, group=group))
         return found
 
     where = "" if several else f", {human_size(rows[0].size)} px"
-    times = bars(lambda row: row.seconds and row.seconds * 1e3, lambda value: human_seconds(value / 1e3))
+    times = bars(lambda row: row.seconds and row.seconds * 1e3, lambda row: human_seconds(row.seconds))
     latencies = [row.latency for row in rows if row.latency]
     times = [
         replace(bar, spread=(latency.low * 1e3, latency.high * 1e3))
@@ -49,15 +49,13 @@ def cost_bars(results: Results) -> Iterator[Chart]:
     ]
     if times:
         yield Chart("cost_time", bar_chart(f"Time of a call, ms{where}", times), "Median; whisker: 10 to 90 %.")
-    gflop = bars(lambda row: row.gflop, lambda value: f"{value:,.1f}")
+    gflop = bars(lambda row: row.gflop, lambda row: f"{row.gflop:,.1f}")
     if gflop:
         yield Chart("cost_gflop", bar_chart(f"Arithmetic of an image, GFLOP{where}", gflop), "A multiply-add is 2.")
-    memory = bars(lambda row: row.peak_bytes and row.peak_bytes / 2**20, lambda value: human_bytes(value * 2**20))
+    memory = bars(lambda row: row.peak_bytes and row.peak_bytes / 2**20, memory_text)
     if memory:
-        kinds = " and ".join(sorted({row.memory for row in rows if row.peak_bytes}))
-        yield Chart(
-            "cost_memory", bar_chart(f"Peak memory above weights, MiB{where}", memory), f"{kinds.capitalize()}."
-        )
+        chart = bar_chart(f"Peak memory above weights, MiB{where}", memory)
+        yield Chart("cost_memory", chart, "c: counted, not measured.")
 
 
 def cost_curves(results: Results) -> Iterator[Chart]:

@@ -12,9 +12,8 @@ from brixel_cli.engines.benchmark_tables import (
     Table,
     ablation_tables,
     budget_table,
-    cost_table,
-    fidelity_table,
-    notes,
+    cost_tables,
+    fidelity_tables,
     rows_of,
     sizes_of,
 )
@@ -56,12 +55,14 @@ def make_report(results: Results | None, ablations: Ablations | None, folder: Pa
     for item in (results, ablations):
         if item and item.environment not in environments:
             environments.append(item.environment)
+    commands = [*([results.command] if results else []), *(ablations.commands if ablations else [])]
     sections += [
         Section("Environment", [_environment_table(item) for item in environments]),
         Section("How it was measured", [Text(text) for text in _methods(results, ablations)]),
-        Section("Commands", [Commands(list(dict.fromkeys(item.command for item in (results, ablations) if item)))]),
+        Section("Commands", [Commands(commands)]),
     ]
-    return Report(title, lead, highlights, [section for section in sections if section.blocks])
+    created = "; ".join(dict.fromkeys(item.created for item in (results, ablations) if item))
+    return Report(title, lead, highlights, [section for section in sections if section.blocks], created)
 
 
 # The headline
@@ -124,11 +125,11 @@ def _cost(results: Results) -> Iterator[Block]:
     yield from cost_bars(results)
     for model in results.models:
         for size in sizes_of(results, model):
-            yield cost_table(results, model, size)
+            yield from cost_tables(results, model, size)
     budget = budget_table(results)
     if budget:
         yield budget
-    yield from (Text(note) for note in notes(results))
+    yield from (Text(note) for note in results.notes)
 
 
 # Fidelity
@@ -140,19 +141,19 @@ def _fidelity(results: Results) -> Iterator[Block]:
         yield from fidelity_curves(results, model, number)
         yield from by_photograph(results, model, number)
         for size in sizes_of(results, model):
-            table = fidelity_table(results, model, size)
-            if table:
-                yield replace(table, title=f"{model.name} at {human_size(size)} px: {table.title}")
+            for table in fidelity_tables(results, model, size):
+                yield replace(table, title=table.title and f"{model.name}: {table.title}")
 
 
 def _pictures(results: Results, folder: Path) -> Iterator[Block]:
     for number, picture in enumerate(results.pictures):
         path = folder / picture.path
         if path.is_file():
-            where = f"{picture.model}, {human_size(picture.size)} px"
-            yield Photo(
-                f"maps_{number}", path, f"{picture.image}: {where}; number {picture.rank} from the worst in cosine."
-            )
+            compared = [row for row in results.rows if (row.model, row.size) == (picture.model, picture.size)]
+            last = max(len(row.fidelity.images) for row in compared if row.fidelity)
+            place = {1: "the worst", last: "the best"}.get(picture.rank, f"number {picture.rank} from the worst")
+            where = f"{picture.model} at {human_size(picture.size)} px"
+            yield Photo(f"maps_{number}", path, f"{picture.image}: {place} of {last} photographs in cosine, {where}.")
 
 
 # Ablations

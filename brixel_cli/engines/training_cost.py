@@ -44,6 +44,11 @@ class TrainingCounts:
     embed_dim: int
     patch_size: int
 
+    @property
+    def training_bytes(self) -> int:
+        """The training's own memory: without the frozen weights and the teacher's working set."""
+        return self.state_bytes + self.batch_bytes + self.adapter.peak_bytes
+
 
 def count_training(recipe: Recipe, runtime: Runtime, reporter: Reporter | None = None) -> TrainingCounts:
     """Count the recipe's models and one pass of its training, without computing.

@@ -1,0 +1,59 @@
+"""`brixel benchmark --ablate`: options to engine, result to tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from brixel_cli.benchmark_options import AblationOptions
+from brixel_cli.commands.report import report_of
+from brixel_cli.console import Progress, print_files, print_json, print_table, say
+from brixel_cli.errors import BrixelError
+
+
+def run_ablation(options: AblationOptions, report: Path | None, dry_run: bool, as_json: bool) -> None:
+    """Carry out `brixel benchmark --ablate` with options as the user gave them; see `app.benchmark`.
+
+    Raises:
+        BrixelError: something the user can mend; also, at the end, that some variants failed.
+    """
+    # torch takes seconds to import: only now, when there is work for it.
+    from brixel_cli.engines.ablation import ablate
+    from brixel_cli.engines.ablation_results import FILE_NAME, TABLE_NAME
+    from brixel_cli.engines.benchmark_tables import ablation_tables
+
+    if dry_run:
+        _show_plan(options, as_json)
+        return
+    results = ablate(options, Progress())
+    files = [options.output / FILE_NAME, options.output / TABLE_NAME]
+    files += report_of(options.output, report) if report else []
+    if as_json:
+        print_json({**json.loads(results.to_json()), "files": [str(file) for file in files]})
+    else:
+        for group in results.groups():
+            for table in ablation_tables(results, group):
+                print_table(table.title, table.columns, table.rows, table.notes)
+        print_files([str(file) for file in files])
+    failed = [f"{item.name}: {item.failed}" for item in results.variants if item.failed]
+    if failed:
+        raise BrixelError("Variants that did not reach their end:\n  " + "\n  ".join(failed))
+
+
+def _show_plan(options: AblationOptions, as_json: bool) -> None:
+    from brixel_cli.engines.ablation import plan_ablation
+    from brixel_cli.engines.benchmark_tables import plan_table
+
+    planned = plan_ablation(options)
+    if as_json:
+        variants = [
+            {"group": item.group, "name": item.variant.name, "changes": item.variant.changes,
+             "parameters": item.counts.num_live, "training_bytes": item.counts.training_bytes}
+            for item in planned
+        ]  # fmt: skip
+        print_json({"variants": variants})
+    else:
+        for group in dict.fromkeys(item.group for item in planned):
+            table = plan_table(group, [item for item in planned if item.group == group])
+            print_table(table.title, table.columns, table.rows, table.notes)
+    say("dry run: nothing was trained or written")
