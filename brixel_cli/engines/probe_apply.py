@@ -99,9 +99,9 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     facts = dataclasses.replace(model_facts(extract, reporter), factor=_described(said)["factor"])
     output = options.output or default_output(options.inputs, f"_{said['recipe']['task']}")
     inputs = find_inputs(options.inputs, every=1, without=[output])
-    _begin(output, options, said)
     model = ExtractionModel(extract, facts, runtime, reporter, size_option="--size")
     _check_weights(options.head, _described(said), facts, model)
+    _begin(output, options, said)
     head.to(runtime.device)
     names = picture_names([item.name for item in inputs.items])
     failures: dict[str, str] = {}
@@ -223,7 +223,7 @@ def _loaded(
             fitting.student_size(item.height, item.width)
             image = inputs.load(item)
         except BrixelError as error:
-            return reason_of(error, item.path)
+            return reason_of(error, item.path).removesuffix("; --fit centre takes it")  # here nothing does
         shape = image.height, image.width
         fields = plan_fields(kind, [shape], side, facts.patch_size, stride=said["evaluate"]["stride"])
         return _Loaded(image, fields, [np.asarray(cut_image(image, field, enlarge)) for field in fields])
