@@ -29,7 +29,7 @@ class ConvBlock(nn.Module):
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """GELU of a tensor that nobody else needs: in place where there are no gradients, which lowers the peak of memory."""
+    """GELU of a tensor that nobody else needs: in place where there are no gradients, for a lower peak of memory."""
     activated: Tensor = F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
     return activated
 
