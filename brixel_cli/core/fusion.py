@@ -24,8 +24,14 @@ class ConvBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((channels, 1, 1), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        update: Tensor = self.project(F.gelu(self.expand(self.norm(self.depthwise(x)))))
+        update: Tensor = self.project(_gelu(self.expand(self.norm(self.depthwise(x)))))
         return x + self.scale * update
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU of a tensor that nobody else needs: in place where there are no gradients, for a lower peak of memory."""
+    activated: Tensor = F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+    return activated
 
 
 class FusionAdapter(Adapter):
