@@ -24,6 +24,10 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
+CHANNELS_AT_ONCE = 64
+"""Of the residual, where memory counts."""
+
+
 class Adapter(nn.Module):
     """Base of both adapters: the learned difference, plus the enlarged last backbone map.
 
@@ -58,9 +62,15 @@ class Adapter(nn.Module):
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
             maps = [map_.contiguous(memory_format=torch.channels_last) for map_ in maps]
-        difference, residual = self.difference(images, maps, middle, fine), self.residual(maps[-1], fine)
-        # Without gradients, the sum needs no third map of the output's size.
-        return difference + residual if torch.is_grad_enabled() else residual.add_(difference)
+        difference = self.difference(images, maps, middle, fine)
+        if torch.is_grad_enabled():
+            return difference + self.residual(maps[-1], fine)
+        # Without gradients, channel after channel: the residual never exists as a second map of the output's size.
+        for part, last_part in zip(
+            difference.split(CHANNELS_AT_ONCE, 1), maps[-1].split(CHANNELS_AT_ONCE, 1), strict=True
+        ):
+            part += self.residual(last_part, fine)
+        return difference
 
     def residual(self, last_map: Tensor, fine: tuple[int, int]) -> Tensor:
         """The last backbone map (B, D, h, w) on the output grid: what the student is without its learned part."""

@@ -78,5 +78,6 @@ class FusionAdapter(Adapter):
         del fine_image, middle_image  # without gradients, memory that the widest blocks can use
         for block in self.fine:
             x = self.run(block, x)
-        output: Tensor = self.out(self.out_norm(x))
+        x = self.out_norm(x)
+        output: Tensor = self.out(x)
         return output

@@ -20,6 +20,8 @@ from brixel_cli.engines.contenders import make_contenders
 from brixel_cli.errors import BrixelError
 
 PASSES = 5
+M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 
@@ -50,7 +52,9 @@ def peak_in_fresh_process(
 
     The process loads the model with random weights (what they are makes no difference to memory) and makes a first
     call. Before each of five further calls it gives free memory back to the system; the peak is the highest resident
-    size during the call minus that before it, and the median of the five is taken.
+    size during the call minus that before it, and the median of the five is taken. The C library is told to take every
+    tensor from the system and give it back at once, so that the figure is of what is in use, not of how its heap
+    happens to be cut up.
 
     Returns:
         The figures; None where the process was killed, as for want of memory.
@@ -70,6 +74,7 @@ def _measure(
     candidate: Candidate, size: tuple[int, int], label: str, batch_size: int, baselines: tuple[str, ...], threads: int
 ) -> PeakMemory:
     torch.set_num_threads(threads)
+    map_every_tensor()
     student = candidate.load("cpu")
     rows = make_contenders(student, size, True, [load_baseline(reference) for reference in baselines])
     row = next(row for row in rows if row.label == label)
@@ -99,6 +104,13 @@ def peak_on_gpu(call: Callable[[], object], device: torch.device) -> PeakMemory:
     call()
     torch.cuda.synchronize(device)
     return PeakMemory(torch.cuda.max_memory_allocated(device) - before, None)
+
+
+def map_every_tensor() -> None:
+    """Have memory of 64 KiB and more mapped from the system, and unmapped when it is freed, where the C library can."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_MMAP_THRESHOLD, 64 * 1024)
 
 
 def give_back() -> None:
