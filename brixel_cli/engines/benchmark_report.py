@@ -52,7 +52,8 @@ figure { margin: 0; } figure svg { width: 100%; max-width: 520px; height: auto; 
 figure img { width: 100%; height: auto; border-radius: 6px; display: block; background: #fff; }
 figcaption, caption, .note { color: var(--faint); font-size: 0.88rem; }
 figcaption { margin-top: 0.3rem; overflow-wrap: anywhere; }
-.photos { display: grid; gap: 1.2rem; }
+.photos { display: grid; gap: 1.2rem 1.6rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); }
 .tables { display: flex; flex-wrap: wrap; gap: 0.6rem 1.8rem; align-items: end; margin-bottom: 0.8rem; }
 .titled { min-width: min(26rem, 100%); max-width: 100%; } .titled > h3, .titled > ul { width: 0; min-width: 100%; }
 .table { overflow-x: auto; margin: 0.9rem 0 0.3rem; }

@@ -55,7 +55,8 @@ def cost_bars(results: Results) -> Iterator[Chart]:
     memory = bars(lambda row: row.peak_bytes and row.peak_bytes / 2**20, memory_text)
     if memory:
         chart = bar_chart(f"Peak memory above weights, MiB{where}", memory)
-        yield Chart("cost_memory", chart, "c: counted, not measured.")
+        counted = any(row.peak_bytes and row.memory == "counted" for row in rows)
+        yield Chart("cost_memory", chart, "c: counted, not measured." if counted else "Measured.")
 
 
 def cost_curves(results: Results) -> Iterator[Chart]:

@@ -146,14 +146,16 @@ def _fidelity(results: Results) -> Iterator[Block]:
 
 
 def _pictures(results: Results, folder: Path) -> Iterator[Block]:
-    for number, picture in enumerate(results.pictures):
-        path = folder / picture.path
-        if path.is_file():
-            compared = [row for row in results.rows if (row.model, row.size) == (picture.model, picture.size)]
-            last = max(len(row.fidelity.images) for row in compared if row.fidelity)
-            place = {1: "the worst", last: "the best"}.get(picture.rank, f"number {picture.rank} from the worst")
-            where = f"{picture.model} at {human_size(picture.size)} px"
-            yield Photo(f"maps_{number}", path, f"{picture.image}: {place} of {last} photographs in cosine, {where}.")
+    found = [(picture, folder / picture.path) for picture in results.pictures if (folder / picture.path).is_file()]
+    if found:
+        yield Text("Colours: the first three principal components of the teacher's map; equal colours, equal features.")
+    for number, (picture, path) in enumerate(found):
+        compared = [row for row in results.rows if (row.model, row.size) == (picture.model, picture.size)]
+        last = max(len(row.fidelity.images) for row in compared if row.fidelity)
+        places = {2: "the second worst", last // 2 + 1: "the median", last: "the best", 1: "the worst"}
+        place = places.get(picture.rank, f"number {picture.rank} from the worst")
+        where = f"{picture.model} at {human_size(picture.size)} px"
+        yield Photo(f"maps_{number}", path, f"{picture.image}: {place} of {last} photographs in cosine, {where}.")
 
 
 # Ablations
