@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from brixel_cli.app import app
 from brixel_cli.benchmark_options import AblationOptions
-from brixel_cli.engines import ablation, ablation_cost
-from brixel_cli.engines.ablation import ablate
-from brixel_cli.engines.ablation_results import read_ablations
-from brixel_cli.engines.ablation_variants import GROUPS, find_groups
-from brixel_cli.engines.run_folder import RunFolder
+from brixel_cli.engines.benchmarking import ablation, ablation_cost
+from brixel_cli.engines.benchmarking.ablation import ablate
+from brixel_cli.engines.benchmarking.ablation_results import read_ablations
+from brixel_cli.engines.benchmarking.ablation_variants import GROUPS, find_groups
+from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.recipe_files import load_recipe
 

@@ -12,8 +12,8 @@ from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.data.features import Store
 from brixel_cli.data.images import Photograph, scan_folder
 from brixel_cli.data.views import Views, reduce_view
-from brixel_cli.engines.batches import OnlineBatches, batch_keys
-from brixel_cli.engines.cache import open_cache
+from brixel_cli.engines.distilling.batches import OnlineBatches, batch_keys
+from brixel_cli.engines.distilling.cache import open_cache
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
 from brixel_cli.recipe import Recipe, ViewConfig

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from brixel_cli.engines.ablation_results import Ablations, Point, VariantResult
-from brixel_cli.engines.benchmark_report import write_report
-from brixel_cli.engines.benchmark_results import (
+from brixel_cli.engines.benchmarking.ablation_results import Ablations, Point, VariantResult
+from brixel_cli.engines.benchmarking.report import write_report
+from brixel_cli.engines.benchmarking.results import (
     BudgetRow,
     Environment,
     Fidelity,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from brixel_cli.engines.benchmark_results import (
+from brixel_cli.engines.benchmarking.results import (
     Environment,
     Fidelity,
     ImageFidelity,

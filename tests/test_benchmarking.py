@@ -18,14 +18,15 @@ from brixel_cli.app import app
 from brixel_cli.benchmark_options import BenchmarkOptions
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.weights import save_tensors
-from brixel_cli.engines import benchmark_counts, benchmarking
-from brixel_cli.engines.benchmark_counts import count_rows, largest_sizes
-from brixel_cli.engines.benchmark_models import find_candidates
-from brixel_cli.engines.benchmark_results import Results, Row, read_results
-from brixel_cli.engines.benchmarking import benchmark, count_only
-from brixel_cli.engines.distillation import distill
-from brixel_cli.engines.peak_memory import PeakMemory, can_measure, peak_in_fresh_process
-from brixel_cli.engines.run_folder import RunFolder
+from brixel_cli.engines.benchmarking import benchmarking
+from brixel_cli.engines.benchmarking import counts as benchmark_counts
+from brixel_cli.engines.benchmarking.benchmarking import benchmark, count_only
+from brixel_cli.engines.benchmarking.counts import count_rows, largest_sizes
+from brixel_cli.engines.benchmarking.models import find_candidates
+from brixel_cli.engines.benchmarking.peak_memory import PeakMemory, can_measure, peak_in_fresh_process
+from brixel_cli.engines.benchmarking.results import Results, Row, read_results
+from brixel_cli.engines.distilling.distillation import distill
+from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError, SizeError, UsageError
 from brixel_cli.recipe_files import load_recipe
 
@@ -224,7 +225,9 @@ def test_what_does_not_fit_into_memory_is_counted(
         available = 10_000
 
     monkeypatch.setattr(benchmarking.psutil, "virtual_memory", Memory)
-    monkeypatch.setattr("brixel_cli.engines.environment.psutil.virtual_memory", lambda: Memory, raising=False)
+    monkeypatch.setattr(
+        "brixel_cli.engines.benchmarking.environment.psutil.virtual_memory", lambda: Memory, raising=False
+    )
     monkeypatch.setattr(Memory, "total", 10_000, raising=False)
     results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run)), listener)
     for found in results.rows:

@@ -7,7 +7,16 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from brixel_cli.engines.charts import STYLE, Bar, Line, _log_ticks, _ticks, bar_chart, line_chart, standalone
+from brixel_cli.engines.benchmarking.charts import (
+    STYLE,
+    Bar,
+    Line,
+    _log_ticks,
+    _ticks,
+    bar_chart,
+    line_chart,
+    standalone,
+)
 
 
 def bars(*values: float) -> list[Bar]:

@@ -16,12 +16,12 @@ from PIL import Image
 
 from brixel_cli.core.student import load_student
 from brixel_cli.core.weights import load_tensors
-from brixel_cli.engines.batches import batch_keys
-from brixel_cli.engines.distillation import distill
-from brixel_cli.engines.run_folder import RunFolder
+from brixel_cli.engines.distilling.batches import batch_keys
+from brixel_cli.engines.distilling.distillation import distill
+from brixel_cli.engines.distilling.run_folder import RunFolder
+from brixel_cli.engines.distilling.setup import make_adapter
+from brixel_cli.engines.distilling.trainer import Trainer, learning_rate, num_steps
 from brixel_cli.engines.runtime import Runtime
-from brixel_cli.engines.setup import make_adapter
-from brixel_cli.engines.trainer import Trainer, learning_rate, num_steps
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.recipe import CacheConfig, OptimConfig, Recipe
 from brixel_cli.recipe_files import load_recipe
@@ -98,8 +98,8 @@ def test_the_same_recipe_gives_the_same_bits(tiny_recipe: Recipe, tmp_path: Path
 @pytest.mark.parametrize("kind", ["fusion", "deformable"])
 def test_gradients_reach_only_the_adapter(tiny_recipe_file: Path, kind: str, listener: Listener) -> None:
     from brixel_cli.core.backbone import load_backbone
-    from brixel_cli.engines.batches import OnlineBatches
-    from brixel_cli.engines.setup import find_photographs, make_views
+    from brixel_cli.engines.distilling.batches import OnlineBatches
+    from brixel_cli.engines.distilling.setup import find_photographs, make_views
 
     recipe = with_changes(tiny_recipe_file, f"adapter.kind={kind}", "adapter.deformable.drop_path=0.0")
     backbone = load_backbone("test_vit", "random")

@@ -16,7 +16,7 @@ from brixel_cli.errors import UsageError
 def test_a_graph_for_onnx_agrees(model, tmp_path: Path, extract_options, listener: Listener):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from brixel_cli.engines.exporting import export
+    from brixel_cli.engines.extracting.exporting import export
 
     done = export(extract_options(inputs=[]), tmp_path / "student.onnx", listener)
     assert done.path.stat().st_size > 1000
@@ -26,7 +26,7 @@ def test_a_graph_for_onnx_agrees(model, tmp_path: Path, extract_options, listene
 
 
 def test_an_export_tells_programs_what_was_checked(monkeypatch: pytest.MonkeyPatch):
-    from brixel_cli.engines import exporting
+    from brixel_cli.engines.extracting import exporting
 
     done = exporting.Exported(Path("x.onnx"), "batch", {(1, 64, 96): 0.25})
     monkeypatch.setattr(exporting, "export", lambda *_: done)
@@ -35,7 +35,7 @@ def test_an_export_tells_programs_what_was_checked(monkeypatch: pytest.MonkeyPat
 
 
 def test_missing_packages_of_the_export_are_named(extract_options, tmp_path: Path, listener: Listener, monkeypatch):
-    from brixel_cli.engines import exporting
+    from brixel_cli.engines.extracting import exporting
 
     monkeypatch.setattr(exporting, "PACKAGES", ("onnx_of_another_world",))
     with pytest.raises(UsageError, match=r"--export needs onnx_of_another_world: pip install 'brixel\[onnx\]'"):

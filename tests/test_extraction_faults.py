@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 import brixel_cli
 from brixel_cli.app import app
 from brixel_cli.core.student import load_student, save_student
-from brixel_cli.engines.extraction import extract
-from brixel_cli.engines.extraction_model import ExtractionModel
+from brixel_cli.engines.extracting.extraction import extract
+from brixel_cli.engines.extracting.model import ExtractionModel
 from brixel_cli.errors import BrixelError, UsageError
 
 

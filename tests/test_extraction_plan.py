@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from brixel_cli.engines.extraction_plan import newest_student
+from brixel_cli.engines.extracting.plan import newest_student
 
 
 def test_the_newest_run_is_the_student_where_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

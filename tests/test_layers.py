@@ -106,6 +106,29 @@ def test_imports_point_one_way(path: Path) -> None:
     assert forbidden == set(), f"{path.relative_to(PACKAGE)} must not import {sorted(forbidden)}"
 
 
+# What the engines of one command may import of those of others.
+ENGINES = {
+    "distilling": set(),
+    "extracting": {"distilling"},
+    "probing": {"distilling", "extracting"},
+    "benchmarking": {"distilling"},
+}
+
+
+@pytest.mark.parametrize("command", ENGINES)
+def test_engines_import_one_way(command: str) -> None:
+    folder = PACKAGE / "engines" / command
+    names = {name for path in folder.glob("*.py") for name in imported(path)}
+    found = {other for other in ENGINES for name in names if name.startswith(f"{PACKAGE.name}.engines.{other}")}
+    assert found - {command} == ENGINES[command]
+
+
+def test_engines_outside_the_packages_serve_all_of_them() -> None:
+    shared = {path.stem: imported(path) for path in (PACKAGE / "engines").glob("*.py")}
+    assert set(shared) == {"__init__", "latency", "reporting", "runtime"}
+    assert not any(f"{PACKAGE.name}.engines.{name}" in names for names in shared.values() for name in ENGINES)
+
+
 def test_the_layers_have_no_cycle() -> None:
     placed: set[str] = set()
     while len(placed) < len(BELOW):
@@ -117,7 +140,7 @@ def test_the_layers_have_no_cycle() -> None:
 def test_the_walk_finds_imports_of_every_kind() -> None:
     # The tests above would pass on an empty walk: here is what it has to find.
     assert {"console", "commands", ""} <= own_layers(PACKAGE / "app.py")  # one inside a function, one of the package
-    assert {"core", "data", "errors", "recipe"} <= own_layers(PACKAGE / "engines" / "distillation.py")
+    assert {"core", "data", "errors", "recipe"} <= own_layers(PACKAGE / "engines" / "distilling" / "distillation.py")
     assert "engines" in own_layers(PACKAGE / "commands" / "distill.py")  # inside a function
     assert own_layers(PACKAGE / "__init__.py") == {"core", "data"}
     assert own_layers(PACKAGE / "errors.py") == set()

@@ -14,8 +14,8 @@ from PIL import Image
 from probe_sets import CLASSES, make_options, make_set, noise, write_features
 
 from brixel_cli.core.prediction_pictures import class_colours
-from brixel_cli.engines.probe_apply import apply_head, encode_prediction
-from brixel_cli.engines.probing import plan_only, probe
+from brixel_cli.engines.probing.application import apply_head, encode_prediction
+from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 from brixel_cli.probe_options import ApplyOptions
 
@@ -46,8 +46,8 @@ def test_masks_of_the_probed_images_are_those_of_the_probe(
     root: Path, probed: Path, tmp_path: Path, model, listener: Listener, source: str
 ) -> None:
     from brixel_cli.core.heads import load_head
-    from brixel_cli.engines.probe_evaluation import predict
-    from brixel_cli.engines.probe_features import open_maps
+    from brixel_cli.engines.probing.evaluation import predict
+    from brixel_cli.engines.probing.features import open_maps
 
     done = apply_head(
         ApplyOptions(
@@ -186,7 +186,7 @@ def test_a_head_on_features_from_elsewhere_cannot_be_applied(root: Path, tmp_pat
 def test_a_head_on_an_extracted_file_is_applied_with_its_model(
     root: Path, tmp_path: Path, model, listener: Listener
 ) -> None:
-    from brixel_cli.engines.extraction import extract
+    from brixel_cli.engines.extracting.extraction import extract
     from brixel_cli.extract_options import ExtractOptions
 
     extract(

@@ -16,10 +16,10 @@ from brixel_cli.core.student import load_student
 from brixel_cli.data.features import Store
 from brixel_cli.data.fields_of_view import cut_image, cut_map, cut_target
 from brixel_cli.data.views import normalise
-from brixel_cli.engines import probe_features
-from brixel_cli.engines.extraction_model import ExtractionModel
-from brixel_cli.engines.probe_features import Targets, open_maps, prepare
-from brixel_cli.engines.probing import plan_only, probe
+from brixel_cli.engines.extracting.model import ExtractionModel
+from brixel_cli.engines.probing import features as probe_features
+from brixel_cli.engines.probing.features import Targets, open_maps, prepare
+from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.recipe import RunConfig

@@ -15,11 +15,12 @@ from probe_sets import CLASSES, NAMES, make_options, make_set, noise, one_hot, r
 
 from brixel_cli.core.heads import load_head
 from brixel_cli.core.weights import load_tensors
-from brixel_cli.engines import probe_training, probing
-from brixel_cli.engines.probe_evaluation import evaluate_head
-from brixel_cli.engines.probe_features import Targets, open_maps, prepare
-from brixel_cli.engines.probe_training import batches
-from brixel_cli.engines.probing import plan_only, probe, shares_of_gap, summarise
+from brixel_cli.engines.probing import probing
+from brixel_cli.engines.probing import training as probe_training
+from brixel_cli.engines.probing.evaluation import evaluate_head
+from brixel_cli.engines.probing.features import Targets, open_maps, prepare
+from brixel_cli.engines.probing.probing import plan_only, probe, shares_of_gap, summarise
+from brixel_cli.engines.probing.training import batches
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.probe_options import ProbeOptions
@@ -360,7 +361,7 @@ def test_stored_features_are_shared_by_probes(
 ) -> None:
     common = {"checkpoints": [model[0]], "features": tmp_path / "common"}
     probe(make_options(root, tmp_path / "a", overrides=FAST, **common), listener)
-    from brixel_cli.engines.probe_sources import ModelSource
+    from brixel_cli.engines.probing.sources import ModelSource
 
     monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("a model was loaded"))
     other = make_options(root, tmp_path / "b", overrides=[*FAST, "protocol.lr=0.1"], **common)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import Listener, make_photograph, with_changes
 
-from brixel_cli.engines.distillation import distill
-from brixel_cli.engines.run_folder import RunFolder
+from brixel_cli.engines.distilling.distillation import distill
+from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError, UsageError
 
 

@@ -18,9 +18,9 @@ def run_ablation(options: AblationOptions, report: Path | None, dry_run: bool, a
         BrixelError: something the user can mend; also, at the end, that some variants failed.
     """
     # torch takes seconds to import: only now, when there is work for it.
-    from brixel_cli.engines.ablation import ablate
-    from brixel_cli.engines.ablation_results import FILE_NAME, TABLE_NAME
-    from brixel_cli.engines.benchmark_tables import ablation_tables
+    from brixel_cli.engines.benchmarking.ablation import ablate
+    from brixel_cli.engines.benchmarking.ablation_results import FILE_NAME, TABLE_NAME
+    from brixel_cli.engines.benchmarking.tables import ablation_tables
 
     if dry_run:
         _show_plan(options, as_json)
@@ -41,8 +41,8 @@ def run_ablation(options: AblationOptions, report: Path | None, dry_run: bool, a
 
 
 def _show_plan(options: AblationOptions, as_json: bool) -> None:
-    from brixel_cli.engines.ablation import plan_ablation
-    from brixel_cli.engines.benchmark_tables import plan_table
+    from brixel_cli.engines.benchmarking.ablation import plan_ablation
+    from brixel_cli.engines.benchmarking.tables import plan_table
 
     planned = plan_ablation(options)
     if as_json:

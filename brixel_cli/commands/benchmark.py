@@ -11,7 +11,7 @@ from brixel_cli.commands.report import report_of
 from brixel_cli.console import Progress, print_files, print_json, print_notes, print_table, say
 
 if TYPE_CHECKING:
-    from brixel_cli.engines.benchmark_results import Results
+    from brixel_cli.engines.benchmarking.results import Results
 
 
 def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool, as_json: bool) -> None:
@@ -21,7 +21,7 @@ def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool,
         BrixelError: something the user can mend.
     """
     # torch takes seconds to import: only now, when there is work for it.
-    from brixel_cli.engines.benchmarking import benchmark, count_only
+    from brixel_cli.engines.benchmarking.benchmarking import benchmark, count_only
 
     files: list[Path] = []
     if dry_run:
@@ -39,7 +39,7 @@ def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool,
 
 
 def _show(results: Results) -> None:
-    from brixel_cli.engines.benchmark_tables import budget_table, cost_tables, fidelity_tables, sizes_of
+    from brixel_cli.engines.benchmarking.tables import budget_table, cost_tables, fidelity_tables, sizes_of
 
     for model in results.models:
         for size in sizes_of(results, model):

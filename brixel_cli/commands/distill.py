@@ -14,7 +14,7 @@ from brixel_cli.recipe import Recipe
 from brixel_cli.recipe_files import load_recipe
 
 if TYPE_CHECKING:
-    from brixel_cli.engines.planning import Plan
+    from brixel_cli.engines.distilling.planning import Plan
 
 TITLES = {"l1": "L1", "cosine": "cosine", "edge": "edge", "spectral": "spectral"}
 
@@ -37,14 +37,14 @@ def run_distill(
         raise UsageError("--resume continues a run and --overwrite begins it anew: give one of them.")
     recipe, folder = _recipe_and_folder(recipe_name, output, overrides, resume)
     if dry_run:
-        from brixel_cli.engines.planning import plan
+        from brixel_cli.engines.distilling.planning import plan
 
         _show_plan(plan(recipe, Progress()), recipe, as_json)
         return
 
     # torch takes seconds to import: only now, when there is work for it.
-    from brixel_cli.engines.distillation import distill
-    from brixel_cli.engines.run_folder import RunFolder
+    from brixel_cli.engines.distilling.distillation import distill
+    from brixel_cli.engines.distilling.run_folder import RunFolder
 
     done = distill(recipe, RunFolder(folder), Progress(), resume=resume, overwrite=overwrite)
     files = [str(path) for path in done.files]

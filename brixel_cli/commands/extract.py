@@ -12,8 +12,8 @@ from brixel_cli.extract_options import ExtractOptions
 from brixel_cli.formatting import human_bytes
 
 if TYPE_CHECKING:
-    from brixel_cli.engines.extraction import Extracted
-    from brixel_cli.engines.extraction_plan import ExtractPlan
+    from brixel_cli.engines.extracting.extraction import Extracted
+    from brixel_cli.engines.extracting.plan import ExtractPlan
 
 MOST_LISTED = 20
 
@@ -31,7 +31,7 @@ def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_
         return
 
     # torch takes seconds to import: only now, when there is work for it.
-    from brixel_cli.engines.extraction import extract, plan_only
+    from brixel_cli.engines.extracting.extraction import extract, plan_only
 
     if dry_run:
         plan = plan_only(options, Progress())
@@ -113,7 +113,7 @@ def _show_failures(failures: dict[str, str]) -> None:
 
 
 def _export(options: ExtractOptions, path: Path, as_json: bool) -> None:
-    from brixel_cli.engines.exporting import export
+    from brixel_cli.engines.extracting.exporting import export
 
     done = export(options, path, Progress())
     if as_json:

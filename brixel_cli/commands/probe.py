@@ -19,8 +19,8 @@ from brixel_cli.probe_recipe import ProbeRecipe
 from brixel_cli.recipe_files import load_recipe, shipped_recipes, with_overrides
 
 if TYPE_CHECKING:
-    from brixel_cli.engines.probe_plan import ProbePlan
-    from brixel_cli.engines.probing import Probed
+    from brixel_cli.engines.probing.plan import ProbePlan
+    from brixel_cli.engines.probing.probing import Probed
 
 MOST_LISTED = 20
 PREFIX = "protocol."
@@ -124,7 +124,7 @@ def run_probe(options: ProbeOptions, per_class: bool, dry_run: bool, as_json: bo
         BrixelError: something the user can mend.
     """
     # torch takes seconds to import: only now, when there is work for it.
-    from brixel_cli.engines.probing import plan_only, probe
+    from brixel_cli.engines.probing.probing import plan_only, probe
 
     if dry_run:
         _show_plan(plan_only(options, Progress()), as_json)
@@ -145,7 +145,7 @@ def run_apply(options: ApplyOptions, as_json: bool) -> None:
     Raises:
         BrixelError: something the user can mend; also, at the end, that some images failed.
     """
-    from brixel_cli.engines.probe_apply import apply_head
+    from brixel_cli.engines.probing.application import apply_head
 
     done = apply_head(options, Progress())
     if as_json:

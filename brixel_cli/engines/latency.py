@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from brixel_cli.engines.benchmark_results import Latency
+from brixel_cli.engines.benchmarking.results import Latency
 
 MIN_ROUNDS = 3
 MOST_ROUNDS = 200

@@ -77,8 +77,8 @@ def throughput(options: argparse.Namespace, scratch: Path) -> dict:
 
     from brixel_cli.console import Progress
     from brixel_cli.data.feature_file import FeatureFile
-    from brixel_cli.engines.extraction_model import ExtractionModel
-    from brixel_cli.engines.extraction_plan import model_facts
+    from brixel_cli.engines.extracting.model import ExtractionModel
+    from brixel_cli.engines.extracting.plan import model_facts
     from brixel_cli.engines.runtime import Runtime
     from brixel_cli.extract_options import ExtractOptions
     from brixel_cli.recipe import RunConfig

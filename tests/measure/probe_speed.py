@@ -23,11 +23,11 @@ from brixel_cli.console import Progress
 from brixel_cli.core.heads import build_head
 from brixel_cli.data.fields_of_view import cut_image
 from brixel_cli.data.images import load_image
-from brixel_cli.engines.pipeline import read_ahead
-from brixel_cli.engines.probe_features import Maps, Targets, num_workers, open_maps, prepare
-from brixel_cli.engines.probe_plan import ProbePlan, SourcePlan
-from brixel_cli.engines.probe_training import batch_loss, batches
-from brixel_cli.engines.probing import head_spec, plan_only
+from brixel_cli.engines.extracting.pipeline import read_ahead
+from brixel_cli.engines.probing.features import Maps, Targets, num_workers, open_maps, prepare
+from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
+from brixel_cli.engines.probing.probing import head_spec, plan_only
+from brixel_cli.engines.probing.training import batch_loss, batches
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.recipe import RunConfig
 

@@ -1,0 +1,149 @@
+"""How faithful the rows of one model and size are to its teacher, photograph by photograph; some are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from brixel_cli.core.backbone import Backbone
+from brixel_cli.core.metrics import FIDELITY, fidelity, share_of_gap_closed
+from brixel_cli.core.pictures import denormalise, panel, pca_colours
+from brixel_cli.data.views import Views, reduce_view
+from brixel_cli.engines.benchmarking.contenders import Contender
+from brixel_cli.engines.benchmarking.results import Fidelity, ImageFidelity, Picture
+from brixel_cli.engines.reporting import Reporter
+from brixel_cli.errors import BrixelError
+
+COSINE_PERCENTILE = 0.05
+MOST_LOCATIONS = 2**22
+"""Cosines kept of one row for the percentile; beyond, every other one is dropped, then every fourth, and so on."""
+
+
+@dataclass
+class _Measured:
+    """One row's figures as they come in."""
+
+    images: list[ImageFidelity] = field(default_factory=list)
+    cosines: list[Tensor] = field(default_factory=list)
+
+    def add(self, name: str, prediction: Tensor, target: Tensor) -> None:
+        """Take in one photograph's map (D, H, W)."""
+        values = fidelity(prediction, target)
+        cosine = F.cosine_similarity(prediction.float(), target.float(), dim=0).flatten().cpu()
+        low = torch.quantile(cosine, COSINE_PERCENTILE).item()
+        self.images.append(ImageFidelity(name, cosine_p5=low, **values))
+        self.cosines.append(cosine)
+
+    def result(self, baseline: dict[str, float]) -> Fidelity:
+        """Over all photographs, beside the bilinear map's means."""
+        means = self.means()
+        cosines = torch.cat(self.cosines)
+        cosines = cosines[:: len(cosines) // MOST_LOCATIONS + 1]
+        shares = share_of_gap_closed(baseline, means)
+        return Fidelity(
+            l1=means["l1"],
+            cosine=means["cosine"],
+            cosine_p5=torch.quantile(cosines, COSINE_PERCENTILE).item(),
+            cosine_worst=min(image.cosine for image in self.images),
+            edge=means["edge"],
+            spectral=means["spectral"],
+            gap_closed={name: None if share != share else share for name, share in shares.items()},
+            images=tuple(self.images),
+        )
+
+    def means(self) -> dict[str, float]:
+        """Over photographs, by metric."""
+        return {name: sum(getattr(image, name) for image in self.images) / len(self.images) for name in FIDELITY}
+
+
+@torch.inference_mode()
+def measure_fidelity(
+    contenders: Sequence[Contender], views: Views, backbone: Backbone, reporter: Reporter, title: str
+) -> dict[str, Fidelity]:
+    """Compare every row whose map has the teacher's grid with the teacher's map of the same photographs.
+
+    Args:
+        contenders: rows of one model and size; among them `bilinear`.
+        views: teacher views, one for each photograph; damaged photographs are left out, with a warning.
+        backbone: the teacher.
+        reporter: hears of progress.
+        title: of the progress bar.
+
+    Returns:
+        By label.
+
+    Raises:
+        BrixelError: none of the photographs can be read.
+    """
+    bilinear = next(row for row in contenders if row.kind == "bilinear")
+    compared = [row for row in contenders if row.kind != "teacher" and row.grid == bilinear.grid]
+    measured = {row.label: _Measured() for row in compared}
+    with reporter.bar(title, len(views), unit="image") as bar:
+        for number in range(len(views)):
+            bar.update(1)
+            view = views[0, number]
+            if view.skipped:
+                reporter.warn(f"left out: {view.skipped[0].name}: {view.skipped[0].reason}")
+                continue
+            images, target = _images_and_target(view.pixels, views, backbone)
+            for row in compared:
+                measured[row.label].add(view.name, row.call(images)[0], target)
+    if not measured["bilinear"].images:
+        raise BrixelError(f"None of the {len(views)} photographs for the fidelity can be read.")
+    baseline = measured["bilinear"].means()
+    return {label: row.result(baseline) for label, row in measured.items()}
+
+
+@torch.inference_mode()
+def draw_examples(
+    contenders: Sequence[Contender],
+    views: Views,
+    backbone: Backbone,
+    ranked: Sequence[ImageFidelity],
+    folder: Path,
+    model: str,
+    size: tuple[int, int],
+) -> list[Picture]:
+    """Draw the two worst photographs, the median and the best: input, every row's map, the teacher's; one file each.
+
+    Args:
+        contenders: rows of one model and size.
+        views: teacher views, one for each photograph.
+        backbone: the teacher.
+        ranked: photographs, worst first.
+        folder: of results.json; the pictures go into its folder `pictures`.
+        model: of the rows, for the file names.
+        size: of the rows, for the file names.
+    """
+    numbers = {photo.name: number for number, photo in enumerate(views.photographs)}
+    shown = [row for row in contenders if row.kind not in ("bilinear", "teacher")]
+    pictures = []
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    chosen = sorted({0, min(1, len(ranked) - 1), len(ranked) // 2, len(ranked) - 1})
+    for rank, image in ((place + 1, ranked[place]) for place in chosen):
+        images, target = _images_and_target(views[0, numbers[image.name]].pixels, views, backbone)
+        maps = [row.call(images)[0] for row in shown]
+        tiles = [denormalise(images[0], backbone.mean, backbone.std), *pca_colours([*maps, target], reference=target)]
+        titles = [f"input {size[0]}x{size[1]} px", *(row.label for row in shown), "teacher"]
+        path = folder / "pictures" / f"{model}_{size[0]}x{size[1]}_rank{rank}.png"
+        _save(panel(titles, [tiles]), path)
+        pictures.append(Picture(model, size, image.name, rank, str(path.relative_to(folder))))
+    return pictures
+
+
+def _images_and_target(pixels: Tensor, views: Views, backbone: Backbone) -> tuple[Tensor, Tensor]:
+    """The student's view (1, 3, S, S) and the teacher's map (D, H, W) of a teacher view (3, 4S, 4S)."""
+    large = pixels[None].to(next(backbone.parameters()).device)
+    return reduce_view(large, views.config.factor), backbone.last_map(large)[0]
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    picture.save(partial, format="PNG")
+    partial.replace(path)

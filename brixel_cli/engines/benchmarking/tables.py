@@ -1,0 +1,235 @@
+"""The tables of a benchmark, as the terminal and the report show them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from brixel_cli.core.metrics import FIDELITY
+from brixel_cli.engines.benchmarking.ablation_results import Ablations, VariantResult
+from brixel_cli.engines.benchmarking.ablation_variants import Planned, Variant
+from brixel_cli.engines.benchmarking.results import Fidelity, Latency, Model, Results, Row
+from brixel_cli.formatting import human_bytes, human_count, human_seconds, human_size
+
+COST_COLUMNS = ("row", "input", "grid", "frozen", "adapter", "GFLOP", "memory", "less FLOP", "less mem.")
+TIME_COLUMNS = ("row", "median", "10 %", "90 %", "images/s", "faster")
+FIDELITY_COLUMNS = ("row", "L1", "cosine", "5 %", "worst", "edge", "spectral")
+GAP_COLUMNS = ("gap to the teacher closed", "L1", "cosine", "edge", "spectral")
+ABLATION_FIDELITY = ("variant", "L1", "cosine", "edge", "spectral", "image")
+ABLATION_COST = ("variant", "adapter", "GFLOP", "image", "update", "updates", "memory")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        title: above it; may be empty.
+        columns: the first is text, the others are figures.
+        rows: of cells.
+        notes: below it.
+        best: (row, column) of the cells that are the best of their columns.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    best: frozenset[tuple[int, int]] = frozenset()
+
+
+def cost_tables(results: Results, model: Model, size: tuple[int, int]) -> list[Table]:
+    """What each row of a model costs at a size (height, width); its time where it was run."""
+    rows = rows_of(results, model, size)
+    weights = "random weights, on purpose: cost only" if model.weights == "random" else f"weights {model.weights}"
+    title = f"{model.name} at {human_size(size)} px: {model.backbone}, {weights}; adapter {model.adapter}, "
+    title += model.student or "untrained"
+    tables = [Table(title, COST_COLUMNS, [_cost_cells(results, row) for row in rows])]
+    timed = [_time_cells(results, row, row.latency) for row in rows if row.latency]
+    if timed:
+        environment, batch = results.environment, results.settings.batch_size
+        compiled = ", compiled" if results.settings.compiled else ""
+        where = f"{environment.processor} ({environment.device}, {environment.threads} threads)"
+        title = f"Time of a batch of {batch} on {where}, {environment.precision}{compiled}"
+        tables.append(Table(title, TIME_COLUMNS, timed))
+    return tables
+
+
+def fidelity_tables(results: Results, model: Model, size: tuple[int, int]) -> list[Table]:
+    """How close each row of a model comes to the teacher at a size (height, width); none where nothing was compared."""
+    compared = [(row, row.fidelity) for row in rows_of(results, model, size) if row.fidelity]
+    if not compared:
+        return []
+    title = f"Fidelity to the teacher at {human_size(size)} px: {model.num_images} photographs of {model.images}"
+    closed = [
+        [row.label, *_shares(fidelity.gap_closed, FIDELITY)] for row, fidelity in compared if row.kind != "bilinear"
+    ]
+    return [
+        Table(title, FIDELITY_COLUMNS, [_fidelity_cells(row.label, fidelity) for row, fidelity in compared]),
+        Table("", GAP_COLUMNS, closed),
+    ]
+
+
+def budget_table(results: Results) -> Table | None:
+    """The answer to --budget; None where none was given."""
+    if not results.budget:
+        return None
+    rows = [
+        [
+            f"{answer.model} {answer.label}{', largest' if answer.largest else ''}",
+            human_size(answer.size),
+            human_bytes(answer.total_bytes) + (" c" if answer.memory == "counted" else ""),
+            "yes" if answer.fits else "no",
+        ]
+        for answer in results.budget
+    ]
+    return Table(
+        f"Budget of {human_bytes(results.settings.budget_bytes or 0)}, weights and peak, without the libraries' own",
+        ("row", "student input", "needed", "fits"),
+        rows,
+        ["Largest: the largest square student input that fits, by the count (c)."],
+    )
+
+
+def ablation_tables(ablations: Ablations, group: str) -> list[Table]:
+    """The variants of a group: how faithful they came out, beside the bilinear backbone map, and what they cost."""
+    variants = ablations.groups()[group]
+    first = next((item for item in variants if item.bilinear), None)
+    equal = f"{ablations.budget:,.0f} updates" if ablations.equal == "steps" else human_seconds(ablations.budget)
+    images = f"{first.num_images} held-out photographs" if first else "nothing trained yet"
+    bilinear = [["bilinear", *_figures(first.bilinear), "-"]] if first else []
+    faithful = bilinear + [_ablation_fidelity(item) for item in variants]
+    closed = [[item.name, *_shares(item.gap_closed, FIDELITY)] for item in variants if item.gap_closed]
+    tables = [
+        Table(
+            f"{group}: {ablations.recipe}, {equal} of {ablations.batch_size} images for each; {images}",
+            ABLATION_FIDELITY,
+            faithful,
+            (),
+            _best_cells(faithful, range(1, 5), higher=(2,)),
+        ),
+        Table("", GAP_COLUMNS, closed, (), _best_cells(closed, range(1, 5), higher=range(1, 5))),
+        Table(
+            f"{group}: cost",
+            ABLATION_COST,
+            [_ablation_cost(item) for item in variants],
+            [f"{item.name}: {described(item)}" for item in variants],
+        ),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def _best_cells(
+    rows: Sequence[Sequence[str]], columns: Sequence[int], higher: Sequence[int]
+) -> frozenset[tuple[int, int]]:
+    """The best of some columns, the highest of `higher`; all of them where several are written alike."""
+    best = set()
+    for column in columns:
+        cells = {number: row[column].rstrip("%") for number, row in enumerate(rows)}
+        figures = {number: float(cell) for number, cell in cells.items() if cell not in ("-", "failed")}
+        if len(figures) > 1:
+            wanted = max(figures.values()) if column in higher else min(figures.values())
+            best |= {(number, column) for number, figure in figures.items() if figure == wanted}
+    return frozenset(best)
+
+
+def plan_table(group: str, planned: Sequence[Planned]) -> Table:
+    """What would be trained for a group."""
+    rows = [
+        [
+            item.variant.name,
+            human_count(item.counts.num_live),
+            f"{item.counts.adapter.flop * item.recipe.optim.accumulate / 1e9:,.1f}",
+            human_bytes(item.counts.training_bytes),
+        ]
+        for item in planned
+    ]
+    changes = [f"{item.variant.name}: {item.variant.described}" for item in planned]
+    return Table(group, ("variant", "adapter", "GFLOP an update", "memory"), rows, changes)
+
+
+def described(item: VariantResult) -> str:
+    """What a variant changes, and why it failed."""
+    return Variant(item.name, item.changes).described + (f"; failed: {item.failed}" if item.failed else "")
+
+
+def rows_of(results: Results, model: Model, size: tuple[int, int]) -> list[Row]:
+    """The rows of a model at a size."""
+    return [row for row in results.rows if (row.model, row.size) == (model.name, size)]
+
+
+def sizes_of(results: Results, model: Model) -> list[tuple[int, int]]:
+    """The sizes at which a model was looked at."""
+    return list(dict.fromkeys(row.size for row in results.rows if row.model == model.name))
+
+
+def _cost_cells(results: Results, row: Row) -> list[str]:
+    ratios = results.ratios(row)
+    return [
+        row.label,
+        human_size(row.input_size),
+        human_size(row.grid),
+        human_count(row.frozen_parameters),
+        human_count(row.adapter_parameters),
+        "-" if row.gflop is None else f"{row.gflop:,.1f}",
+        memory_text(row),
+        *(_times(ratio) for ratio in (ratios.less_flop, ratios.less_memory)),
+    ]
+
+
+def memory_text(row: Row) -> str:
+    """Peak memory for people; c marks what was counted."""
+    if row.peak_bytes is None:
+        return "-"
+    return human_bytes(row.peak_bytes) + (" c" if row.memory == "counted" else "")
+
+
+def _time_cells(results: Results, row: Row, latency: Latency) -> list[str]:
+    per_second = results.images_per_second(row)
+    compiled = latency.compile_seconds
+    return [
+        row.label if compiled is None else f"{row.label} (compiled in {compiled:.1f} s)",
+        *(human_seconds(value) for value in (latency.median, latency.low, latency.high)),
+        "-" if per_second is None else f"{per_second:,.2f}",
+        _times(results.ratios(row).faster),
+    ]
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:,.1f}x"
+
+
+def _fidelity_cells(label: str, fidelity: Fidelity) -> list[str]:
+    names = ("l1", "cosine", "cosine_p5", "cosine_worst", "edge", "spectral")
+    return [label, *(f"{getattr(fidelity, name):.4f}" for name in names)]
+
+
+def _ablation_fidelity(item: VariantResult) -> list[str]:
+    empty = ["failed" if item.failed else "-", *["-"] * (len(FIDELITY) - 1)]
+    return [
+        item.name,
+        *(_figures(item.fidelity) if item.fidelity else empty),
+        human_seconds(item.latency.median),
+    ]
+
+
+def _ablation_cost(item: VariantResult) -> list[str]:
+    return [
+        item.name,
+        human_count(item.num_parameters),
+        f"{item.gflop:,.1f}",
+        human_seconds(item.latency.median),
+        human_seconds(item.update_seconds),
+        f"{item.steps:,}",
+        human_bytes(item.training_bytes),
+    ]
+
+
+def _figures(fidelity: Mapping[str, float | None]) -> list[str]:
+    values = [fidelity.get(name) for name in FIDELITY]
+    return ["-" if value is None else f"{value:.4f}" for value in values]
+
+
+def _shares(shares: Mapping[str, float | None], names: Sequence[str]) -> list[str]:
+    values = [shares.get(name) for name in names]
+    return ["-" if value is None else f"{value:.1%}" for value in values]

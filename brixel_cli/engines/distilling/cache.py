@@ -1,0 +1,197 @@
+"""A cache of training batches: teacher and backbone run once for each fixed view, and their maps are stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brixel_cli.core.backbone import Backbone
+from brixel_cli.data.features import Column, Store, bytes_needed, create_store
+from brixel_cli.data.images import Skipped, load_image
+from brixel_cli.data.views import Views
+from brixel_cli.engines.distilling.batches import Batch, Key, OnlineBatches
+from brixel_cli.engines.reporting import Reporter
+from brixel_cli.engines.runtime import Runtime
+from brixel_cli.errors import BrixelError
+from brixel_cli.formatting import human_bytes
+from brixel_cli.recipe import Recipe
+
+CACHE_FORMAT = 3
+CACHE_BATCH = 8
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Where each view's arrays are in a cache: a dataset of each kind for each size of view.
+
+    Attributes:
+        sizes: of every row's teacher input (height, width).
+        factor, patch_size, embed_dim: of student and backbone.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    factor: int
+    patch_size: int
+    embed_dim: int
+
+    @cached_property
+    def places(self) -> list[int]:
+        """Each row's place in the datasets of its size."""
+        counts: Counter[tuple[int, int]] = Counter()
+        places = []
+        for size in self.sizes:
+            places.append(counts[size])
+            counts[size] += 1
+        return places
+
+    def dataset(self, kind: str, row: int) -> str:
+        """Name of the dataset of a kind that a row is in."""
+        return _dataset(kind, self.sizes[row])
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """Every dataset; `photograph` is the one that each view was really cut from."""
+        columns = {"photograph": Column((), "int32")}
+        for (height, width), count in Counter(self.sizes).items():
+            fine = self.factor * self.patch_size
+            h, w = height // fine, width // fine
+            shapes: dict[str, tuple[int, ...]] = {
+                "images": (3, height // self.factor, width // self.factor),
+                "maps": (4, self.embed_dim, h, w),
+                "targets": (self.embed_dim, self.factor * h, self.factor * w),
+            }
+            for kind, shape in shapes.items():
+                columns[_dataset(kind, (height, width))] = Column(shape, "float16", count)
+        return columns
+
+
+def _dataset(kind: str, size: tuple[int, int]) -> str:
+    return f"{kind}/{size[0]}x{size[1]}"
+
+
+def cache_layout(parts: Sequence[Views], backbone: Backbone) -> CacheLayout:
+    """The layout of a cache of these views, part after part."""
+    sizes = [
+        views.config.teacher_sizes[views.size_number(0, number)] for views in parts for number in range(len(views))
+    ]
+    return CacheLayout(tuple(sizes), parts[0].config.factor, backbone.patch_size, backbone.embed_dim)
+
+
+class CachedBatches:
+    """Reads batches from a cache file, in which view number n is row `first_row + n`."""
+
+    def __init__(self, store: Store, layout: CacheLayout, views: Views, first_row: int, device: torch.device):
+        self.store, self.layout, self.views, self.first_row, self.device = store, layout, views, first_row, device
+        self.skipped: list[Skipped] = []
+        for number in range(0, len(views), views.config.per_image):
+            wanted = views.photograph(number)
+            if self._used(number) != wanted.name:
+                self.skipped.append(Skipped(wanted.name, _damage(wanted.path)))
+
+    def _used(self, number: int) -> str:
+        """The photograph that a view was cut from: another than the wanted one where that was damaged."""
+        return self.views.photographs[int(self.store.read("photograph", [self.first_row + number])[0])].name
+
+    def iterate(self, keys: Iterable[Sequence[Key]]) -> Iterator[Batch]:
+        """One batch for each list of keys, in order."""
+        for batch in keys:
+            rows = [self.first_row + number for _, number in batch]
+            maps = self._tensor("maps", rows)
+            sources = [(self._used(number), self.views.photograph(number).name) for _, number in batch]
+            yield Batch(
+                images=self._tensor("images", rows),
+                maps=list(maps.unbind(1)),
+                targets=self._tensor("targets", rows),
+                names=[used for used, _ in sources],
+                replaced=[used != wanted for used, wanted in sources],
+            )
+
+    def _tensor(self, kind: str, rows: list[int]) -> Tensor:
+        places = [self.layout.places[row] for row in rows]
+        return torch.from_numpy(self.store.read(self.layout.dataset(kind, rows[0]), places)).to(self.device).float()
+
+
+def open_cache(
+    recipe: Recipe, run_folder: Path, backbone: Backbone, parts: Sequence[Views], runtime: Runtime, reporter: Reporter
+) -> list[CachedBatches]:
+    """Fill the cache of these views, or what is missing of it, and open it; one source for each part.
+
+    The file is named by a fingerprint of all that its numbers depend on, so that a cache is never read by mistake.
+    An interrupted filling goes on where it stopped; several processes fill disjoint rows.
+
+    Raises:
+        BrixelError: it does not fit on the disk.
+    """
+    description = {
+        "format": CACHE_FORMAT,
+        "backbone": [backbone.name, backbone.sha256, str(backbone.dtype)],
+        "precision": runtime.precision,
+        "views": recipe.views.model_dump(),
+        "seed": recipe.seed,
+        "photographs": [
+            [str(p.path.resolve()), p.path.stat().st_size, p.path.stat().st_mtime_ns]
+            for v in parts
+            for p in v.photographs
+        ],
+        "parts": [len(views) for views in parts],
+    }
+    fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    folder = Path(recipe.cache.directory) if recipe.cache.directory else run_folder / "cache"
+    path = folder / f"{fingerprint[:16]}.h5"
+    num_rows = sum(len(views) for views in parts)
+    layout = cache_layout(parts, backbone)
+    if runtime.is_first and not path.exists():
+        needed = human_bytes(bytes_needed(num_rows, layout.columns))
+        reporter.say(f"cache: {num_rows} views need {needed} on disk, at {path}")
+        others = [file for file in folder.glob("*.h5") if file != path] if folder.is_dir() else []
+        if others:
+            taken = human_bytes(sum(file.stat().st_size for file in others))
+            reporter.say(f"cache: {len(others)} other files in {folder} take {taken}; delete those no longer needed")
+        create_store(path, num_rows, layout.columns, description)
+    runtime.wait()
+    store = Store(path, writable=True)
+    starts = [sum(len(views) for views in parts[:number]) for number in range(len(parts))]
+    missing = {int(row) for row in store.missing}
+    runtime.wait()  # every process has read the same list before the first row is filled
+    with reporter.bar("cache", num_rows, num_rows - len(missing), "view") as bar:
+        for views, first_row in zip(parts, starts, strict=True):
+            rows = [row for row in range(first_row, first_row + len(views)) if row in missing]
+            at_once = min(CACHE_BATCH, recipe.optim.images_per_pass(runtime.world_size))
+            chunks = _chunks(rows[runtime.rank :: runtime.world_size], layout, at_once)
+            numbers = {photograph.name: number for number, photograph in enumerate(views.photographs)}
+            online = OnlineBatches(views, backbone, runtime, recipe.run.workers)
+            batches = online.iterate([(0, row - first_row) for row in chunk] for chunk in chunks)
+            for chunk, batch in zip(chunks, batches, strict=True):
+                tensors = {"images": batch.images, "maps": torch.stack(batch.maps, dim=1), "targets": batch.targets}
+                for place, row in enumerate(chunk):
+                    for kind, tensor in tensors.items():
+                        store.put(layout.dataset(kind, row), layout.places[row], tensor[place].half().cpu().numpy())
+                    store.write(row, {"photograph": np.array(numbers[batch.names[place]], np.int32)})
+                bar.update(len(chunk) * runtime.world_size)
+    runtime.wait()
+    return [CachedBatches(store, layout, views, row, runtime.device) for views, row in zip(parts, starts, strict=True)]
+
+
+def _chunks(rows: Sequence[int], layout: CacheLayout, at_once: int) -> list[list[int]]:
+    """Rows in batches of one size."""
+    of_size: dict[tuple[int, int], list[int]] = {}
+    for row in rows:
+        of_size.setdefault(layout.sizes[row], []).append(row)
+    return [same[at : at + at_once] for same in of_size.values() for at in range(0, len(same), at_once)]
+
+
+def _damage(path: Path) -> str:
+    try:
+        load_image(path)
+    except BrixelError as error:
+        return str(error).removesuffix(f": {path}")
+    return "could not be read when the cache was filled"

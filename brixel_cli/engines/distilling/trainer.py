@@ -1,0 +1,152 @@
+"""What is trained and how: the adapter, its optimiser and average, one update at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from brixel_cli.core.adapter import Adapter
+from brixel_cli.core.losses import Basis, DistillationLoss
+from brixel_cli.data.views import seed_of
+from brixel_cli.engines.distilling.batches import Batch
+from brixel_cli.engines.runtime import Runtime
+from brixel_cli.recipe import OptimConfig, Recipe
+
+
+def num_steps(optim: OptimConfig, num_views: int) -> int:
+    """Updates in the whole run."""
+    if optim.steps is not None:
+        return optim.steps
+    assert optim.epochs is not None
+    return max(round(optim.epochs * num_views / optim.batch_size), 1)
+
+
+def learning_rate(optim: OptimConfig, step: int, total: int, steps_per_epoch: float) -> float:
+    """Learning rate of update number `step` (0-based) of `total`."""
+    if optim.schedule == "two_step":
+        return optim.first_epoch_lr if step < steps_per_epoch else optim.lr
+    warmup = min(optim.warmup_steps, total // 10)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def averaged(adapter: Adapter, decay: float) -> AveragedModel:
+    """A moving average of an adapter's weights; the decay rises from 0.1 so that early steps do not linger."""
+
+    def update(average: Any, current: Any, count: Any) -> None:
+        torch._foreach_lerp_(average, current, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+    return AveragedModel(adapter, multi_avg_fn=torch.no_grad()(update))
+
+
+class Trainer:
+    """Adapter, optimiser and average of a run, and all that a checkpoint holds of them."""
+
+    def __init__(self, recipe: Recipe, adapter: Adapter, runtime: Runtime):
+        self.recipe, self.runtime, self.adapter = recipe, runtime, adapter.to(runtime.device)
+        if runtime.world_size > 1 and runtime.device.type == "cuda":
+            self.adapter = nn.SyncBatchNorm.convert_sync_batchnorm(self.adapter)
+        self.model: nn.Module = runtime.accelerator.prepare(self.adapter)
+        self.optimizer = torch.optim.AdamW(
+            self.adapter.parameters(), lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay, fused=True
+        )
+        self.average = averaged(self.adapter, recipe.optim.average) if recipe.optim.average else None
+        self.loss = DistillationLoss(recipe.loss, mean_over_processes=runtime.mean)
+        self.step = 0
+        self.refused_in_a_row = 0
+        self.best: dict[str, Any] | None = None
+        self.damaged: dict[str, str] = {}
+
+    @property
+    def deployed(self) -> Adapter:
+        """The adapter that is validated and saved: the average, where there is one."""
+        module: Adapter = self.average.module if self.average else self.adapter  # type: ignore[assignment]
+        return module
+
+    def update(self, passes: Iterator[Batch], lr: float) -> tuple[dict[str, float], list[str]]:
+        """One update; refused where its loss or gradient is not finite.
+
+        Returns:
+            The loss, its terms and the gradient's norm, averaged over passes and processes, and the photographs' names.
+        """
+        accumulate = self.recipe.optim.accumulate
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.train()
+        sums: dict[str, Tensor] = {}
+        names: list[str] = []
+        for part in range(accumulate):
+            batch = next(passes)
+            names += batch.names
+            seed = seed_of(self.recipe.seed, self.step, part, self.runtime.rank)
+            torch.manual_seed(seed)
+            # Gradients travel between processes once, with the last pass.
+            accelerator = self.runtime.accelerator
+            with accelerator.no_sync(self.model) if part < accumulate - 1 else nullcontext():
+                with self.runtime.autocast():
+                    prediction = self.model(batch.images, batch.maps)
+                parts = self.loss(prediction, batch.targets, seed)
+                accelerator.backward(parts.total / accumulate)
+            for name, value in {"loss": parts.total.detach(), **parts.terms}.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value / accumulate
+        stacked = self.runtime.mean(torch.stack(list(sums.values())))
+        norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), self.recipe.optim.clip or math.inf)
+        values = dict(zip(sums, stacked.tolist(), strict=True)) | {"grad_norm": float(norm)}
+        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            self.optimizer.step()
+            if self.average:
+                self.average.update_parameters(self.adapter)
+            self.refused_in_a_row = 0
+        else:
+            self.refused_in_a_row += 1
+        self.step += 1
+        return values, names
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and facts from which `restore` continues to the same result."""
+        tensors = {f"adapter.{key}": value for key, value in self.adapter.state_dict().items()}
+        if self.average:
+            tensors |= {f"average.{key}": value for key, value in self.average.state_dict().items()}
+        for name, parameter in self.adapter.named_parameters():
+            tensors |= {
+                f"optimizer.{name}.{key}": value for key, value in self.optimizer.state.get(parameter, {}).items()
+            }
+        if self.loss.basis:
+            tensors |= {"basis.components": self.loss.basis.components, "basis.mean": self.loss.basis.mean}
+        facts = {"step": self.step, "refused_in_a_row": self.refused_in_a_row, "best": self.best}
+        return tensors, {**facts, "damaged": self.damaged}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Continue from a stored state."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+        self.adapter.load_state_dict(under("adapter."))
+        if self.average:
+            self.average.load_state_dict(under("average."))
+        for name, parameter in self.adapter.named_parameters():
+            stored = under(f"optimizer.{name}.")
+            if stored:
+                # The fused update walks memory in the parameter's own layout, channels_last included.
+                self.optimizer.state[parameter] = {
+                    key: value.to(parameter.device)
+                    if key == "step"
+                    else torch.empty_like(parameter, requires_grad=False).copy_(value)
+                    for key, value in stored.items()
+                }
+        if "basis.mean" in tensors:
+            device = self.runtime.device
+            self.loss.basis = Basis(tensors["basis.components"].to(device), tensors["basis.mean"].to(device))
+        self.step, self.refused_in_a_row, self.best = facts["step"], facts["refused_in_a_row"], facts["best"]
+        self.damaged = facts["damaged"]

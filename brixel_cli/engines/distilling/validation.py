@@ -1,0 +1,81 @@
+"""Held-out fidelity: the student and the bilinear backbone against the teacher, and a picture of all three."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from brixel_cli.core.adapter import Adapter, resize
+from brixel_cli.core.backbone import Backbone
+from brixel_cli.core.metrics import FIDELITY, fidelity, share_of_gap_closed
+from brixel_cli.core.pictures import denormalise, panel, pca_colours
+from brixel_cli.engines.distilling.batches import Batches
+from brixel_cli.engines.runtime import Runtime
+from brixel_cli.errors import BrixelError
+
+PICTURE_ROWS = 4
+LARGEST_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Fidelity to the teacher, averaged over the held-out photographs, and a picture of the first few."""
+
+    num_images: int
+    backbone: dict[str, float]
+    student: dict[str, float]
+    picture: Image.Image
+
+    @property
+    def gap_closed(self) -> dict[str, float]:
+        """Share of the gap between bilinear backbone and teacher that the student closes, by metric."""
+        return share_of_gap_closed(self.backbone, self.student)
+
+
+@torch.no_grad()
+def validate(
+    adapter: Adapter, backbone: Backbone, batches: Batches, num_images: int, runtime: Runtime, at_once: int
+) -> Validation:
+    """Measure an adapter, in eval mode, on the first `num_images` held-out views, shared out over the processes.
+
+    Args:
+        adapter: to be measured.
+        backbone: whose normalisation the pictures undo.
+        batches: of held-out views; damaged ones, for which others stand in, are left out.
+        num_images: held-out views.
+        runtime: device and processes.
+        at_once: images in a pass, at most.
+
+    Raises:
+        BrixelError: none of them can be read.
+    """
+    mine = list(range(runtime.rank, num_images, runtime.world_size))
+    step = min(at_once, LARGEST_BATCH)
+    chunks = [[(0, number) for number in mine[at : at + step]] for at in range(0, len(mine), step)]
+    measured: list[tuple[dict[str, float], dict[str, float]]] = []
+    rows: list[list[Image.Image]] = []
+    was_training = adapter.training
+    adapter.eval()
+    for batch in batches.iterate(chunks):
+        with runtime.autocast():
+            predictions = adapter(batch.images, batch.maps).float()
+        bilinear = resize(batch.maps[-1], (predictions.shape[-2], predictions.shape[-1]))
+        for place, target in enumerate(batch.targets):
+            if batch.replaced[place]:
+                continue
+            measured.append((fidelity(bilinear[place], target), fidelity(predictions[place], target)))
+            if len(rows) < PICTURE_ROWS and runtime.is_first:
+                image = denormalise(batch.images[place], backbone.mean, backbone.std)
+                maps = [batch.maps[-1][place], predictions[place], target]
+                rows.append([image, *pca_colours(maps, reference=target)])
+    adapter.train(was_training)
+    measured = runtime.gather(measured)
+    if not measured:
+        raise BrixelError(f"None of the {num_images} held-out photographs can be read: {batches.skipped[0].reason}.")
+    backbone_mean, student_mean = (
+        {name: sum(pair[which][name] for pair in measured) / len(measured) for name in FIDELITY} for which in (0, 1)
+    )
+    picture = panel(["student's input", "backbone", "student", "teacher"], rows or [[Image.new("RGB", (1, 1))] * 4])
+    return Validation(len(measured), backbone_mean, student_mean, picture)

@@ -1,0 +1,309 @@
+"""Extraction: from a plan to a feature file, row by row, whatever happens on the way."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brixel_cli.core.losses import Basis
+from brixel_cli.core.pca import RunningPca
+from brixel_cli.data.feature_file import FORMAT, FeatureFile, text_array
+from brixel_cli.data.features import DONE, FAILED, MISSING, Array, Store, create_store
+from brixel_cli.data.inputs import reason_of
+from brixel_cli.engines.extracting.model import ExtractionModel, encode
+from brixel_cli.engines.extracting.pipeline import WriteBehind, read_ahead, share_memory_pools
+from brixel_cli.engines.extracting.plan import ExtractPlan, make_plan, preview_folder
+from brixel_cli.engines.extracting.resuming import check_same, clear_output, describe
+from brixel_cli.engines.extracting.sinks import make_sink, writing
+from brixel_cli.engines.reporting import Reporter
+from brixel_cli.engines.runtime import Runtime
+from brixel_cli.errors import BrixelError
+from brixel_cli.extract_options import ExtractOptions
+from brixel_cli.formatting import human_bytes
+from brixel_cli.recipe import RunConfig
+
+PCA_SAMPLE = 64
+"""Images on which the components are fitted, evenly spread over the set."""
+MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """How an extraction ended.
+
+    Attributes:
+        output: the feature file, or the folder of single files.
+        num_images: rows of the file.
+        num_before: rows that were finished by an earlier run.
+        failures: images without features, with the reasons.
+        seconds: from the first image to the last.
+        num_computed: images that this run computed, on all processes.
+        pictures: what `preview` wrote.
+    """
+
+    output: Path
+    num_images: int
+    num_before: int
+    num_computed: int
+    failures: dict[str, str]
+    seconds: float
+    pictures: list[Path]
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A computed chunk on its way to the disk: rows, and their place in the batch."""
+
+    rows: list[tuple[int, int]]
+    tensors: dict[str, Tensor]
+
+
+def plan_only(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
+    """The plan, without carrying it out; errors as for `extract`."""
+    with _quiet_pillow():
+        return make_plan(options, reporter)
+
+
+def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
+    """Compute the features of every image that has none yet.
+
+    The composition of every batch is fixed by the list of files alone, and recorded; so a row has the same bytes
+    whether the run was interrupted or not, and however many processes share it.
+
+    Raises:
+        BrixelError: something the user can mend; an image that fails is none of it, unless `strict`.
+    """
+    share_memory_pools()
+    runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
+    with _quiet_pillow():
+        plan = make_plan(options, reporter)
+        _announce(plan, reporter)
+        if runtime.is_first:
+            plan.check_disk()
+        else:
+            runtime.wait()  # until the first process has created the file
+        model = ExtractionModel(options, plan.facts, runtime, reporter)
+        if runtime.is_first and (options.overwrite or not plan.store_path.exists()):
+            _create(plan, model, reporter)
+        store = Store(plan.store_path, writable=True)
+        check_same(plan, model, store, reporter)
+        if runtime.is_first:
+            runtime.wait()
+        status = store.status
+        runtime.wait()  # every process has read the same status before the first row is filled
+        chunks = [chunk for chunk in plan_chunks(plan, store) if any(status[row] == MISSING for row in chunk)]
+        num_before = int(np.sum(status == DONE))
+        began = time.perf_counter()
+        bar_of_images = reporter.bar("extract", len(status), int(np.sum(status != MISSING)), "image")
+        with _threads(int(store.description["threads"])), bar_of_images as bar:
+            for count in _compute(plan, model, store, status, chunks[runtime.rank :: runtime.world_size]):
+                bar.update(count * runtime.world_size)
+        store.flush()
+        runtime.wait()
+        seconds = time.perf_counter() - began
+        features = FeatureFile(plan.store_path)
+        pictures: list[Path] = []
+        if options.preview and runtime.is_first:
+            from brixel_cli.engines.extracting.preview import write_previews
+
+            pictures = write_previews(features, plan, preview_folder(plan.output), reporter)
+    num_done = int(np.sum(features.status == DONE))
+    return Extracted(
+        plan.output, len(features), num_before, num_done - num_before, features.failures, seconds, pictures
+    )
+
+
+def plan_chunks(plan: ExtractPlan, store: Store) -> list[list[int]]:
+    """All rows in batches of one model size, by the batch sizes that the file was begun with, in order of first row."""
+    chunks: list[list[int]] = []
+    for size, rows in _rows_of_size(plan).items():
+        step = int(store.description["batch_sizes"][f"{size[0]}x{size[1]}"])
+        chunks += [rows[at : at + step] for at in range(0, len(rows), step)]
+    return sorted(chunks, key=lambda chunk: chunk[0])
+
+
+def _rows_of_size(plan: ExtractPlan) -> dict[tuple[int, int], list[int]]:
+    rows: dict[tuple[int, int], list[int]] = {}
+    for row, size in enumerate(plan.model_sizes):
+        if size is not None:
+            rows.setdefault(size, []).append(row)
+    return rows
+
+
+def _create(plan: ExtractPlan, model: ExtractionModel, reporter: Reporter) -> None:
+    batch_sizes = model.batch_sizes(
+        {size: len(rows) for size, rows in _rows_of_size(plan).items()}, plan.options.batch_size
+    )
+    description = describe(plan, model) | {
+        "root": str(plan.inputs.root),
+        "threads": torch.get_num_threads(),
+        "batch_sizes": {f"{h}x{w}": count for (h, w), count in batch_sizes.items()},
+    }
+    filled = plan.filled()
+    if plan.options.pca is not None:
+        basis = _fit_pca(plan, model, reporter)
+        filled |= {"pca_components": basis.components.numpy(), "pca_mean": basis.mean.numpy()}
+    clear_output(plan)  # as late as can be: should the model or the images fail, what is there stays
+    create_store(
+        plan.store_path, len(plan.reasons), plan.layout.columns, description, filled, attributes={"format": FORMAT}
+    )
+
+
+def _compute(
+    plan: ExtractPlan, model: ExtractionModel, store: Store, status: Array, chunks: Sequence[list[int]]
+) -> Iterator[int]:
+    """Fill the missing rows of these chunks; yields the number of rows settled, chunk by chunk."""
+    polite = model.runtime.device.type == "cpu"
+    sink = make_sink(plan, store)
+    basis = _stored_basis(store)
+    spare: deque[dict[str, Tensor]] = deque(maxlen=1)
+
+    def load(row: int) -> Tensor | str:
+        return "" if status[row] == FAILED else _load(plan, row)
+
+    def write(finished: _Finished) -> None:
+        tensors = {name: tensor.cpu() for name, tensor in finished.tensors.items()}
+        with writing(plan.output):
+            for row, place in finished.rows:
+                sink.write(row, {name: _planes(tensor[place]) for name, tensor in tensors.items()})
+                store.mark(row, DONE)
+        spare.append(finished.tensors)
+
+    with WriteBehind[_Finished](write, polite).running() as writer:
+        for chunk, loaded in read_ahead(chunks, load, _workers(plan), polite):
+            missing = {row for row in chunk if status[row] == MISSING}
+            for row, pixels in zip(chunk, loaded, strict=True):
+                if isinstance(pixels, str) and row in missing:
+                    _fail(plan, store, row, pixels)
+            if any(row in missing and not isinstance(pixels, str) for row, pixels in zip(chunk, loaded, strict=True)):
+                maps = model.maps(_stack(loaded))
+                tensors, finite = encode(maps, plan.options.dtype, basis, spare.pop() if spare else None)
+                rows = []
+                for place, row in enumerate(chunk):
+                    if row in missing and not isinstance(loaded[place], str):
+                        if finite[place]:
+                            rows.append((row, place))
+                        else:
+                            _fail(plan, store, row, _overflow(plan))
+                writer.put(_Finished(rows, tensors))
+            yield len(missing)
+
+
+def _load(plan: ExtractPlan, row: int) -> Tensor | str:
+    """Pixels (3, H, W), uint8, of a row's input, or the reason why there are none."""
+    item = plan.inputs.items[row]
+    try:
+        image = plan.inputs.load(item)
+        if (image.height, image.width) != (item.height, item.width):
+            return f"its header says {item.width}x{item.height} pixels, its contents {image.width}x{image.height}"
+        return plan.fitting.apply(image)
+    except BrixelError as error:
+        return reason_of(error, item.path)
+
+
+def _stack(loaded: Sequence[Tensor | str]) -> Tensor:
+    """Pixels (B, 3, H, W); a failed image's place is black, so that the batch keeps its shape."""
+    black = torch.zeros_like(next(pixels for pixels in loaded if not isinstance(pixels, str)))
+    return torch.stack([black if isinstance(pixels, str) else pixels for pixels in loaded]).contiguous()
+
+
+def _planes(features: Tensor) -> Array:
+    """One image's (D, h, w), channel by channel as it is stored; the models compute with channels last."""
+    # Flat, the copy is a plain transpose, for which torch has a faster way.
+    flat: Array = features.flatten(1).contiguous().view(features.shape).numpy()
+    return flat
+
+
+def _fail(plan: ExtractPlan, store: Store, row: int, reason: str) -> None:
+    width = store.array("reason").dtype.itemsize
+    store.put("reason", row, text_array([reason], width)[0])
+    store.mark(row, FAILED)
+    if plan.options.strict:
+        raise BrixelError(
+            f"{plan.inputs.items[row].name}: {reason}. Stopped because of --strict; "
+            "what was computed stays, and the same command without --strict goes on."
+        )
+
+
+def _overflow(plan: ExtractPlan) -> str:
+    hint = "; --dtype float32 may hold them" if plan.options.dtype == "float16" else ""
+    return f"its features are no finite numbers in {plan.options.dtype}{hint}"
+
+
+def _fit_pca(plan: ExtractPlan, model: ExtractionModel, reporter: Reporter) -> Basis:
+    usable = [row for row, size in enumerate(plan.model_sizes) if size is not None]
+    sample = [usable[at * len(usable) // min(PCA_SAMPLE, len(usable))] for at in range(min(PCA_SAMPLE, len(usable)))]
+    gathered = RunningPca(plan.facts.embed_dim)
+    polite = model.runtime.device.type == "cpu"
+    with reporter.bar("principal components", len(sample), unit="image") as bar:
+        for _, loaded in read_ahead([[row] for row in sample], lambda row: _load(plan, row), _workers(plan), polite):
+            if not isinstance(loaded[0], str):
+                gathered.add(model.maps(_stack(loaded))[0])
+            bar.update(1)
+    if not gathered.count:
+        raise BrixelError(
+            f"None of the {len(sample)} images sampled for --pca can be decoded. Name others with --input."
+        )
+    assert plan.options.pca is not None
+    return gathered.basis(plan.options.pca)
+
+
+def _stored_basis(store: Store) -> Basis | None:
+    if "pca_components" not in store:
+        return None
+    components, mean = (torch.from_numpy(np.array(store.array(f"pca_{part}"))) for part in ("components", "mean"))
+    return Basis(components, mean)
+
+
+def _announce(plan: ExtractPlan, reporter: Reporter) -> None:
+    grids = plan.layout.rows_of_grid
+    shown = ", ".join(f"{h}x{w} ({len(rows)})" for (h, w), rows in list(grids.items())[:4])
+    more = f" and {len(grids) - 4} more" if len(grids) > 4 else ""
+    reporter.say(
+        f"{len(plan.reasons)} images, {len(plan.reasons) - plan.num_usable} of them unusable; grids {shown}{more}, "
+        f"{plan.layout.channels} channels, {plan.options.dtype}"
+    )
+    reporter.say(
+        f"{plan.output}: {human_bytes(plan.bytes_needed)} needed, {human_bytes(plan.bytes_free)} free on the disk"
+    )
+    if plan.num_snapped:
+        reporter.say(
+            f"{plan.num_snapped} sizes were rounded to multiples of the patch, {plan.facts.patch_size} pixels, "
+            f"by {plan.most_snapped:.1f} at most"
+        )
+
+
+def _workers(plan: ExtractPlan) -> int:
+    if plan.inputs.videos:
+        return 1  # frames come in order
+    if plan.options.workers is not None:
+        return plan.options.workers
+    return min(max(torch.get_num_threads(), 2), MOST_WORKERS)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with as many threads as the file was begun with: on a CPU the last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Pillow warns about odd files one by one; what matters of it is in the status column."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        yield

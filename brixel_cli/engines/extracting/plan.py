@@ -1,0 +1,258 @@
+"""What an extraction will do, from headers and the model's description alone, before any weights are read."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brixel_cli.core.backbone import load_backbone
+from brixel_cli.core.student import StoredAdapter, read_adapter
+from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile, Grid, Layout, text_array
+from brixel_cli.data.features import FAILED, MISSING, Array, check_disk
+from brixel_cli.data.fitting import Fitting
+from brixel_cli.data.inputs import Inputs, default_output, find_inputs
+from brixel_cli.engines.distilling.run_folder import RUNS, newest_run
+from brixel_cli.engines.reporting import Reporter
+from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.extract_options import ExtractOptions, Source
+
+DEFAULT_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model before its weights are loaded.
+
+    Attributes:
+        backbone, weights: timm name, and where its weights come from.
+        embed_dim, patch_size: of the backbone.
+        factor: output grid over token grid of the student; the teacher's input over the student's.
+        adapter: the student's adapter as found; None for the other sources.
+    """
+
+    source: Source
+    backbone: str
+    weights: str
+    embed_dim: int
+    patch_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    factor: int
+    adapter: StoredAdapter | None
+
+    def grid(self, model_size: tuple[int, int]) -> Grid:
+        """The grid of the map of an input of this size."""
+        finer = self.factor if self.source == "student" else 1
+        return model_size[0] // self.patch_size * finer, model_size[1] // self.patch_size * finer
+
+
+@dataclass(frozen=True)
+class ExtractPlan:
+    """All that is fixed before the first forward pass.
+
+    Attributes:
+        options: as given.
+        facts: of the model.
+        fitting: what is done to every image.
+        inputs: the items, a row each.
+        model_sizes: of each row's input; None for rows that cannot be computed.
+        reasons: why not; empty for the others.
+        num_snapped: images whose size was rounded to the patch.
+        most_snapped: by how many pixels at most.
+        output: the feature file, or the folder of single files.
+    """
+
+    options: ExtractOptions
+    facts: ModelFacts
+    fitting: Fitting
+    inputs: Inputs
+    model_sizes: list[tuple[int, int] | None]
+    reasons: list[str]
+    num_snapped: int
+    most_snapped: float
+    output: Path
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where each row's map goes."""
+        grids = tuple(None if size is None else self.facts.grid(size) for size in self.model_sizes)
+        channels = self.facts.embed_dim if self.options.pca is None else self.options.pca
+        return Layout(grids, channels, self.options.dtype, self.options.storage)
+
+    @property
+    def store_path(self) -> Path:
+        """The .h5 file with the status of every row; the feature file itself, unless single files are written."""
+        return self.output if self.options.storage == "h5" else self.output / INDEX_NAME
+
+    @property
+    def num_usable(self) -> int:
+        """Rows that will be computed."""
+        return sum(size is not None for size in self.model_sizes)
+
+    @property
+    def bytes_needed(self) -> int:
+        """Bytes on the disk, index included."""
+        return self.layout.bytes_needed + sum(array.nbytes for array in self.filled().values())
+
+    @property
+    def bytes_free(self) -> int:
+        """Bytes free where the output goes."""
+        folder = self.output.absolute().parent
+        return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+
+    def check_disk(self) -> None:
+        """Whether the output can be made; a file to be continued has its room already, one to be replaced gives it up.
+
+        Raises:
+            BrixelError: it does not fit.
+            UsageError: `overwrite` would replace a file that is not ours.
+        """
+        path, given_up = self.store_path, 0
+        if path.exists():
+            if not self.options.overwrite:
+                return
+            try:
+                FeatureFile(path)
+            except BrixelError as error:
+                raise UsageError(
+                    f"{error}\n--overwrite replaces feature files only: name another --output, or delete it yourself."
+                ) from error
+            given_up = path.stat().st_blocks * 512
+        check_disk(self.output.absolute().parent, self.bytes_needed - given_up, f"{self.output}")
+
+    def filled(self) -> dict[str, Array]:
+        """Datasets that are known before the first forward pass."""
+        items = self.inputs.items
+        zero = (0, 0)
+        return {
+            "paths": text_array([item.name for item in items]),
+            "status": np.array([FAILED if reason else MISSING for reason in self.reasons], np.uint8),
+            "reason": text_array(self.reasons, REASON_BYTES),
+            "original_size": np.array([(item.height, item.width) for item in items], np.int32),
+            "model_size": np.array([size or zero for size in self.model_sizes], np.int32),
+            "grid_size": np.array([grid or zero for grid in self.layout.grids], np.int32),
+            "grid_row": self.layout.grid_rows,
+            "file_size": np.array([item.file_size for item in items], np.int64),
+            "modified": np.array([item.modified for item in items], np.int64),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The plan for programs."""
+        return {
+            "output": str(self.output),
+            "images": len(self.reasons),
+            "unusable": len(self.reasons) - self.num_usable,
+            "grids": {f"{h}x{w}": len(rows) for (h, w), rows in self.layout.rows_of_grid.items()},
+            "channels": self.layout.channels,
+            "dtype": self.options.dtype,
+            "source": self.facts.source,
+            "backbone": self.facts.backbone,
+            "patch_size": self.facts.patch_size,
+            "snapped": self.num_snapped,
+            "most_snapped_px": round(self.most_snapped, 2),
+            "bytes_needed": self.bytes_needed,
+            "bytes_free": self.bytes_free,
+        }
+
+
+def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
+    """Find the images and work out sizes, grids and bytes; nothing is written, and no weights of the backbone are read.
+
+    Raises:
+        UsageError: the options do not go together, or name nothing.
+        BrixelError: the checkpoint cannot be read, or no image at all can be used.
+    """
+    if not options.inputs:
+        raise UsageError("--input is missing: a folder, an image, a video, a quoted glob, or a .txt list of paths.")
+    facts = model_facts(options, reporter)
+    if options.pca is not None and options.pca > facts.embed_dim:
+        raise UsageError(f"--pca {options.pca}: the maps of {facts.backbone} have only {facts.embed_dim} channels.")
+    suffix = ".h5" if options.storage == "h5" else f"_{options.storage}"
+    output = options.output or default_output(options.inputs, suffix)
+    if options.storage == "h5" and output.is_dir():
+        raise UsageError(f"--output {output} is a folder; name a file, such as {output / 'features.h5'}.")
+    if options.storage != "h5" and output.is_file():
+        raise UsageError(f"--output {output} is a file; --format {options.storage} writes a folder.")
+    with reporter.bar("reading headers", total=0, unit="image") as bar:
+        inputs = find_inputs(options.inputs, options.every, [preview_folder(output)], bar.update)
+    enlarge = facts.factor if facts.source == "teacher" else 1
+    fitting = Fitting(options.res, options.fit, facts.patch_size, enlarge)
+    model_sizes: list[tuple[int, int] | None] = []
+    reasons, snaps = [], []
+    for item in inputs.items:
+        size, reason = None, item.reason
+        if not reason:
+            try:
+                size = fitting.model_size(item.height, item.width)
+                snaps.append(fitting.snapped(item.height, item.width))
+            except BrixelError as error:
+                reason = str(error)
+        if reason and options.strict:
+            raise BrixelError(
+                f"{item.name}: {reason}. Stopped before the first image was computed, because of --strict."
+            )
+        model_sizes.append(size)
+        reasons.append(reason)
+    if not any(model_sizes):
+        listed = "".join(
+            f"\n  {item.name}: {reason}" for item, reason in list(zip(inputs.items, reasons, strict=True))[:5]
+        )
+        raise BrixelError(f"None of the {len(reasons)} images found can be used.{listed}\nName others with --input.")
+    snapped = [snap for snap in snaps if snap > 1e-6]
+    return ExtractPlan(
+        options, facts, fitting, inputs, model_sizes, reasons, len(snapped), max(snapped, default=0.0), output
+    )
+
+
+def preview_folder(output: Path) -> Path:
+    """Where the pictures of an output go: beside it."""
+    return output.with_name(f"{output.stem if output.suffix == '.h5' else output.name}_preview")
+
+
+def newest_student(purpose: str = "extract with") -> str:
+    """The run under ./runs whose student was saved last: what is meant where no checkpoint is named.
+
+    Args:
+        purpose: what it is wanted for, in the error.
+
+    Raises:
+        UsageError: there is none.
+    """
+    newest = newest_run()
+    if newest is None:
+        raise UsageError(
+            f"No student to {purpose}, and none under ./{RUNS}: train one with brixel distill, give --checkpoint "
+            "RUN (a run folder, .safetensors, released .pth or hub id), or take the plain maps with --source backbone "
+            "--backbone NAME."
+        )
+    return str(newest)
+
+
+def model_facts(options: ExtractOptions, reporter: Reporter) -> ModelFacts:
+    """Read the checkpoint's description and build the backbone's shapes.
+
+    Raises:
+        UsageError: the model is not fully named.
+        WeightsError: the checkpoint cannot be read.
+    """
+    checkpoint = options.checkpoint
+    if checkpoint is None and options.source == "student":
+        checkpoint = newest_student()
+        reporter.say(f"student: {checkpoint}, the newest under {RUNS}")
+    adapter = read_adapter(checkpoint) if checkpoint else None
+    name = options.backbone or (adapter.card.backbone if adapter else "")
+    if not name:
+        where = f"{adapter.path} does not say which backbone it belongs to" if adapter else f"--source {options.source}"
+        raise UsageError(f"{where}: give --backbone NAME, such as vit_small_patch14_dinov2.lvd142m.")
+    meta = load_backbone(name, device="meta")
+    weights = options.backbone_weights or (adapter.card.backbone_weights if adapter else "pretrained")
+    factor = adapter.card.factor if adapter else DEFAULT_FACTOR
+    return ModelFacts(
+        options.source, name, weights, meta.embed_dim, meta.patch_size, meta.mean, meta.std, factor,
+        adapter if options.source == "student" else None,
+    )  # fmt: skip

@@ -1,0 +1,106 @@
+"""Evaluation of a head on stored maps, image by image, at the labels' own resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brixel_cli.core.heads import Head, enlarge
+from brixel_cli.core.probe_metrics import DepthMeter, Meter, NormalsMeter, SegmentationMeter
+from brixel_cli.data.fields_of_view import FieldOfView, stitch
+from brixel_cli.engines.probing.features import Maps, Targets
+from brixel_cli.engines.probing.plan import Size, SplitPlan
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """How a head did.
+
+    Attributes:
+        figures: of the whole set, by metric; lists are by class.
+        images: of each image, by metric; nan where nothing of it counts.
+    """
+
+    figures: dict[str, Any]
+    images: list[dict[str, float]]
+
+
+def meters(head: Head, align: bool) -> dict[str, Meter]:
+    """What measures each quantity of a head."""
+    made: dict[str, Meter] = {}
+    for quantity in head.spec.quantities:
+        if quantity == "segmentation":
+            made[quantity] = SegmentationMeter(head.spec.num_classes)
+        else:
+            made[quantity] = DepthMeter(align) if quantity == "depth" else NormalsMeter()
+    return made
+
+
+@torch.inference_mode()
+def evaluate_head(
+    head: Head, maps: Maps, targets: Targets, split: SplitPlan, align: bool, device: torch.device, bar: Any
+) -> Evaluated:
+    """Measure a head on a split.
+
+    Args:
+        head: in eval mode.
+        maps: of the split.
+        targets: of the split.
+        split: the images and their fields.
+        align: whether each image's depth is first brought to the truth by scale and shift.
+        device: where the head is.
+        bar: hears of every image.
+    """
+    measured = meters(head, align)
+    images = []
+    for image in range(len(split.labelled)):
+        row = image if split.slides else split.positions[image][0]
+        truths = targets.read(row)
+        predictions = predict(head, maps, split, image, targets.sizes[row], device)
+        own: dict[str, float] = {}
+        for quantity, meter in measured.items():
+            truth = truths[quantity]
+            own |= meter.add(predictions[quantity], truth[0] if quantity == "depth" else truth)
+        images.append(own)
+        bar.update(1)
+    figures: dict[str, Any] = {}
+    for meter in measured.values():
+        figures |= meter.compute()
+    return Evaluated(figures, images)
+
+
+@torch.inference_mode()
+def predict(
+    head: Head, maps: Maps, split: SplitPlan, image: int, size: Size, device: torch.device
+) -> dict[str, Tensor]:
+    """What a head says of an image of a split, (height, width) as asked for, on the CPU.
+
+    Returns:
+        `segmentation`: classes (H, W). `depth`: metres (H, W). `normals`: unit vectors (3, H, W).
+    """
+    positions = split.positions[image]
+    fields = [split.fields[at] for at in positions]
+    outputs = [head(maps.read([at]).to(device)) for at in positions]
+    return finish(outputs, fields, size)
+
+
+def finish(outputs: Sequence[dict[str, Tensor]], fields: Sequence[FieldOfView], size: Size) -> dict[str, Tensor]:
+    """Outputs of a head on the fields of one image as predictions of a size: several windows are put together first."""
+    finished: dict[str, Tensor] = {}
+    for quantity in outputs[0]:
+        if len(outputs) == 1:
+            output = outputs[0][quantity]
+        else:
+            windows = [
+                enlarge(quantity, some[quantity], field.size)[0] for some, field in zip(outputs, fields, strict=True)
+            ]
+            output = stitch(windows, fields)[None]
+        enlarged = enlarge(quantity, output, size)[0]
+        if quantity == "segmentation":
+            enlarged = enlarged.argmax(dim=0)
+        finished[quantity] = (enlarged[0] if quantity == "depth" else enlarged).cpu()
+    return finished

@@ -1,0 +1,257 @@
+"""Frozen maps and targets of a probe: computed once, stored, and read many times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brixel_cli.core.heads import QUANTITIES
+from brixel_cli.data.feature_file import Grid
+from brixel_cli.data.features import DONE, Array, Store, create_store
+from brixel_cli.data.fields_of_view import FieldOfView, cut_image, cut_map, cut_target
+from brixel_cli.data.images import load_image
+from brixel_cli.data.labelled import LabelledSet, Sample
+from brixel_cli.engines.extracting.model import ExtractionModel, encode
+from brixel_cli.engines.extracting.pipeline import read_ahead
+from brixel_cli.engines.probing.plan import (
+    ProbePlan,
+    Size,
+    SourcePlan,
+    SplitPlan,
+    StoredPart,
+    feature_rows,
+    places_by_size,
+)
+from brixel_cli.engines.probing.sources import FileSource, ModelSource
+from brixel_cli.engines.reporting import Reporter
+from brixel_cli.engines.runtime import Runtime
+from brixel_cli.errors import BrixelError
+from brixel_cli.formatting import human_bytes
+
+MOST_WORKERS = 8
+
+
+class Maps(Protocol):
+    """Maps of the fields of view of a split."""
+
+    grids: list[Grid]
+    channels: int
+
+    def read(self, positions: Sequence[int]) -> Tensor:
+        """Maps (B, D, h, w), float32, of fields whose grids are equal."""
+
+
+class StoredMaps:
+    """Maps that were computed here, read from the feature folder."""
+
+    def __init__(self, split: SplitPlan):
+        assert split.maps is not None
+        assert split.layout is not None
+        self.store = Store(split.maps.path)
+        self.grids = [grid for grid in split.layout.grids if grid is not None]
+        self.channels = split.layout.channels
+        self._places = split.layout.grid_rows
+        self._mixed = len(split.layout.rows_of_grid) > 1
+
+    def read(self, positions: Sequence[int]) -> Tensor:
+        """Maps (B, D, h, w), float32, of fields whose grids are equal."""
+        grid = self.grids[positions[0]]
+        name = f"features/{grid[0]}x{grid[1]}" if self._mixed else "features"
+        return torch.from_numpy(self.store.read(name, [int(self._places[at]) for at in positions])).float()
+
+
+class FileMaps:
+    """Maps of whole images from a file of `brixel extract`, of which each field's part is taken."""
+
+    def __init__(self, source: FileSource, split: SplitPlan):
+        self.file, self.fields = source.file, split.fields
+        self._rows = feature_rows(source, split.labelled)
+        self.grids = [self._grid(field) for field in self.fields]
+        self.channels = int(self.file[self._rows[0]].shape[0])
+
+    def read(self, positions: Sequence[int]) -> Tensor:
+        """Maps (B, D, h, w), float32, of fields whose grids are equal."""
+        return torch.stack([self._read(at) for at in positions])
+
+    def _read(self, position: int) -> Tensor:
+        field = self.fields[position]
+        map_ = torch.from_numpy(self.file[self._rows[field.row]])
+        whole = field.size == field.scaled and not field.flip
+        return map_ if whole else cut_map(map_, field, self.grids[position])
+
+    def _grid(self, field: FieldOfView) -> Grid:
+        """As many locations as the field's share of the image has in the file."""
+        height, width = (int(side) for side in self.file.grid_size[self._rows[field.row]])
+        rows, columns = height * field.size[0] / field.scaled[0], width * field.size[1] / field.scaled[1]
+        return max(round(rows), 1), max(round(columns), 1)
+
+
+class Targets:
+    """Stored targets of a split."""
+
+    def __init__(self, split: SplitPlan, task: str):
+        self.store = Store(split.targets.path)
+        self.sizes = split.target_sizes
+        self.quantities = QUANTITIES[task]
+        self._places = places_by_size(self.sizes)
+
+    def read(self, row: int) -> dict[str, Tensor]:
+        """For each quantity: labels (H, W) uint8, depth (1, H, W) or normals (3, H, W); 255 or 0 counts nowhere."""
+        return {quantity: torch.from_numpy(np.array(self.view(quantity, row))) for quantity in self.quantities}
+
+    def view(self, quantity: str, row: int) -> Array:
+        """The same for one quantity, not copied; read-only."""
+        values: Array = self.store.array(_dataset(quantity, self.sizes[row]))[self._places[row]]
+        return values
+
+
+def prepare(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> None:
+    """Fill the feature folder with what is missing of targets and maps, after saying how much room it takes.
+
+    Raises:
+        BrixelError: it does not fit on the disk, or an image or a target of the set is faulty.
+    """
+    reporter.say(
+        f"features: {human_bytes(plan.bytes_needed)} needed, {human_bytes(plan.bytes_free)} free, "
+        f"in {plan.options.features}"
+    )
+    plan.check_disk()
+    for source_plan in plan.sources:
+        for split in (source_plan.train, source_plan.evaluate):
+            _fill_targets(split, plan.options.recipe.task, reporter)
+    for source_plan in plan.sources:
+        _fill_maps(source_plan, runtime, reporter)
+
+
+def open_maps(source_plan: SourcePlan, split: SplitPlan) -> Maps:
+    """The maps of a split, to be read."""
+    if isinstance(source_plan.source, FileSource):
+        return FileMaps(source_plan.source, split)
+    return StoredMaps(split)
+
+
+def _fill_targets(split: SplitPlan, task: str, reporter: Reporter) -> None:
+    store = _opened(split.targets)
+    missing = {int(row) for row in store.missing}
+    if not missing:
+        return
+    places = places_by_size(split.target_sizes)
+    rows_of_image = [[row] for row in range(len(split.labelled))] if split.slides else split.positions
+    images = [image for image, rows in enumerate(rows_of_image) if missing & set(rows)]
+
+    def load(image: int) -> list[dict[str, Array]]:
+        sample = split.labelled.load(image)
+        return [_cut(sample, split, row, task) for row in rows_of_image[image]]
+
+    total = len(split.target_sizes)
+    with reporter.bar(f"targets, {split.split}", total, total - len(missing), "view") as bar:
+        for chunk, loaded in read_ahead([[image] for image in images], load, num_workers(), polite=False):
+            rows = rows_of_image[chunk[0]]
+            for row, values in zip(rows, loaded[0], strict=True):
+                for quantity, value in values.items():
+                    store.put(_dataset(quantity, split.target_sizes[row]), places[row], value)
+                store.mark(row, DONE)
+            bar.update(len(rows))
+    store.flush()
+
+
+def _cut(sample: Sample, split: SplitPlan, row: int, task: str) -> dict[str, Array]:
+    """An image's targets for one row; beyond the evaluation crop, in evaluation, nothing counts."""
+    field, size = (None, None) if split.slides else (split.fields[row], split.target_sizes[row])
+    valid = sample.valid if split.split == "evaluate" else np.ones_like(sample.valid)
+    wholes: dict[str, tuple[Array | None, Array]] = {
+        "segmentation": (sample.labels, np.array(255, np.uint8)),
+        "depth": (sample.depth, np.array(0, np.float32)),
+        "normals": (sample.normals, np.array(0, np.float32)),
+    }
+    targets: dict[str, Array] = {}
+    for quantity in QUANTITIES[task]:
+        value, nothing = wholes[quantity]
+        assert value is not None
+        whole = np.where(valid, value, nothing)
+        target = whole if field is None else cut_target(whole, field, size)
+        targets[quantity] = target[None] if quantity == "depth" else target
+    return targets
+
+
+def _fill_maps(source_plan: SourcePlan, runtime: Runtime, reporter: Reporter) -> None:
+    source = source_plan.source
+    if not isinstance(source, ModelSource):
+        return
+    splits = [split for split in (source_plan.train, source_plan.evaluate) if split.maps is not None]
+    stores = [_opened(split.maps) for split in splits if split.maps is not None]
+    if not any(len(store.missing) for store in stores):
+        return
+    model = source.load(runtime, reporter)
+    for split, store in zip(splits, stores, strict=True):
+        missing = [int(row) for row in store.missing]
+        with reporter.bar(f"{source.label}, {split.split}", len(store), len(store) - len(missing), "view") as bar:
+            for chunk, maps in _computed(model, split, missing, source.enlarge):
+                _write(split, store, chunk, maps)
+                bar.update(len(chunk))
+        store.flush()
+
+
+def _computed(
+    model: ExtractionModel, split: SplitPlan, missing: Sequence[int], enlarge: int
+) -> Iterator[tuple[Sequence[int], Array]]:
+    """Maps of the missing fields, batch by batch of one size."""
+    rows_of_size: dict[Size, list[int]] = {}
+    for position in missing:
+        size = split.fields[position].size
+        rows_of_size.setdefault((size[0] * enlarge, size[1] * enlarge), []).append(position)
+    batch_sizes = model.batch_sizes({size: len(rows) for size, rows in rows_of_size.items()}, None) if missing else {}
+    chunks = [
+        rows[at : at + batch_sizes[size]]
+        for size, rows in rows_of_size.items()
+        for at in range(0, len(rows), batch_sizes[size])
+    ]
+    polite = model.runtime.device.type == "cpu"
+    load = _image_loader(split.labelled, split.fields, enlarge)
+    for chunk, pixels in read_ahead(chunks, load, num_workers(), polite):
+        maps = model.maps(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous())
+        tensors, finite = encode(maps, "float16", None)
+        if not all(finite):
+            name = split.labelled.names[split.fields[chunk[finite.index(False)]].row]
+            raise BrixelError(f"{name}: its features are no finite numbers in float16; check the weights.")
+        yield chunk, tensors["features"].cpu().numpy()
+
+
+def _image_loader(labelled: LabelledSet, fields: Sequence[FieldOfView], enlarge: int) -> Callable[[int], Array]:
+    def load(position: int) -> Array:
+        field = fields[position]
+        image = load_image(labelled.root / labelled.names[field.row])
+        return np.asarray(cut_image(image, field, enlarge))
+
+    return load
+
+
+def _write(split: SplitPlan, store: Store, chunk: Sequence[int], maps: Array) -> None:
+    assert split.layout is not None
+    places = split.layout.grid_rows
+    mixed = len(split.layout.rows_of_grid) > 1
+    for position, map_ in zip(chunk, maps, strict=True):
+        grid = split.layout.grids[position]
+        assert grid is not None
+        name = f"features/{grid[0]}x{grid[1]}" if mixed else "features"
+        store.put(name, int(places[position]), map_)
+        store.mark(position, DONE)
+
+
+def _opened(part: StoredPart) -> Store:
+    if not part.path.exists():
+        create_store(part.path, part.num_rows, part.columns, part.description)
+    return Store(part.path, writable=True)
+
+
+def _dataset(quantity: str, size: Size) -> str:
+    return f"{quantity}/{size[0]}x{size[1]}"
+
+
+def num_workers() -> int:
+    """Threads that read and cut images."""
+    return min(max(torch.get_num_threads(), 2), MOST_WORKERS)

@@ -1,0 +1,177 @@
+"""A probe on disk: figures, heads, loss curves and pictures, valid at every moment.
+
+results.json           protocol, data, sources, every figure of every seed, and the summary
+results.csv            the same figures, a line for each source and seed
+heads/                 a .safetensors for each source and seed: what `brixel probe --apply` takes
+images/                the metrics of each evaluated image, a .csv for each source and seed
+curves/, curves.png    the loss while training
+pictures/              image | truth | predictions | where they differ
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from brixel_cli.engines.distilling.run_folder import write_text
+from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.formatting import to_json
+
+FORMAT = "brixel-probe-1"
+
+
+class ProbeFolder:
+    """The files of one probe."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.results = path / "results.json"
+        self.table = path / "results.csv"
+        self.curves = path / "curves.png"
+        self.pictures = path / "pictures"
+
+    def head(self, label: str, seed: int) -> Path:
+        """The head of a source and seed."""
+        return self.path / "heads" / f"{file_name(label)}_seed{seed}.safetensors"
+
+    def curve(self, label: str, seed: int) -> Path:
+        """The loss curve of a source and seed."""
+        return self.path / "curves" / f"{file_name(label)}_seed{seed}.jsonl"
+
+    def images(self, label: str, seed: int) -> Path:
+        """The metrics of each image, of a source and seed."""
+        return self.path / "images" / f"{file_name(label)}_seed{seed}.csv"
+
+    def begin(self, settings: Mapping[str, Any], sources: Mapping[str, Any], overwrite: bool) -> list[dict[str, Any]]:
+        """Make the folder, or continue what is there.
+
+        Args:
+            settings: all that every figure depends on; what was begun with others is not continued.
+            sources: by label, what each source is.
+            overwrite: begin anew over a probe that is there.
+
+        Returns:
+            The rows of earlier runs, a row for each source and seed.
+
+        Raises:
+            UsageError: the folder holds a probe with other settings, or of another source of the same name.
+            BrixelError: its results cannot be read, or the folder cannot be made.
+        """
+        if overwrite:
+            self._clear()
+        earlier = self.read() if self.results.exists() else {}
+        if earlier:
+            changed = _changes(earlier["settings"], json.loads(to_json(settings)))
+            for label, source in sources.items():
+                if label in earlier["sources"]:
+                    now = json.loads(to_json(source))
+                    changed += [f"{label}: {line}" for line in _changes(earlier["sources"][label], now)]
+            if changed:
+                raise UsageError(
+                    f"{self.path} holds a probe that was begun with something else:\n  " + "\n  ".join(changed) + "\n"
+                    "Give --overwrite to begin anew, or another folder with --output."
+                )
+        try:
+            for folder in ("heads", "curves", "images", "pictures"):
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BrixelError(
+                f"The folder {self.path} cannot be made: {error.strerror}. Choose another one."
+            ) from error
+        runs: list[dict[str, Any]] = earlier.get("runs", [])
+        return [run for run in runs if self.head(run["source"], run["seed"]).is_file()]
+
+    def read(self) -> dict[str, Any]:
+        """The results as written.
+
+        Raises:
+            BrixelError: they cannot be read, or are of another format.
+        """
+        try:
+            results: dict[str, Any] = json.loads(self.results.read_text(encoding="utf-8"))
+            if results["format"] != FORMAT:
+                raise ValueError(f"its format is {results['format']}, not {FORMAT}")
+        except (OSError, ValueError, KeyError) as error:
+            raise BrixelError(f"{self.results} cannot be read: {error}. Give --overwrite to begin anew.") from error
+        return results
+
+    def write(self, results: Mapping[str, Any]) -> None:
+        """Write results.json and results.csv."""
+        write_text(self.results, to_json({"format": FORMAT, **results}, indent=1) + "\n")
+        runs: Sequence[Mapping[str, Any]] = results["runs"]
+        names = list(dict.fromkeys(name for run in runs for name, value in run["figures"].items() if _is_number(value)))
+        rows = [[run["source"], run["seed"], *(run["figures"].get(name) for name in names)] for run in runs]
+        write_text(self.table, csv_text(["source", "seed", *names], rows))
+
+    def write_run(self, label: str, seed: int, curve: Sequence[Mapping[str, float]], names: Sequence[str],
+                  images: Sequence[Mapping[str, float]]) -> None:  # fmt: skip
+        """Write the loss curve, and the metrics of each image, of a source and seed."""
+        write_text(self.curve(label, seed), "".join(to_json(point) + "\n" for point in curve))
+        metrics = list(dict.fromkeys(name for image in images for name in image))
+        rows = [[name, *(image.get(metric) for metric in metrics)] for name, image in zip(names, images, strict=True)]
+        write_text(self.images(label, seed), csv_text(["image", *metrics], rows))
+
+    def read_curve(self, label: str, seed: int) -> list[dict[str, float]]:
+        """The loss curve of a source and seed; empty where there is none."""
+        path = self.curve(label, seed)
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    def read_images(self, label: str, seed: int) -> list[dict[str, float]]:
+        """The metrics of each image, of a source and seed."""
+        with open(self.images(label, seed), encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [{key: float(value or "nan") for key, value in row.items() if key != "image"} for row in rows]
+
+    def _clear(self) -> None:
+        # The results go first: without them, no kill can leave half of an old probe to be continued.
+        for file in (self.results, self.table, self.curves):
+            file.unlink(missing_ok=True)
+        for folder, pattern in (
+            ("heads", "*_seed*.safetensors"),
+            ("curves", "*_seed*.jsonl"),
+            ("images", "*_seed*.csv"),
+        ):
+            for file in (self.path / folder).glob(pattern):
+                file.unlink()
+
+
+def file_name(label: str) -> str:
+    """A source's label as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", label)
+
+
+def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as CSV; nan is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([["" if value is None or value != value else value for value in row] for row in rows])
+    return text.getvalue()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) or value is None
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs; where the same weights lie does not matter."""
+    lines = []
+    for key in {**old, **new}:
+        if key in ("checkpoint", "backbone_weights", "path"):
+            continue
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            lines += _changes(before, now, f"{prefix}{key}.")
+        elif before != now:
+            lines.append(f"{prefix}{key}: then {_short(before)}, now {_short(now)}")
+    return lines
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,300 @@
+"""What a probe will look at and store: fields of view, targets, maps, and the room that they need on the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brixel_cli.core.heads import QUANTITIES
+from brixel_cli.data.feature_file import Grid, Layout
+from brixel_cli.data.features import Column, bytes_needed, check_disk
+from brixel_cli.data.fields_of_view import FieldOfView, cut_target, plan_fields
+from brixel_cli.data.labelled import LabelledSet
+from brixel_cli.engines.probing.sources import FileSource, ModelSource, Source
+from brixel_cli.errors import BrixelError
+from brixel_cli.probe_options import ProbeOptions
+from brixel_cli.probe_protocols import FieldConfig, Side
+from brixel_cli.probe_recipe import Split
+
+FORMAT = 1
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A file of the feature folder, and what it will hold: named by a fingerprint of all that it depends on.
+
+    Attributes:
+        path: of the file.
+        num_rows: a row for each field of view.
+        columns: its datasets.
+        description: what the fingerprint is of.
+    """
+
+    path: Path
+    num_rows: int
+    columns: dict[str, Column]
+    description: dict[str, Any]
+
+    @property
+    def bytes_needed(self) -> int:
+        """Bytes of the file that are not on the disk yet."""
+        return 0 if self.path.exists() else bytes_needed(self.num_rows, self.columns)
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """One split as one source sees it.
+
+    Attributes:
+        labelled: the images with their targets.
+        split: `train` or `evaluate`.
+        fields: of view, those of an image side by side.
+        targets: where their targets are stored.
+        target_sizes: (height, width) of each row of the targets.
+        maps: where the source's maps of them are stored; None for a feature file.
+        grids: of the maps; empty for a feature file.
+        slides: whether a target belongs to all windows of an image together.
+    """
+
+    labelled: LabelledSet
+    split: Split
+    fields: list[FieldOfView]
+    targets: StoredPart
+    target_sizes: list[Size]
+    maps: StoredPart | None
+    layout: Layout | None
+    slides: bool
+
+    @cached_property
+    def positions(self) -> list[list[int]]:
+        """For each image of the set, the positions of its fields."""
+        found: list[list[int]] = [[] for _ in range(len(self.labelled))]
+        for position, field in enumerate(self.fields):
+            found[field.row].append(position)
+        return found
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """A source, with both splits as it sees them."""
+
+    source: Source
+    train: SplitPlan
+    evaluate: SplitPlan
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """All that is fixed before the first forward pass."""
+
+    options: ProbeOptions
+    sources: list[SourcePlan]
+
+    @property
+    def parts(self) -> list[StoredPart]:
+        """Every file that is needed, once."""
+        splits = [split for source in self.sources for split in (source.train, source.evaluate)]
+        found = [part for split in splits for part in (split.targets, split.maps) if part is not None]
+        return list({part.path: part for part in found}.values())
+
+    @property
+    def bytes_needed(self) -> int:
+        """Bytes that will be added to the feature folder."""
+        return sum(part.bytes_needed for part in self.parts)
+
+    @property
+    def bytes_free(self) -> int:
+        """Bytes free where the features go."""
+        folder = self.options.features.absolute()
+        return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of each training."""
+        return self.options.protocol.num_steps(len(self.sources[0].train.labelled))
+
+    def check_disk(self) -> None:
+        """Raise a BrixelError where the features do not fit on the disk."""
+        check_disk(self.options.features, self.bytes_needed, "Storing features and targets")
+
+
+def make_plan(
+    options: ProbeOptions, sources: Sequence[Source], train: LabelledSet, evaluate: LabelledSet, precision: str
+) -> ProbePlan:
+    """Work out fields, grids and bytes from headers; nothing is written.
+
+    Raises:
+        BrixelError: an image's header cannot be read, or a feature file lacks an image of the set.
+    """
+    sizes: dict[Split, list[Size]] = {
+        "train": [train.size(row) for row in range(len(train))],
+        "evaluate": [evaluate.size(row) for row in range(len(evaluate))],
+    }
+    protocol = options.protocol
+    plans = []
+    targets: dict[tuple[Split, int], tuple[list[FieldOfView], StoredPart, list[Size]]] = {}
+    for source in sources:
+        splits = []
+        settings: list[tuple[Split, LabelledSet, FieldConfig, Side | None]] = [
+            ("train", train, protocol.train, protocol.train_labels),
+            ("evaluate", evaluate, protocol.evaluate, protocol.evaluate_labels),
+        ]
+        for split, labelled, config, label_side in settings:
+            key = split, source.patch_size
+            if key not in targets:
+                stride = protocol.stride(options.size)
+                fields = fields_of_view(config, sizes[split], options.size, source.patch_size, stride)
+                part, target_sizes = _targets(options, labelled, split, fields, sizes[split], label_side, config)
+                targets[key] = fields, part, target_sizes
+            fields, part, target_sizes = targets[key]
+            maps, layout = _maps(options, source, labelled, fields, precision)
+            slides = config.kind == "slide"
+            splits.append(SplitPlan(labelled, split, fields, part, target_sizes, maps, layout, slides))
+        if isinstance(source, FileSource):
+            for planned in splits:
+                feature_rows(source, planned.labelled)
+        plans.append(SourcePlan(source, *splits))
+    return ProbePlan(options, plans)
+
+
+def fields_of_view(
+    config: FieldConfig, sizes: Sequence[Size], side: Side, patch_size: int, stride: int | None
+) -> list[FieldOfView]:
+    """The fields of view of a set; where they are mirrored too, the mirrored ones follow the plain ones."""
+    fields = plan_fields(
+        config.kind,
+        sizes,
+        side if isinstance(side, int) else (side[0], side[1]),
+        patch_size,
+        per_image=config.per_image,
+        stride=stride,
+        scale=(config.scale[0], config.scale[1]),
+    )
+    if not config.flip:
+        return fields
+    return [dataclasses.replace(field, flip=flip) for field in fields for flip in (False, True)]
+
+
+def feature_rows(source: FileSource, labelled: LabelledSet) -> list[int]:
+    """The row of the feature file that each image of a set has: by its path, or by the end of it.
+
+    Raises:
+        BrixelError: some have none.
+    """
+    file = source.file
+    root = Path(file.description.get("root", "."))
+    by_path = {str((root / name).absolute()): row for row, name in enumerate(file.paths)}
+    by_name = {name: row for row, name in enumerate(file.paths)}
+    done = set(file.rows)
+    rows, missing = [], []
+    for name in labelled.names:
+        parts = Path(name).parts
+        tails = ["/".join(parts[at:]) for at in range(len(parts))]
+        row = by_path.get(str((labelled.root / name).absolute()))
+        row = next((by_name[tail] for tail in tails if tail in by_name), None) if row is None else row
+        if row is None or row not in done:
+            missing.append(name)
+        else:
+            rows.append(row)
+    if missing:
+        raise BrixelError(
+            f"{source.path} has no features of {len(missing)} of the {len(labelled)} images of the split, such as "
+            f"{missing[0]}. Extract them: brixel extract --input {labelled.root} --output {source.path}"
+        )
+    return rows
+
+
+def target_columns(task: str, sizes: Sequence[Size], split: Split) -> dict[str, Column]:
+    """Datasets of the targets: for each quantity and size one, filled in the order of the rows of that size."""
+    real = "float16" if split == "train" else "float32"
+    kinds = {"segmentation": ((), "uint8"), "depth": ((1,), real), "normals": ((3,), real)}
+    columns = {}
+    for size, count in Counter(sizes).items():
+        for quantity in QUANTITIES[task]:
+            lead, dtype = kinds[quantity]
+            columns[f"{quantity}/{size[0]}x{size[1]}"] = Column((*lead, *size), dtype, count)
+    return columns
+
+
+def places_by_size(sizes: Sequence[Size]) -> list[int]:
+    """Each row's place among those of its size."""
+    counts: dict[Size, int] = {}
+    places = []
+    for size in sizes:
+        places.append(counts.get(size, 0))
+        counts[size] = places[-1] + 1
+    return places
+
+
+def _targets(
+    options: ProbeOptions,
+    labelled: LabelledSet,
+    split: Split,
+    fields: list[FieldOfView],
+    sizes: Sequence[Size],
+    label_side: Side | None,
+    config: FieldConfig,
+) -> tuple[StoredPart, list[Size]]:
+    fixed = None if label_side is None else (label_side, label_side) if isinstance(label_side, int) else label_side
+    if config.kind == "slide":
+        target_sizes = list(sizes)
+    elif fixed is not None:
+        target_sizes = [(fixed[0], fixed[1])] * len(fields)
+    else:
+        target_sizes = [_own_size(field, sizes[field.row]) for field in fields]
+    description = {
+        "format": FORMAT,
+        "targets": options.recipe.task,
+        "split": split,
+        "set": labelled.fingerprint(),
+        "fields": _digest([dataclasses.astuple(field) for field in fields]),
+        "sizes": _digest(target_sizes),
+    }
+    columns = target_columns(options.recipe.task, target_sizes, split)
+    return _part(options.features, len(target_sizes), columns, description), target_sizes
+
+
+def _own_size(field: FieldOfView, image: Size) -> Size:
+    if field.size == field.scaled:
+        return image
+    height, width = cut_target(np.broadcast_to(np.uint8(0), image), field).shape
+    return height, width
+
+
+def _maps(
+    options: ProbeOptions, source: Source, labelled: LabelledSet, fields: list[FieldOfView], precision: str
+) -> tuple[StoredPart | None, Layout | None]:
+    if not isinstance(source, ModelSource):
+        return None, None
+    grids: tuple[Grid, ...] = tuple(source.grid(field.size) for field in fields)
+    layout = Layout(grids, source.facts.embed_dim, "float16")
+    identity = source.identity()
+    for key in ("checkpoint", "backbone_weights"):
+        del identity[key]  # where the weights lie does not change them
+    description = {
+        "format": FORMAT,
+        "maps": identity,
+        "precision": precision,
+        "set": labelled.fingerprint(),
+        "fields": _digest([dataclasses.astuple(field) for field in fields]),
+    }
+    return _part(options.features, len(fields), layout.columns, description), layout
+
+
+def _part(folder: Path, num_rows: int, columns: dict[str, Column], description: dict[str, Any]) -> StoredPart:
+    return StoredPart(folder / f"{_digest(description)[:16]}.h5", num_rows, columns, description)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,104 @@
+"""What a probe leaves for the eye: loss curves, and pictures of the best, the median and the worst image."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from brixel_cli.core.curves import draw_curves
+from brixel_cli.core.heads import QUANTITIES, load_head
+from brixel_cli.core.pictures import panel
+from brixel_cli.core.prediction_pictures import Quantity as Pictured
+from brixel_cli.core.prediction_pictures import comparison
+from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, LEADING
+from brixel_cli.data.fields_of_view import cut_image
+from brixel_cli.data.images import load_image
+from brixel_cli.engines.probing.evaluation import predict
+from brixel_cli.engines.probing.features import Targets, open_maps
+from brixel_cli.engines.probing.folder import ProbeFolder
+from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
+from brixel_cli.engines.probing.sources import kind_of
+from brixel_cli.engines.runtime import Runtime
+
+_PICTURED: dict[str, Pictured] = {"segmentation": "labels", "depth": "depth", "normals": "normals"}
+
+
+def write_curves(folder: ProbeFolder, labels: Sequence[str], seeds: Sequence[int]) -> Path:
+    """Draw the loss curves of all sources and seeds that there are."""
+    curves = {label: [folder.read_curve(label, seed) for seed in seeds] for label in labels}
+    draw_curves(folder.curves, {label: [curve for curve in some if curve] for label, some in curves.items()})
+    return folder.curves
+
+
+def write_pictures(folder: ProbeFolder, plan: ProbePlan, runtime: Runtime) -> list[Path]:
+    """Draw image, truth, and each source's prediction and errors, for the best, the median and the worst image.
+
+    The images are ranked by the reference source; predictions are those of the first seed.
+    """
+    reference = reference_source(plan)
+    ranking = folder.read_images(reference.source.label, 0)
+    written = []
+    for quantity in QUANTITIES[plan.options.recipe.task]:
+        metric = LEADING[quantity]
+        for place, number in ranked_images(ranking, metric).items():
+            row = number if reference.evaluate.slides else reference.evaluate.positions[number][0]
+            targets = Targets(reference.evaluate, plan.options.recipe.task)
+            truth = targets.read(row)[quantity]
+            predictions = {
+                item.source.label: _prediction(folder, item, number, targets.sizes[row], runtime)[quantity]
+                for item in plan.sources
+            }
+            titles, rows = comparison(_PICTURED[quantity], _image(reference, row), truth, predictions)
+            value = ranking[number][metric]
+            path = folder.pictures / f"{quantity}_{place}.png"
+            partial = path.with_name(path.name + ".partial")
+            titles[0] = f"{place}: {metric} {value:.3f}"
+            panel(titles, rows).save(partial, format="PNG")
+            os.replace(partial, path)
+            written.append(path)
+    return written
+
+
+def _prediction(
+    folder: ProbeFolder, item: SourcePlan, number: int, size: tuple[int, int], runtime: Runtime
+) -> dict[str, Tensor]:
+    head, _ = load_head(folder.head(item.source.label, 0))
+    return predict(head.to(runtime.device), open_maps(item, item.evaluate), item.evaluate, number, size, runtime.device)
+
+
+def _image(item: SourcePlan, row: int) -> Image.Image:
+    """What is seen of an image in evaluation, at the size of its target."""
+    split = item.evaluate
+    number = row if split.slides else split.fields[row].row
+    image = load_image(split.labelled.root / split.labelled.names[number])
+    height, width = split.target_sizes[row]
+    if not split.slides:
+        field = split.fields[row]
+        image = cut_image(image, field, max(round(height / field.size[0]), 1))
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def ranked_images(images: Sequence[dict[str, float]], metric: str) -> dict[str, int]:
+    """The `best`, `median` and `worst` image by a metric, by their numbers; images where it is nan are left out."""
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    order = sorted(
+        (number for number, image in enumerate(images) if not math.isnan(image[metric])),
+        key=lambda number: sign * images[number][metric],
+    )
+    if not order:
+        return {}
+    return {"best": order[0], "median": order[(len(order) - 1) // 2], "worst": order[-1]}
+
+
+def reference_source(plan: ProbePlan) -> SourcePlan:
+    """The source whose figures rank the images: the teacher, else the first student, else the first source."""
+    for kind in ("teacher", "student"):
+        for item in plan.sources:
+            if kind_of(item.source) == kind:
+                return item
+    return plan.sources[0]

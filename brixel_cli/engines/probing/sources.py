@@ -1,0 +1,191 @@
+"""Whose features a probe compares: plain backbone, students, teacher, and feature files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from brixel_cli.core.backbone import load_backbone
+from brixel_cli.core.weights import tensors_sha256
+from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile, Grid
+from brixel_cli.engines.extracting.model import ExtractionModel
+from brixel_cli.engines.extracting.plan import ModelFacts, model_facts, newest_student
+from brixel_cli.engines.reporting import Reporter
+from brixel_cli.engines.runtime import Runtime
+from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.extract_options import ExtractOptions
+from brixel_cli.extract_options import Source as ModelKind
+from brixel_cli.probe_options import ProbeOptions
+
+MODELS: dict[str, ModelKind] = {"backbone": "backbone", "student": "student", "teacher": "teacher"}
+FILE_PREFIX = "file:"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A source that computes its features here.
+
+    Attributes:
+        label: names it in tables and files.
+        kind: which of the models it is.
+        options: with which the model is loaded.
+        facts: of the model before its weights are loaded.
+        backbone_sha256: of the backbone's weights.
+    """
+
+    label: str
+    kind: ModelKind
+    options: ExtractOptions
+    facts: ModelFacts
+    backbone_sha256: str
+
+    @property
+    def patch_size(self) -> int:
+        """Of the backbone, in pixels."""
+        return self.facts.patch_size
+
+    @property
+    def enlarge(self) -> int:
+        """Side of its input over the student's."""
+        return self.facts.factor if self.kind == "teacher" else 1
+
+    def grid(self, size: tuple[int, int]) -> Grid:
+        """The grid of its map where the student's input has this size."""
+        return self.facts.grid((size[0] * self.enlarge, size[1] * self.enlarge))
+
+    def identity(self) -> dict[str, Any]:
+        """All that its features depend on, besides the images: model and weights."""
+        stored = self.facts.adapter
+        return {
+            "source": self.kind,
+            "backbone": self.facts.backbone,
+            "backbone_weights": self.facts.weights,
+            "backbone_sha256": self.backbone_sha256,
+            "checkpoint": str(stored.path) if stored else None,
+            "student_sha256": tensors_sha256(stored.tensors) if stored else None,
+            "student_step": stored.card.step if stored else None,
+            "factor": self.facts.factor,
+            "patch_size": self.facts.patch_size,
+            "channels": self.facts.embed_dim,
+        }
+
+    def load(self, runtime: Runtime, reporter: Reporter) -> ExtractionModel:
+        """The model itself; errors as `ExtractionModel`."""
+        return ExtractionModel(self.options, self.facts, runtime, reporter, size_option="--size")
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A source whose features `brixel extract` has written to a file, of whole images.
+
+    Attributes:
+        label: names it in tables and files.
+        path: of the feature file.
+    """
+
+    label: str
+    path: Path
+
+    @cached_property
+    def file(self) -> FeatureFile:
+        """The open file."""
+        return FeatureFile(self.path)
+
+    @property
+    def patch_size(self) -> int:
+        """Of the backbone, in pixels; 1 where the file does not say."""
+        return int(self.file.description.get("patch_size", 1))
+
+    def identity(self) -> dict[str, Any]:
+        """The file, and what it says of itself."""
+        stat = self.file.path.stat()
+        said = {key: value for key, value in self.file.description.items() if key not in ("root", "batch_sizes")}
+        return {"source": "file", "path": str(self.file.path.absolute()), "bytes": stat.st_size, "description": said}
+
+
+Source = ModelSource | FileSource
+
+
+def resolve_sources(options: ProbeOptions, reporter: Reporter) -> list[Source]:
+    """The sources that were asked for, in that order; the backbone's weights are read once, for their SHA-256.
+
+    Raises:
+        UsageError: a source is unknown or stands twice, or no model is named.
+        BrixelError: a checkpoint, weights or a feature file cannot be read.
+    """
+    names = list(options.sources) or list(MODELS)
+    checkpoints = list(options.checkpoints)
+    if "student" in names and not checkpoints:
+        checkpoints = [newest_student("probe")]
+        reporter.say(f"student: {checkpoints[0]}, the newest run")
+    hashes: dict[tuple[str, str], str] = {}
+    sources: list[Source] = []
+    for name in names:
+        if name == "student":
+            labels = _labels(checkpoints)
+            pairs = zip(labels, checkpoints, strict=True)
+            sources += [_model("student", label, checkpoint, options, reporter, hashes) for label, checkpoint in pairs]
+        elif name in MODELS:
+            first = checkpoints[0] if checkpoints else None
+            sources.append(_model(MODELS[name], name, first, options, reporter, hashes))
+        else:
+            sources.append(_file(name))
+    labels = [source.label for source in sources]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice:
+        raise UsageError(f"The source {twice} stands twice: name each once.")
+    return sources
+
+
+def _model(
+    kind: ModelKind,
+    label: str,
+    checkpoint: str | None,
+    options: ProbeOptions,
+    reporter: Reporter,
+    hashes: dict[tuple[str, str], str],
+) -> ModelSource:
+    extract = ExtractOptions(
+        inputs=[], source=kind, checkpoint=checkpoint, backbone=options.backbone,
+        backbone_weights=options.backbone_weights, device=options.device, precision=options.precision,
+    )  # fmt: skip
+    facts = model_facts(extract, reporter)
+    key = facts.backbone, facts.weights
+    if key not in hashes:
+        hashes[key] = load_backbone(*key).sha256
+    return ModelSource(label, kind, extract, facts, hashes[key])
+
+
+def _file(name: str) -> FileSource:
+    path = Path(name.removeprefix(FILE_PREFIX)).expanduser()
+    if not name.startswith(FILE_PREFIX) and path.suffix != ".h5" and not (path / INDEX_NAME).is_file():
+        raise UsageError(
+            f"--source {name}: give backbone, student, teacher, or a feature file that brixel extract has written "
+            "(.h5, or file:PATH)."
+        )
+    source = FileSource(f"file {path.name}", path)
+    said = source.file.description
+    if said.get("fit", "short") == "centre":
+        raise BrixelError(
+            f"{path} holds features of the middle of each image alone: extract them again with --fit short."
+        )
+    return source
+
+
+def _labels(checkpoints: Sequence[str]) -> list[str]:
+    """`student`, or, of several, each with the shortest end of its path that tells them apart."""
+    if len(checkpoints) == 1:
+        return ["student"]
+    parts = [Path(checkpoint).absolute().parts for checkpoint in checkpoints]
+    length = next(
+        (n for n in range(1, max(map(len, parts)) + 1) if len({part[-n:] for part in parts}) == len(parts)), 1
+    )
+    return [f"student {'/'.join(part[-length:])}" for part in parts]
+
+
+def kind_of(source: Source) -> Literal["student", "backbone", "teacher", "file"]:
+    """What a source is."""
+    return source.kind if isinstance(source, ModelSource) else "file"

@@ -1,0 +1,208 @@
+"""Training of one head on stored maps: batches, losses and steps, all of them a function of the seed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from brixel_cli.core.heads import Head, HeadSpec, build_head
+from brixel_cli.core.probe_losses import (
+    at_points,
+    cosine_loss,
+    cross_entropy,
+    gradient_term,
+    labels_at_points,
+    sample_points,
+    scale_invariant_log,
+    sig_loss,
+)
+from brixel_cli.data.feature_file import Grid
+from brixel_cli.data.views import seed_of
+from brixel_cli.engines.probing.features import Maps, Targets
+from brixel_cli.errors import BrixelError
+from brixel_cli.probe_protocols import Protocol
+
+SIG_WARMUP = 100
+"""First steps in which SigLoss looks at the mean alone, as in DINOv2's depth probes."""
+CURVE_POINTS = 200
+_BATCHES, _POINTS, _WEIGHTS = 1, 2, 3
+"""What a seed is used for: its draws do not depend on one another."""
+
+
+@dataclass(frozen=True)
+class TrainedHead:
+    """A head after its training.
+
+    Attributes:
+        head: in eval mode.
+        curve: mean loss over stretches of steps, as {step, loss, lr}.
+        seconds: that the steps took.
+        steps_per_second: of them.
+    """
+
+    head: Head
+    curve: list[dict[str, float]]
+    seconds: float
+    steps_per_second: float
+
+
+def batches(
+    positions: Sequence[Sequence[int]], grids: Sequence[Grid], batch_size: int, num_steps: int, seed: int
+) -> Iterator[list[int]]:
+    """Fields of each step: every image once an epoch, in one of its fields, in a new order; a function of the seed.
+
+    Maps of a batch have one grid: where a set has several, an image waits for others of its grid.
+
+    Args:
+        positions: for each image, its fields.
+        grids: of each field's map.
+        batch_size: images in a step.
+        num_steps: batches to yield.
+        seed: of the order and of the choice of fields.
+    """
+    waiting: dict[Grid, list[int]] = {}
+    epoch = yielded = 0
+    while True:
+        rng = np.random.default_rng(seed_of(seed, _BATCHES, epoch))
+        for image in rng.permutation(len(positions)):
+            fields = positions[image]
+            field = fields[int(rng.integers(len(fields)))]
+            group = waiting.setdefault(grids[field], [])
+            group.append(field)
+            if len(group) == batch_size:
+                yield waiting.pop(grids[field])
+                yielded += 1
+                if yielded == num_steps:
+                    return
+        epoch += 1
+
+
+def train_head(
+    spec: HeadSpec,
+    protocol: Protocol,
+    maps: Maps,
+    targets: Targets,
+    positions: Sequence[Sequence[int]],
+    seed: int,
+    device: torch.device,
+    bar: Any,
+) -> TrainedHead:
+    """Train a head as the protocol says.
+
+    Args:
+        spec: of the head.
+        protocol: rules of training.
+        maps: of the training fields.
+        targets: of the same.
+        positions: for each image, its fields.
+        seed: of weights, batches and points.
+        device: where the head is trained.
+        bar: hears of every step.
+
+    Raises:
+        BrixelError: the loss is no finite number.
+    """
+    head = build_head(spec, seed_of(seed, _WEIGHTS)).to(device).train()
+    optimiser = torch.optim.AdamW(head.parameters(), lr=protocol.lr, weight_decay=protocol.weight_decay)
+    total = protocol.num_steps(len(positions))
+    points = torch.Generator().manual_seed(seed_of(seed, _POINTS))
+    stretch = max(total // CURVE_POINTS, 1)
+    curve: list[dict[str, float]] = []
+    recent: list[Tensor] = []
+    began = time.perf_counter()
+    for step, batch in enumerate(batches(positions, maps.grids, protocol.batch_size, total, seed)):
+        lr = protocol.learning_rate(step, total)
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        loss = batch_loss(head, protocol, maps, targets, batch, points, step, device)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        recent.append(loss.detach())
+        if len(recent) == stretch or step + 1 == total:
+            mean = float(torch.stack(recent).mean())
+            if not np.isfinite(mean):
+                raise BrixelError(
+                    f"The loss is {mean} at step {step + 1}, seed {seed}. Lower the rate: --set protocol.lr={lr / 10:g}"
+                )
+            curve.append({"step": step + 1, "loss": mean, "lr": lr})
+            recent.clear()
+        bar.update(1)
+    seconds = time.perf_counter() - began
+    return TrainedHead(head.eval().requires_grad_(False), curve, seconds, total / seconds)
+
+
+def batch_loss(
+    head: Head,
+    protocol: Protocol,
+    maps: Maps,
+    targets: Targets,
+    batch: Sequence[int],
+    generator: torch.Generator,
+    step: int,
+    device: torch.device,
+) -> Tensor:
+    """Loss of a head on some fields: the sum over its quantities.
+
+    Labels keep their resolution: outputs are enlarged to it, at all pixels or at as many random ones of each image as
+    the protocol says. Labels of several sizes are pooled pixel by pixel.
+    """
+    outputs = head(maps.read(batch).to(device))
+    points = sample_points(protocol.points, len(batch), generator) if protocol.points else None
+    total = torch.zeros((), device=device)
+    for quantity, output in outputs.items():
+        sizes = [targets.sizes[at] for at in batch]
+        predictions, truths, weights = [], [], []
+        for size in dict.fromkeys(sizes):
+            places = [place for place, other in enumerate(sizes) if other == size]
+            stored = np.stack([targets.view(quantity, batch[place]) for place in places])
+            truth = torch.from_numpy(stored)
+            chosen = output if len(places) == len(batch) else output[places]
+            if points is None:
+                predictions.append(F.interpolate(chosen, size=size, mode="bilinear", align_corners=False))
+            else:
+                predictions.append(at_points(chosen, points[places], size))
+                truth = labels_at_points(truth, points[places])
+            truths.append(truth.to(device))
+            weights.append(len(places) / len(batch))
+        total = total + _quantity_loss(quantity, protocol, predictions, truths, weights, step)
+    return total
+
+
+def _quantity_loss(
+    quantity: str,
+    protocol: Protocol,
+    predictions: Sequence[Tensor],
+    truths: Sequence[Tensor],
+    weights: Sequence[float],
+    step: int,
+) -> Tensor:
+    if quantity == "segmentation":
+        return cross_entropy(_pooled(predictions), _pooled([truth[:, None] for truth in truths])[:, 0])
+    prediction, truth = _pooled(predictions), _pooled(truths).float()
+    if quantity == "normals":
+        return cosine_loss(prediction, truth, (truth.square().sum(dim=1, keepdim=True) > 0))
+    valid = truth > 0
+    if protocol.depth_loss == "sig":
+        loss = sig_loss(prediction, truth, valid, warming_up=step < SIG_WARMUP)
+    else:
+        loss = scale_invariant_log(prediction, truth, valid)
+    if protocol.gradient_weight:
+        for guess, target, weight in zip(predictions, truths, weights, strict=True):
+            term = gradient_term(guess, target.float(), target > 0)
+            loss = loss + protocol.gradient_weight * weight * term
+    return loss
+
+
+def _pooled(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors (b, K, ...) of several sizes as one (1, K, N); a single one as it is."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat([tensor.transpose(0, 1).flatten(1) for tensor in tensors], dim=1)[None]
