@@ -65,10 +65,10 @@ class Adapter(nn.Module):
         difference = self.difference(images, maps, middle, fine)
         if torch.is_grad_enabled():
             return difference + self.residual(maps[-1], fine)
-        # Without gradients, channel after channel: the residual never exists as a second map of the output's size.
-        for part, last_part in zip(
-            difference.split(CHANNELS_AT_ONCE, 1), maps[-1].split(CHANNELS_AT_ONCE, 1), strict=True
-        ):
+        # Without gradients, some channels at a time: the residual never is a second map of the output's size.
+        difference = difference.to(torch.result_type(difference, maps[-1]))
+        parts, last_parts = (map_.split(CHANNELS_AT_ONCE, dim=1) for map_ in (difference, maps[-1]))
+        for part, last_part in zip(parts, last_parts, strict=True):
             part += self.residual(last_part, fine)
         return difference
 
