@@ -253,6 +253,40 @@ def test_what_would_take_too_long_is_counted(
     assert any("not run: about" in note for note in results.notes)
 
 
+@pytest.mark.parametrize("highres", [True, False])
+def test_without_time_for_the_teacher_there_is_no_fidelity_and_a_note(
+    run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch, highres: bool
+) -> None:
+    monkeypatch.setattr(benchmarking, "call_seconds", lambda *_: 1.0)
+    results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), seconds=5.0, highres=highres), listener)
+    student = row(results, "student")
+    assert student.latency is not None
+    assert all(found.fidelity is None for found in results.rows)
+    assert re.match(r"no fidelity: teacher not run: about \d+ s a call, by its FLOP; --seconds ", student.note)
+
+
+def test_a_slow_batch_of_the_teacher_leaves_the_fidelity(
+    run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmarking, "call_seconds", lambda *_: 1.0)
+    results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), seconds=5.0, batch_size=16), listener)
+    teacher, student = row(results, "teacher"), row(results, "student")
+    assert teacher.note.startswith("not run: about ")
+    assert teacher.latency is None
+    assert student.fidelity is not None  # its photographs come one by one
+
+
+def test_each_size_is_compiled_afresh(
+    run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr("torch.compile", lambda call, **_: done.append("compile") or call)
+    monkeypatch.setattr("torch.compiler.reset", lambda: done.append("reset"))
+    changes = {"highres": False, "sizes": "32,48", "compiled": True, "max_images": 1}
+    benchmark(options(tmp_path / "out", checkpoint=str(run), **changes), listener)
+    assert done == ["reset", *["compile"] * 3] * 2
+
+
 # Counts and budgets
 
 

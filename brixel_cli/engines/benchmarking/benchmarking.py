@@ -219,13 +219,16 @@ def _measure_size(
 ) -> list[Row]:
     """Run the rows of one model and size that fit: time, peak memory, fidelity."""
     device = work.runtime.device
+    if work.options.compiled:
+        torch.compiler.reset()  # beyond a few compilations of one function torch runs it uncompiled
     contenders = make_contenders(student, size, work.options.highres, work.baselines)
     foreign = [contender for contender in contenders if contender.kind == "baseline"]
     counts = {row.label: row for row in counted}
     for row in count_baselines(candidate, foreign, student.backbone, size, work.options.batch_size):
         counts[row.label] = replace(row, counted_vit_gflop=counted[0].gflop)
     images = {contender.label: contender.input(work.options.batch_size, device) for contender in contenders}
-    notes = _left_out(work, contenders, counts, images)
+    speed = _seconds_per_gflop(work, contenders[0], counts, images)
+    notes = {label: why for label, row in counts.items() if (why := _why_not(work, row, speed))}
     run = [contender for contender in contenders if contender.label not in notes]
     calls = {}
     for contender in run:
@@ -235,39 +238,62 @@ def _measure_size(
     rows = {label: replace(counts[label], latency=latencies.get(label), note=notes.get(label, "")) for label in counts}
     for contender in run:
         rows[contender.label] = _with_memory(work, candidate, contender, rows[contender.label], size, images)
-    if photos is not None and len(run) == len(contenders):
-        views = photos.views(student.backbone, candidate.factor, size)
-        compared = [row for row in run if row.kind != "student" or candidate.stored is not None]
-        found = measure_fidelity(compared, views, student.backbone, work.reporter, f"fidelity, {size[0]}x{size[1]} px")
-        rows |= {label: replace(rows[label], fidelity=fidelity) for label, fidelity in found.items()}
-        ranked = found["student" if "student" in found else "bilinear"].worst_images
-        work.pictures += draw_examples(compared, views, student.backbone, ranked, work.folder, candidate.name, size)
+    if photos is not None and any(contender.kind == "bilinear" for contender in run):
+        why = _why_no_teacher(work, candidate, size, speed)
+        if why:
+            rows["student"] = replace(rows["student"], note=rows["student"].note or f"no fidelity: teacher {why}")
+        else:
+            compared = [row for row in run if row.kind != "student" or candidate.stored is not None]
+            rows |= _with_fidelity(work, candidate, student, size, compared, rows, photos)
     return [rows[contender.label] for contender in contenders]
 
 
-def _left_out(
-    work: _Benchmark, contenders: Sequence[Contender], counts: dict[str, Row], images: dict[str, torch.Tensor]
-) -> dict[str, str]:
-    """Rows that are not run, with the reason: too large for memory, or too slow, judged by the backbone's speed."""
-    notes = {
-        label: f"not run: needs {human_bytes((row.total_bytes or 0) * MEMORY_MARGIN)} of memory"
-        for label, row in counts.items()
-        if not _fits(work, row, loaded=True)
-    }
-    first = contenders[0]
-    if first.label in notes:
-        return notes
+def _with_fidelity(
+    work: _Benchmark,
+    candidate: Candidate,
+    student: Student,
+    size: Size,
+    compared: Sequence[Contender],
+    rows: dict[str, Row],
+    photos: Photos,
+) -> dict[str, Row]:
+    """The rows whose maps are compared with the teacher's, with the figures; some photographs are drawn."""
+    views = photos.views(student.backbone, candidate.factor, size)
+    found = measure_fidelity(compared, views, student.backbone, work.reporter, f"fidelity, {size[0]}x{size[1]} px")
+    ranked = found["student" if "student" in found else "bilinear"].worst_images
+    work.pictures += draw_examples(compared, views, student.backbone, ranked, work.folder, candidate.name, size)
+    return {label: replace(rows[label], fidelity=fidelity) for label, fidelity in found.items()}
+
+
+def _seconds_per_gflop(
+    work: _Benchmark, backbone: Contender, counts: dict[str, Row], images: dict[str, torch.Tensor]
+) -> float:
+    """Seconds of a call on a batch, for each GFLOP of one image, by the backbone's row; 0 where that does not fit."""
+    row = counts[backbone.label]
+    if not _fits(work, row, loaded=True):
+        return 0.0
     with torch.inference_mode():
         # The fastest of several: one slow call of a small model must not rule out a large one.
-        seconds = min(call_seconds(partial(first.call, images[first.label]), work.runtime.device) for _ in range(4))
-    per_gflop = seconds / (counts[first.label].gflop or 1)
-    for contender in contenders:
-        estimate = per_gflop * (counts[contender.label].gflop or 0)
-        if estimate > work.options.seconds and contender.label not in notes:
-            notes[contender.label] = (
-                f"not run: about {estimate:.0f} s a call, by its FLOP; --seconds {estimate * 1.2:.0f} runs it"
-            )
-    return notes
+        seconds = min(
+            call_seconds(partial(backbone.call, images[backbone.label]), work.runtime.device) for _ in range(4)
+        )
+    return seconds / (row.gflop or 1)
+
+
+def _why_not(work: _Benchmark, row: Row, seconds_per_gflop: float) -> str:
+    """Why a row is not run: too large for memory, or too slow, judged by the backbone's speed; or nothing."""
+    if not _fits(work, row, loaded=True):
+        return f"not run: needs {human_bytes((row.total_bytes or 0) * MEMORY_MARGIN)} of memory"
+    estimate = seconds_per_gflop * (row.gflop or 0)
+    if estimate > work.options.seconds:
+        return f"not run: about {estimate:.0f} s a call, by its FLOP; --seconds {estimate * 1.2:.0f} runs it"
+    return ""
+
+
+def _why_no_teacher(work: _Benchmark, candidate: Candidate, size: Size, seconds_per_gflop: float) -> str:
+    """Why the fidelity, for which the teacher sees photographs one by one, is not measured; or nothing."""
+    teacher = count_rows(candidate, size, highres=True, batch_size=1)[-1]
+    return _why_not(work, teacher, seconds_per_gflop / work.options.batch_size)
 
 
 def _with_memory(
