@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, Listener
+from PIL import Image
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
@@ -178,6 +179,19 @@ def test_two_models_of_one_name_are_refused(run: Path, tmp_path: Path, listener:
         benchmark(options(tmp_path / "out", models=f"{run},{run}"), listener)
 
 
+def test_models_that_name_none_are_refused(tmp_path: Path, listener: Listener) -> None:
+    with pytest.raises(UsageError, match="--models names no recipe and no run folder: ' ,'"):
+        benchmark(options(tmp_path / "out", models=" ,"), listener)
+
+
+def test_a_run_is_called_by_its_folder_from_within_too(
+    run: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(run)
+    (candidate,) = find_candidates(options(tmp_path, checkpoint="."), "float32", listener)
+    assert candidate.name == run.name
+
+
 def test_a_size_that_does_not_fit_names_those_that_do(run: Path, tmp_path: Path, listener: Listener) -> None:
     with pytest.raises(SizeError, match="Nearest that fit: height 32 or 48"):
         benchmark(options(tmp_path / "out", checkpoint=str(run), sizes="40"), listener)
@@ -205,6 +219,30 @@ def test_other_settings_are_measured_anew(
     second, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), **change), listener)
     assert any("measured elsewhere or with other settings: measured anew" in text for text in listener.said)
     assert row(first, "teacher").latency != row(second, "teacher").latency
+
+
+@pytest.mark.parametrize("changed", ["photograph", "weights", "baseline"])
+def test_what_changed_on_disk_is_measured_anew(tmp_path: Path, run: Path, listener: Listener, changed: str) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("PHOTOS", "photos"))
+    (tmp_path / "mine.py").write_text(BASELINE)
+    (tmp_path / "vit.safetensors").write_bytes((run.parent / "vit.safetensors").read_bytes())
+    Image.new("RGB", (128, 128), "red").save(tmp_path / "photos" / "one.png")
+    wanted = options(
+        tmp_path / "out", models="tiny.yaml", backbone_weights="vit.safetensors", images=Path("photos"),
+        baselines=("mine.py:nearest",), highres=False,
+    )  # fmt: skip
+    first, _ = benchmark(wanted, listener)
+    assert benchmark(wanted, listener)[0].rows == first.rows
+    if changed == "photograph":
+        Image.new("RGB", (128, 128), "blue").save(tmp_path / "photos" / "one.png")
+    elif changed == "weights":
+        save_tensors(tmp_path / "vit.safetensors", load_backbone("test_vit", "random").vit.state_dict(), {})
+    else:
+        (tmp_path / "mine.py").write_text(BASELINE.replace('mode="nearest"', 'mode="bicubic"'))
+    second, _ = benchmark(wanted, listener)
+    assert row(second, "nearest").latency != row(first, "nearest").latency
+    assert row(second, "nearest").fidelity != row(first, "nearest").fidelity
 
 
 def test_bfloat16_halves_the_weights(run: Path, tmp_path: Path, listener: Listener) -> None:

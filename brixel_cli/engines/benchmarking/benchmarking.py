@@ -127,7 +127,7 @@ def count_only(options: BenchmarkOptions, reporter: Reporter) -> Results:
     for candidate in candidates:
         for size in _sizes(candidate, options):
             work.rows += count_rows(candidate, size, options.highres, options.batch_size)
-        work.models.append(candidate.describe(candidate.hollow().backbone, None, 0))
+        work.models.append(candidate.describe(candidate.hollow().backbone, None))
     if options.budget_bytes is not None:
         work.budget = _answer_budget(work, candidates, options.budget_bytes)
     return work.results()
@@ -149,6 +149,7 @@ def _begin(options: BenchmarkOptions, reporter: Reporter) -> tuple[_Benchmark, l
         max_images=options.max_images,
         baselines=options.baselines,
         budget_bytes=options.budget_bytes,
+        baselines_sha256=tuple(baseline.sha256 for baseline in baselines),
     )
     environment = describe_environment(runtime)
     earlier = None
@@ -178,9 +179,7 @@ def _sizes(candidate: Candidate, options: BenchmarkOptions) -> list[Size]:
 def _measure_model(work: _Benchmark, candidate: Candidate, groups: Sequence[tuple[Size, list[Row]]]) -> None:
     """Measure one model at all its sizes, and save after each."""
     photos = find_photos(candidate, work.options, work.reporter)
-    described = candidate.describe(
-        candidate.hollow().backbone, photos.folder if photos else None, len(photos.photographs) if photos else 0
-    )
+    described = candidate.describe(candidate.hollow().backbone, photos)
     place = len(work.models)
     work.models.append(described)
     student: Student | None = None
@@ -191,7 +190,7 @@ def _measure_model(work: _Benchmark, candidate: Candidate, groups: Sequence[tupl
         if student is None and _fits(work, rows[0]):
             candidate, student = load_or_randomise(candidate, work.options, str(work.runtime.device), work.reporter)
             if candidate.weights == "random" and described.weights != "random":
-                photos, described = None, candidate.describe(student.backbone, None, 0)
+                photos, described = None, candidate.describe(student.backbone, None)
                 work.models[place] = described
         if student is None:
             why = f"not run: its weights need {human_bytes(rows[0].weights_bytes)}"
