@@ -26,6 +26,7 @@ from brixel_cli.engines.benchmarking.counts import count_rows, largest_sizes
 from brixel_cli.engines.benchmarking.models import find_candidates
 from brixel_cli.engines.benchmarking.peak_memory import PeakMemory, can_measure, peak_in_fresh_process
 from brixel_cli.engines.benchmarking.results import Results, Row, read_results
+from brixel_cli.engines.benchmarking.tables import fidelity_tables
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError, SizeError, UsageError
@@ -201,6 +202,18 @@ def test_a_size_that_does_not_fit_names_those_that_do(run: Path, tmp_path: Path,
 # What is kept, and what is not run
 
 
+def test_a_damaged_photograph_is_not_among_those_compared(run: Path, tmp_path: Path, listener: Listener) -> None:
+    (tmp_path / "photos").mkdir()
+    for name, colour in (("one", "red"), ("two", "blue")):
+        Image.new("RGB", (128, 128), colour).save(tmp_path / "photos" / f"{name}.png")
+    damaged = tmp_path / "photos" / "two.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])  # the header is sound
+    results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), images=Path("photos")), listener)
+    (model,) = results.models
+    figures, _ = fidelity_tables(results, model, (32, 32))
+    assert figures.title.endswith(": 1 photographs of photos")
+
+
 def test_what_was_measured_is_taken_up_again(run: Path, tmp_path: Path, listener: Listener) -> None:
     first, _ = benchmark(options(tmp_path / "out", checkpoint=str(run)), listener)
     second, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), sizes="32,48"), listener)
@@ -318,7 +331,12 @@ def test_each_size_is_compiled_afresh(
     run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    monkeypatch.setattr("torch.compile", lambda call, **_: done.append("compile") or call)
+
+    def compiled(call: Any, **_: Any) -> Any:
+        done.append("compile")
+        return call
+
+    monkeypatch.setattr("torch.compile", compiled)
     monkeypatch.setattr("torch.compiler.reset", lambda: done.append("reset"))
     changes = {"highres": False, "sizes": "32,48", "compiled": True, "max_images": 1}
     benchmark(options(tmp_path / "out", checkpoint=str(run), **changes), listener)

@@ -86,7 +86,7 @@ class Model:
         factor: output grid over token grid; teacher input over student input.
         trained_size: student input (height, width) in pixels of the training, or of the recipe; None: not known.
         images: folder of the photographs of the fidelity, or None where there are none.
-        num_images: how many.
+        num_images: how many; those that turn out damaged are left out of the fidelity.
         weights_sha256: of the backbone's file of weights; empty where `weights` is no file.
         images_sha256: of the names and contents of the photographs; empty where there are none.
     """
