@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,6 +287,19 @@ def test_what_does_not_fit_into_memory_is_counted(
         assert found.memory == "counted"
         assert found.note.startswith("not run: its weights need ")
         assert found.gflop is not None
+
+
+def test_what_did_not_fit_is_run_once_there_is_memory(
+    run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SimpleNamespace(available=10_000, total=10**12)
+    monkeypatch.setattr(benchmarking.psutil, "virtual_memory", lambda: memory)
+    wanted = options(tmp_path / "out", checkpoint=str(run), max_images=1)
+    benchmark(wanted, listener)
+    assert benchmark(wanted, listener)[0].rows[0].latency is None
+    assert "run at 32x32 px: measured before; --overwrite measures anew" in listener.said
+    memory.available = 10**12
+    assert all(found.latency for found in benchmark(wanted, listener)[0].rows)
 
 
 def test_what_would_take_too_long_is_counted(

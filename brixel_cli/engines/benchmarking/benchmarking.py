@@ -44,6 +44,7 @@ from brixel_cli.recipe import RunConfig
 
 MEMORY_MARGIN = 1.2
 """A row is run where the device has this many times what was counted for it."""
+TOO_LARGE, TOO_LARGE_TO_LOAD = "not run: needs", "not run: its weights need"
 
 
 @dataclass
@@ -193,7 +194,7 @@ def _measure_model(work: _Benchmark, candidate: Candidate, groups: Sequence[tupl
                 photos, described = None, candidate.describe(student.backbone, None)
                 work.models[place] = described
         if student is None:
-            why = f"not run: its weights need {human_bytes(rows[0].weights_bytes)}"
+            why = f"{TOO_LARGE_TO_LOAD} {human_bytes(rows[0].weights_bytes)}"
             work.rows += [replace(row, note=why) for row in rows]
         else:
             work.rows += _measure_size(work, candidate, student, size, rows, photos)
@@ -207,6 +208,8 @@ def _take_up(work: _Benchmark, model: Model, size: Size, num_rows: int) -> bool:
     rows = [row for row in work.earlier.rows if (row.model, row.size) == (model.name, size)]
     if len(rows) != num_rows:
         return False
+    if any(row.note.startswith((TOO_LARGE, TOO_LARGE_TO_LOAD)) and _fits(work, row) for row in rows):
+        return False  # there is more free memory than there was
     work.reporter.say(f"{model.name} at {size[0]}x{size[1]} px: measured before; --overwrite measures anew")
     work.rows += rows
     work.pictures += [item for item in work.earlier.pictures if (item.model, item.size) == (model.name, size)]
@@ -282,7 +285,7 @@ def _seconds_per_gflop(
 def _why_not(work: _Benchmark, row: Row, seconds_per_gflop: float) -> str:
     """Why a row is not run: too large for memory, or too slow, judged by the backbone's speed; or nothing."""
     if not _fits(work, row, loaded=True):
-        return f"not run: needs {human_bytes((row.total_bytes or 0) * MEMORY_MARGIN)} of memory"
+        return f"{TOO_LARGE} {human_bytes((row.total_bytes or 0) * MEMORY_MARGIN)} of memory"
     estimate = seconds_per_gflop * (row.gflop or 0)
     if estimate > work.options.seconds:
         return f"not run: about {estimate:.0f} s a call, by its FLOP; --seconds {estimate * 1.2:.0f} runs it"
