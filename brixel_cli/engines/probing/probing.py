@@ -175,13 +175,14 @@ def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str,
     return {
         "recipe": options.recipe.model_dump(),
         "protocol": options.protocol_name,
-        "evaluate": {"kind": options.protocol.evaluate.kind, "stride": options.protocol.stride(options.size)},
+        "evaluate": {"kind": options.protocol.evaluate.kind, "stride": options.protocol.stride(options.size),
+                     "scale": options.protocol.evaluate.scale},
         "size": options.size,
         "seed": seed,
         "label": item.source.label,
         "source": _describe(item),
         "versions": _versions(),
-    }
+    }  # fmt: skip
 
 
 def _versions() -> dict[str, Any]:
