@@ -66,9 +66,9 @@ def plan_fields(
     Args:
         kind: `whole`: the whole image, short side `side` (the lesser one of two) times `scale`, aspect kept but for
             rounding to the patch. `centre`: resized to cover `side`, centre crop. `stretch`: squeezed into `side`.
-            `random`: `per_image` crops of `side` at random places, from the image that covers `side` resized by a random
-            factor, half of them mirrored. `slide`: windows of `side`, one every `stride` pixels, that together cover
-            the image, resized to cover `side`; the last ones are moved back to the border.
+            `random`: `per_image` crops of `side` at random places, from the image that covers `side` resized by a
+            random factor, half of them mirrored. `slide`: windows of `side`, one every `stride` pixels, that together
+            cover the image, resized to cover `side`; the last ones are moved back to the border.
         sizes: (height, width) of the images.
         side: student's input in pixels, one side or (height, width); rounded to multiples of the patch.
         patch_size: of the backbone.
