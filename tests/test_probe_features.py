@@ -205,6 +205,14 @@ def test_a_feature_file_is_read_by_path_or_by_name(root: Path, tmp_path: Path, l
         assert torch.equal(read, expected), name
 
 
+def test_one_row_for_two_images_of_one_name_is_refused(root: Path, tmp_path: Path, listener: Listener) -> None:
+    names = [f"{number}.png" for number in range(6)]  # of images/train; images/val has such names too
+    file = write_features(tmp_path / "train.h5", root / "images" / "train", noise(3), names)
+    text = refused(root, tmp_path, listener, sources=[str(file)])
+    assert text.startswith(f"{file}: 0.png could be images/train/0.png and images/val/0.png. Extract the features of ")
+    assert text.endswith(f"brixel extract --input {root} --output {file}")
+
+
 def test_a_part_of_the_image_has_its_part_of_the_stored_map(root: Path, tmp_path: Path, listener: Listener) -> None:
     file = write_features(tmp_path / "f.h5", root, noise(3))
     options = make_options(root, tmp_path / "out", protocol="jafar", sources=[str(file)])
