@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Listener
+from conftest import Listener, make_photograph
 from PIL import Image
 from probe_sets import HEIGHT, NAMES, WIDTH, make_options, make_set, noise, stored_levels, write_features
 
@@ -156,6 +156,28 @@ def test_other_weights_are_another_file(root: Path, tmp_path: Path, model, liste
     )
     assert after.maps.path != before.maps.path
     assert after.targets.path == before.targets.path
+
+
+def test_maps_depend_on_the_images_and_not_on_the_targets(
+    root: Path, tmp_path: Path, model, listener: Listener
+) -> None:
+    def parts(task: str, data: Path = root, *changes: str):
+        options = make_options(
+            data, tmp_path / "out", task, checkpoints=[model[0]], sources=["backbone"], overrides=list(changes)
+        )
+        item = plan_only(options, listener).sources[0]
+        return item.evaluate.maps.path, item.evaluate.targets.path
+
+    first = parts("depth")
+    for other in (parts("normals"), parts("depth", root, "data.depth.range=[1.0, 3.0]")):
+        assert other[0] == first[0]
+        assert other[1] != first[1]
+    copy = Path(shutil.copytree(root, tmp_path / "copy"))
+    before = parts("depth", copy)
+    make_photograph(copy / "images/val/0.png", 77, WIDTH, HEIGHT)
+    after = parts("depth", copy)
+    assert after[0] != before[0]
+    assert after[1] != before[1]
 
 
 def test_a_full_disk_is_found_before_anything_is_written(

@@ -298,7 +298,7 @@ def _maps(
         "format": FORMAT,
         "maps": identity,
         "precision": precision,
-        "set": labelled.fingerprint(),
+        "images": labelled.image_fingerprint(),
         "fields": _digest([dataclasses.astuple(field) for field in fields]),
     }
     return _part(options.features, len(fields), layout.columns, description), layout
