@@ -170,8 +170,9 @@ PROTOCOLS: dict[str, Protocol] = {
     )
 }  # fmt: skip
 
+_ADE = {"batch_size": 32, "epochs": 40}
 BY_DATA: dict[str, dict[str, dict[str, int]]] = {
-    "brixel": {"ade20k": {"batch_size": 32, "epochs": 40}, "cityscapes": {"epochs": 50}},
+    "brixel": {"ade20k": _ADE, "ade20k_151": _ADE, "cityscapes": {"epochs": 50}},
 }
 """What a protocol prescribes for single data sets, by the recipe's name."""
 

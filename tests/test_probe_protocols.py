@@ -48,7 +48,8 @@ def test_further_rules_of_single_protocols() -> None:
 
 
 def test_data_sets_with_rules_of_their_own() -> None:
-    assert (published("brixel", "ade20k").batch_size, published("brixel", "ade20k").epochs) == (32, 40)
+    for name in ("ade20k", "ade20k_151"):
+        assert (published("brixel", name).batch_size, published("brixel", name).epochs) == (32, 40)
     assert (published("brixel", "cityscapes").batch_size, published("brixel", "cityscapes").epochs) == (16, 50)
     assert published("brixel", "voc") == PROTOCOLS["brixel"]
     assert differences(published("brixel", "ade20k"), "ade20k", 256) == []
