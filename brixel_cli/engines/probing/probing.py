@@ -117,6 +117,7 @@ def _run_source(
             "train_seconds": round(trained.seconds, 3),
             "evaluate_seconds": round(time.perf_counter() - began, 3),
             "steps_per_second": round(trained.steps_per_second, 2),
+            "versions": _versions(),  # a probe can be continued with others
         }
 
 
