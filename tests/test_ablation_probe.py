@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import TINY, Listener
 from probe_sets import make_options, make_set, recipe_file, results
+from test_ablation import remembered
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
 from brixel_cli.benchmark_options import AblationOptions
-from brixel_cli.engines.benchmarking import ablation_cost, ablation_probe
+from brixel_cli.engines.benchmarking import ablation, ablation_cost, ablation_probe
 from brixel_cli.engines.benchmarking.ablation import ablate
 from brixel_cli.engines.benchmarking.ablation_results import Ablations, read_ablations
 from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
@@ -30,6 +31,8 @@ MINE = "base: {}\nfast: {optim.lr: 0.05}\n"
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation_cost, "INFERENCE_SECONDS", 0.02)
+    for module, name in ((ablation, "count_training"), (ablation_cost, "_gflop")):
+        monkeypatch.setattr(module, name, remembered(getattr(module, name)))
 
 
 @pytest.fixture(scope="session")

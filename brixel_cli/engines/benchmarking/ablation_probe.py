@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from brixel_cli.data.labelled import LabelledSet
-from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult, read_probe
+from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
+from brixel_cli.engines.benchmarking.student_probes import read_probe
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.probing.probing import probe
 from brixel_cli.engines.reporting import Reporter

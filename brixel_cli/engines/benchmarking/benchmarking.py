@@ -22,7 +22,7 @@ from brixel_cli.engines.benchmarking.environment import describe_environment
 from brixel_cli.engines.benchmarking.fidelity import draw_examples, measure_fidelity
 from brixel_cli.engines.benchmarking.models import Candidate, Photos, find_candidates, find_photos, load_or_randomise
 from brixel_cli.engines.benchmarking.peak_memory import can_measure, peak_in_fresh_process, peak_on_gpu
-from brixel_cli.engines.benchmarking.probe_results import ProbeResult, probes_of
+from brixel_cli.engines.benchmarking.probe_results import ProbeResult
 from brixel_cli.engines.benchmarking.results import (
     FILE_NAME,
     TABLE_NAME,
@@ -35,6 +35,7 @@ from brixel_cli.engines.benchmarking.results import (
     Settings,
     read_results,
 )
+from brixel_cli.engines.benchmarking.student_probes import probes_of
 from brixel_cli.engines.distilling.run_folder import write_text
 from brixel_cli.engines.latency import call_seconds, interleaved
 from brixel_cli.engines.reporting import Reporter
