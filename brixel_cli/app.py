@@ -59,7 +59,7 @@ PROBE_EXAMPLES = """
 
   brixel probe --recipe camvid --data data/camvid --checkpoint runs/vits --quick
 
-  brixel probe --recipe nyu_depth --checkpoint runs/vits --protocol brixel-nyu --size 288x384
+  brixel probe --recipe nyuv2 --checkpoint runs/vits --protocol brixel-nyu --size 288x384
 
   brixel probe --recipe camvid --checkpoint runs/a --checkpoint runs/b --set protocol.lr=1e-3 --per-class
 

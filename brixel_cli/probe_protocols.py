@@ -26,7 +26,8 @@ class FieldConfig(Section):
     per_image: PositiveInt = 1
     """Random crops of each image, drawn once and stored; each epoch takes one of them."""
     scale: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)] = [1.0, 1.0]
-    """Least and most scale of random crops."""
+    """Least and most scale of the image, 1 being where it just covers the input; of random crops, and, both the same,
+    of whole images."""
     stride: PositiveInt | None = None
     """Pixels between sliding windows at the published size, and in proportion at others; null: two thirds of them."""
     flip: bool = False
@@ -88,6 +89,9 @@ class Protocol(Section):
             raise ValueError("protocol.train.kind random needs protocol.train_labels: each crop has another size else")
         if self.train.kind == "slide":
             raise ValueError("protocol.train.kind slide is for evaluation only")
+        for config in (self.train, self.evaluate):
+            if config.kind == "whole" and config.scale[0] != config.scale[1]:
+                raise ValueError("protocol.train.scale and evaluate.scale of whole images must be one scale, twice")
         if self.evaluate.kind == "random" or self.evaluate.flip:
             raise ValueError("protocol.evaluate must look at every image in one way: neither random nor flip")
         return self
@@ -119,7 +123,10 @@ class Protocol(Section):
 
 _WHOLE = FieldConfig(kind="whole")
 _CENTRE = FieldConfig(kind="centre")
-_NYU_CROPS = FieldConfig(kind="random", per_image=4)
+_NYU_SCALE = [480 / 416, 480 / 416]
+"""NYUv2 has 480x640 pixels: crops of 416x544 are taken, and whole images evaluated, at that size."""
+_NYU_CROPS = FieldConfig(kind="random", per_image=4, scale=_NYU_SCALE)
+_NYU_WHOLE = FieldConfig(kind="whole", scale=_NYU_SCALE)
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
@@ -138,7 +145,7 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             name="dinov3-nyu", tasks=["depth"], side=[416, 544], train=_NYU_CROPS,
-            train_labels=[416, 544], evaluate=_WHOLE,
+            train_labels=[416, 544], evaluate=_NYU_WHOLE,
             lr=3e-4, weight_decay=1e-4, batch_size=16, steps=38_400, schedule="linear", warmup_steps=1500,
         ),
         Protocol(
@@ -152,7 +159,7 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             name="normals", tasks=["normals", "depth_normals"], side=[416, 544], train=_NYU_CROPS,
-            train_labels=[416, 544], evaluate=_WHOLE,
+            train_labels=[416, 544], evaluate=_NYU_WHOLE,
             lr=5e-4, weight_decay=1e-4, batch_size=16, steps=38_400, schedule="linear", warmup_steps=1500,
         ),
         Protocol(
@@ -163,8 +170,9 @@ PROTOCOLS: dict[str, Protocol] = {
     )
 }  # fmt: skip
 
+_ADE = {"batch_size": 32, "epochs": 40}
 BY_DATA: dict[str, dict[str, dict[str, int]]] = {
-    "brixel": {"ade20k": {"batch_size": 32, "epochs": 40}, "cityscapes": {"epochs": 50}},
+    "brixel": {"ade20k": _ADE, "ade20k_151": _ADE, "cityscapes": {"epochs": 50}},
 }
 """What a protocol prescribes for single data sets, by the recipe's name."""
 

@@ -7,11 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import TINY, Listener
+from PIL import Image
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
@@ -25,6 +27,7 @@ from brixel_cli.engines.benchmarking.counts import count_rows, largest_sizes
 from brixel_cli.engines.benchmarking.models import find_candidates
 from brixel_cli.engines.benchmarking.peak_memory import PeakMemory, can_measure, peak_in_fresh_process
 from brixel_cli.engines.benchmarking.results import Results, Row, read_results
+from brixel_cli.engines.benchmarking.tables import fidelity_tables
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError, SizeError, UsageError
@@ -178,6 +181,19 @@ def test_two_models_of_one_name_are_refused(run: Path, tmp_path: Path, listener:
         benchmark(options(tmp_path / "out", models=f"{run},{run}"), listener)
 
 
+def test_models_that_name_none_are_refused(tmp_path: Path, listener: Listener) -> None:
+    with pytest.raises(UsageError, match="--models names no recipe and no run folder: ' ,'"):
+        benchmark(options(tmp_path / "out", models=" ,"), listener)
+
+
+def test_a_run_is_called_by_its_folder_from_within_too(
+    run: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(run)
+    (candidate,) = find_candidates(options(tmp_path, checkpoint="."), "float32", listener)
+    assert candidate.name == run.name
+
+
 def test_a_size_that_does_not_fit_names_those_that_do(run: Path, tmp_path: Path, listener: Listener) -> None:
     with pytest.raises(SizeError, match="Nearest that fit: height 32 or 48"):
         benchmark(options(tmp_path / "out", checkpoint=str(run), sizes="40"), listener)
@@ -185,6 +201,18 @@ def test_a_size_that_does_not_fit_names_those_that_do(run: Path, tmp_path: Path,
 
 
 # What is kept, and what is not run
+
+
+def test_a_damaged_photograph_is_not_among_those_compared(run: Path, tmp_path: Path, listener: Listener) -> None:
+    (tmp_path / "photos").mkdir()
+    for name, colour in (("one", "red"), ("two", "blue")):
+        Image.new("RGB", (128, 128), colour).save(tmp_path / "photos" / f"{name}.png")
+    damaged = tmp_path / "photos" / "two.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])  # the header is sound
+    results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), images=Path("photos")), listener)
+    (model,) = results.models
+    figures, _ = fidelity_tables(results, model, (32, 32))
+    assert figures.title.endswith(": 1 photographs of photos")
 
 
 def test_what_was_measured_is_taken_up_again(run: Path, tmp_path: Path, listener: Listener) -> None:
@@ -205,6 +233,30 @@ def test_other_settings_are_measured_anew(
     second, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), **change), listener)
     assert any("measured elsewhere or with other settings: measured anew" in text for text in listener.said)
     assert row(first, "teacher").latency != row(second, "teacher").latency
+
+
+@pytest.mark.parametrize("changed", ["photograph", "weights", "baseline"])
+def test_what_changed_on_disk_is_measured_anew(tmp_path: Path, run: Path, listener: Listener, changed: str) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("PHOTOS", "photos"))
+    (tmp_path / "mine.py").write_text(BASELINE)
+    (tmp_path / "vit.safetensors").write_bytes((run.parent / "vit.safetensors").read_bytes())
+    Image.new("RGB", (128, 128), "red").save(tmp_path / "photos" / "one.png")
+    wanted = options(
+        tmp_path / "out", models="tiny.yaml", backbone_weights="vit.safetensors", images=Path("photos"),
+        baselines=("mine.py:nearest",), highres=False,
+    )  # fmt: skip
+    first, _ = benchmark(wanted, listener)
+    assert benchmark(wanted, listener)[0].rows == first.rows
+    if changed == "photograph":
+        Image.new("RGB", (128, 128), "blue").save(tmp_path / "photos" / "one.png")
+    elif changed == "weights":
+        save_tensors(tmp_path / "vit.safetensors", load_backbone("test_vit", "random").vit.state_dict(), {})
+    else:
+        (tmp_path / "mine.py").write_text(BASELINE.replace('mode="nearest"', 'mode="bicubic"'))
+    second, _ = benchmark(wanted, listener)
+    assert row(second, "nearest").latency != row(first, "nearest").latency
+    assert row(second, "nearest").fidelity != row(first, "nearest").fidelity
 
 
 def test_bfloat16_halves_the_weights(run: Path, tmp_path: Path, listener: Listener) -> None:
@@ -237,6 +289,19 @@ def test_what_does_not_fit_into_memory_is_counted(
         assert found.gflop is not None
 
 
+def test_what_did_not_fit_is_run_once_there_is_memory(
+    run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SimpleNamespace(available=10_000, total=10**12)
+    monkeypatch.setattr(benchmarking.psutil, "virtual_memory", lambda: memory)
+    wanted = options(tmp_path / "out", checkpoint=str(run), max_images=1)
+    benchmark(wanted, listener)
+    assert benchmark(wanted, listener)[0].rows[0].latency is None
+    assert "run at 32x32 px: measured before; --overwrite measures anew" in listener.said
+    memory.available = 10**12
+    assert all(found.latency for found in benchmark(wanted, listener)[0].rows)
+
+
 def test_what_would_take_too_long_is_counted(
     run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +316,45 @@ def test_what_would_take_too_long_is_counted(
     assert teacher.latency is None
     assert backbone.latency is not None
     assert any("not run: about" in note for note in results.notes)
+
+
+@pytest.mark.parametrize("highres", [True, False])
+def test_without_time_for_the_teacher_there_is_no_fidelity_and_a_note(
+    run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch, highres: bool
+) -> None:
+    monkeypatch.setattr(benchmarking, "call_seconds", lambda *_: 1.0)
+    results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), seconds=5.0, highres=highres), listener)
+    student = row(results, "student")
+    assert student.latency is not None
+    assert all(found.fidelity is None for found in results.rows)
+    assert re.match(r"no fidelity: teacher not run: about \d+ s a call, by its FLOP; --seconds ", student.note)
+
+
+def test_a_slow_batch_of_the_teacher_leaves_the_fidelity(
+    run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmarking, "call_seconds", lambda *_: 1.0)
+    results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), seconds=5.0, batch_size=16), listener)
+    teacher, student = row(results, "teacher"), row(results, "student")
+    assert teacher.note.startswith("not run: about ")
+    assert teacher.latency is None
+    assert student.fidelity is not None  # its photographs come one by one
+
+
+def test_each_size_is_compiled_afresh(
+    run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def compiled(call: Any, **_: Any) -> Any:
+        done.append("compile")
+        return call
+
+    monkeypatch.setattr("torch.compile", compiled)
+    monkeypatch.setattr("torch.compiler.reset", lambda: done.append("reset"))
+    changes = {"highres": False, "sizes": "32,48", "compiled": True, "max_images": 1}
+    benchmark(options(tmp_path / "out", checkpoint=str(run), **changes), listener)
+    assert done == ["reset", *["compile"] * 3] * 2
 
 
 # Counts and budgets

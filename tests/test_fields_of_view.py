@@ -13,6 +13,10 @@ ODD = (97, 141)
 KINDS = ["whole", "centre", "stretch", "random", "slide"]
 
 
+def scale_of(kind: str) -> tuple[float, float]:
+    return (0.5, 2.0) if kind == "random" else (1.0, 1.0)
+
+
 def ramp(height: int, width: int) -> np.ndarray:
     """(3, H, W) in 0..255: red grows to the right, green downwards; both are linear, so bicubic keeps them."""
     y, x = (np.arange(length) + 0.5 for length in (height, width))
@@ -34,7 +38,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_image_target_and_map_of_a_ramp_show_the_same_places(kind: str, patch: int) -> None:
     values = ramp(*ODD)
-    fields = plan_fields(kind, [ODD], 56, patch, per_image=8, seed=3)  # type: ignore[arg-type]
+    fields = plan_fields(kind, [ODD], 56, patch, per_image=8, seed=3, scale=scale_of(kind))  # type: ignore[arg-type]
     flips = 0
     for field in fields:
         assert field.size[0] % patch == 0
@@ -66,7 +70,7 @@ def test_image_target_and_map_of_a_ramp_show_the_same_places(kind: str, patch: i
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_teacher_sees_what_the_student_sees_four_times_larger(kind: str) -> None:
     image = as_image(ramp(*ODD))
-    for field in plan_fields(kind, [ODD], 56, 14, per_image=3, seed=1):  # type: ignore[arg-type]
+    for field in plan_fields(kind, [ODD], 56, 14, per_image=3, seed=1, scale=scale_of(kind)):  # type: ignore[arg-type]
         large = cut_image(image, field, enlarge=4)
         assert large.size == (field.size[1] * 4, field.size[0] * 4)
         reduced = pixels(large.resize((field.size[1], field.size[0]), Image.Resampling.BOX))
@@ -108,11 +112,11 @@ def test_sizes_and_places_of_each_kind() -> None:
 
 def test_random_views_depend_on_seed_row_and_number_alone() -> None:
     sizes = [(60, 80), (60, 80)]
-    fields = plan_fields("random", sizes, 28, 14, per_image=40, seed=5)
+    fields = plan_fields("random", sizes, 28, 14, per_image=40, seed=5, scale=(0.5, 2.0))
     assert [field.row for field in fields] == [0] * 40 + [1] * 40
-    assert fields == plan_fields("random", sizes, 28, 14, per_image=40, seed=5)
-    assert fields != plan_fields("random", sizes, 28, 14, per_image=40, seed=6)
-    assert fields[:3] == plan_fields("random", sizes[:1], 28, 14, per_image=3, seed=5)
+    assert fields == plan_fields("random", sizes, 28, 14, per_image=40, seed=5, scale=(0.5, 2.0))
+    assert fields != plan_fields("random", sizes, 28, 14, per_image=40, seed=6, scale=(0.5, 2.0))
+    assert fields[:3] == plan_fields("random", sizes[:1], 28, 14, per_image=3, seed=5, scale=(0.5, 2.0))
     heights = [field.scaled[0] for field in fields]
     assert 14 <= min(heights) < 18
     assert 50 < max(heights) <= 56

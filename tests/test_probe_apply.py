@@ -14,6 +14,7 @@ from PIL import Image
 from probe_sets import CLASSES, make_options, make_set, noise, write_features
 
 from brixel_cli.core.prediction_pictures import class_colours
+from brixel_cli.engines.extracting.model import ExtractionModel
 from brixel_cli.engines.probing.application import apply_head, encode_prediction
 from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
@@ -207,3 +208,17 @@ def test_a_head_on_an_extracted_file_is_applied_with_its_model(
         apply_head(ApplyOptions(file, images, tmp_path / "masks", device="cpu"), listener)
     done = apply_head(ApplyOptions(file, images, tmp_path / "masks", checkpoint=model[0], device="cpu"), listener)
     assert done.num_written == 4
+
+
+def test_whole_images_are_predicted_at_the_scale_of_their_evaluation(
+    root: Path, tmp_path: Path, model, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["protocol.steps=2", "protocol.evaluate.scale=[2.0, 2.0]"]
+    options = make_options(root, tmp_path / "out", sources=["backbone"], checkpoints=[model[0]], overrides=changes)
+    assert probe(options, listener).results["sources"]["backbone"]["input"] == {"64x80": 4}
+    seen = []
+    maps = ExtractionModel.maps
+    monkeypatch.setattr(ExtractionModel, "maps", lambda self, px: seen.append(tuple(px.shape[2:])) or maps(self, px))
+    apply_head(ApplyOptions(tmp_path / "out/heads/backbone_seed0.safetensors", [str(root / "images/val")],
+                            tmp_path / "masks", device="cpu"), listener)  # fmt: skip
+    assert set(seen) == {(64, 80)}  # 48x64 to a short side of twice 32, in patches of 16

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Listener
+from conftest import Listener, make_photograph
 from PIL import Image
 from probe_sets import HEIGHT, NAMES, WIDTH, make_options, make_set, noise, stored_levels, write_features
 
@@ -158,6 +158,28 @@ def test_other_weights_are_another_file(root: Path, tmp_path: Path, model, liste
     assert after.targets.path == before.targets.path
 
 
+def test_maps_depend_on_the_images_and_not_on_the_targets(
+    root: Path, tmp_path: Path, model, listener: Listener
+) -> None:
+    def parts(task: str, data: Path = root, *changes: str):
+        options = make_options(
+            data, tmp_path / "out", task, checkpoints=[model[0]], sources=["backbone"], overrides=list(changes)
+        )
+        item = plan_only(options, listener).sources[0]
+        return item.evaluate.maps.path, item.evaluate.targets.path
+
+    first = parts("depth")
+    for other in (parts("normals"), parts("depth", root, "data.depth.range=[1.0, 3.0]")):
+        assert other[0] == first[0]
+        assert other[1] != first[1]
+    copy = Path(shutil.copytree(root, tmp_path / "copy"))
+    before = parts("depth", copy)
+    make_photograph(copy / "images/val/0.png", 77, WIDTH, HEIGHT)
+    after = parts("depth", copy)
+    assert after[0] != before[0]
+    assert after[1] != before[1]
+
+
 def test_a_full_disk_is_found_before_anything_is_written(
     root: Path, tmp_path: Path, model, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +225,14 @@ def test_a_feature_file_is_read_by_path_or_by_name(root: Path, tmp_path: Path, l
         read = open_maps(item, item.evaluate).read([0, 2])
         expected = torch.from_numpy(np.stack([maps(NAMES[6]), maps(NAMES[8])]).astype(np.float16)).float()
         assert torch.equal(read, expected), name
+
+
+def test_one_row_for_two_images_of_one_name_is_refused(root: Path, tmp_path: Path, listener: Listener) -> None:
+    names = [f"{number}.png" for number in range(6)]  # of images/train; images/val has such names too
+    file = write_features(tmp_path / "train.h5", root / "images" / "train", noise(3), names)
+    text = refused(root, tmp_path, listener, sources=[str(file)])
+    assert text.startswith(f"{file}: 0.png could be images/train/0.png and images/val/0.png. Extract the features of ")
+    assert text.endswith(f"brixel extract --input {root} --output {file}")
 
 
 def test_a_part_of_the_image_has_its_part_of_the_stored_map(root: Path, tmp_path: Path, listener: Listener) -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from brixel_cli.engines.probing.plan import fields_of_view
 from brixel_cli.errors import UsageError
 from brixel_cli.probe_protocols import PROTOCOLS, differences, printed_name, published
 from brixel_cli.recipe_files import with_overrides
@@ -47,10 +48,21 @@ def test_further_rules_of_single_protocols() -> None:
 
 
 def test_data_sets_with_rules_of_their_own() -> None:
-    assert (published("brixel", "ade20k").batch_size, published("brixel", "ade20k").epochs) == (32, 40)
+    for name in ("ade20k", "ade20k_151"):
+        assert (published("brixel", name).batch_size, published("brixel", name).epochs) == (32, 40)
     assert (published("brixel", "cityscapes").batch_size, published("brixel", "cityscapes").epochs) == (16, 50)
     assert published("brixel", "voc") == PROTOCOLS["brixel"]
     assert differences(published("brixel", "ade20k"), "ade20k", 256) == []
+
+
+@pytest.mark.parametrize("name", ["dinov3-nyu", "normals"])
+def test_nyu_is_seen_at_its_own_size_in_training_and_evaluation(name: str) -> None:
+    protocol = PROTOCOLS[name]
+    train, evaluate = (
+        fields_of_view(config, [(480, 640)], [416, 544], 16, None) for config in (protocol.train, protocol.evaluate)
+    )
+    assert {(field.scaled, field.size) for field in train} == {((480, 640), (416, 544))}
+    assert [(field.scaled, field.size) for field in evaluate] == [((480, 640), (480, 640))]
 
 
 def test_a_change_shows_in_the_name() -> None:
@@ -68,6 +80,7 @@ def test_a_change_shows_in_the_name() -> None:
     ("quick", "epochs=3", "give exactly one of protocol.steps and protocol.epochs"),
     ("quick", "gradient_weight=0.5", "protocol.points leaves no neighbours to compare: set protocol.gradient_weight=0"),
     ("jafar", "train.kind=slide", "protocol.train.kind slide is for evaluation only"),
+    ("quick", "evaluate.scale=[1, 2]", "scale of whole images must be one scale, twice"),
     ("quick", "train.kind=random", "protocol.train.kind random needs protocol.train_labels"),
     ("jafar", "evaluate.flip=true", "protocol.evaluate must look at every image in one way: neither random nor flip"),
 ])  # fmt: skip

@@ -129,11 +129,14 @@ def test_the_result_says_all_that_a_figure_depends_on(root: Path, tmp_path: Path
     settings = stored["settings"]
     assert settings["protocol"] == "quick (changed: points=64, steps=4)"
     assert settings["protocol_settings"]["lr"] == 2e-3
+    assert stored["recipe"]["data"]["labels"]["ignore"] == [255]
+    assert stored["recipe"]["data"]["root"] == str(root)
     assert settings["classes"] == list(CLASSES)
     assert [settings["data"][split]["images"] for split in ("train", "evaluate")] == [6, 4]
     assert settings["data"]["evaluate"]["split"]["split"] == "val"
     assert stored["seeds"] == [0, 1]
     assert {"brixel", "torch", "timm", "torchmetrics", "threads"} <= set(stored["versions"])
+    assert all(run["versions"] == stored["versions"] for run in stored["runs"])
     sources = stored["sources"]
     assert list(sources) == ["backbone", "student", "teacher"]
     # The short side is 32: 32x43, snapped to 32x48 at patch 16; the teacher sees four times that.
@@ -290,7 +293,19 @@ def test_other_settings_are_refused_by_name(root: Path, tmp_path: Path, answers:
     assert "size: then 32, now 48" in refused(size="48")
     write_features(tmp_path / "answers.h5", root, noise(5))
     assert "file answers.h5: bytes: then " in refused()
-    assert probe(make_options(root, out, sources=[answers], overrides=FAST, overwrite=True), listener)
+    (out / "pictures" / "depth_best.png").write_bytes(b"")  # of another task
+    done = probe(make_options(root, out, sources=[answers], overrides=FAST, overwrite=True), listener)
+    assert "depth_best.png" not in [path.name for path in done.files]
+
+
+def test_figures_keep_the_versions_that_they_were_made_with(
+    root: Path, tmp_path: Path, answers: str, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe(make_options(root, tmp_path / "out", sources=[answers], overrides=FAST), listener)
+    now = probing._versions()
+    monkeypatch.setattr(probing, "_versions", lambda: {**now, "torch": "99"})
+    probe(make_options(root, tmp_path / "out", sources=[answers], overrides=FAST, seeds=2), listener)
+    assert [run["versions"]["torch"] for run in results(tmp_path / "out")["runs"]] == [now["torch"], "99"]
 
 
 def test_damaged_results_are_named(root: Path, tmp_path: Path, answers: str, listener: Listener) -> None:

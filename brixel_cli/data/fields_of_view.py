@@ -59,30 +59,30 @@ def plan_fields(
     per_image: int = 1,
     seed: int = 0,
     stride: int | None = None,
-    scale: tuple[float, float] = (0.5, 2.0),
+    scale: tuple[float, float] = (1.0, 1.0),
 ) -> list[FieldOfView]:
     """The fields of view of a set of images, in their order.
 
     Args:
-        kind: `whole`: the whole image, short side `side` (the lesser one of two), aspect kept but for rounding to the
-            patch. `centre`: resized to cover `side`, centre crop. `stretch`: squeezed into `side`. `random`:
-            `per_image` crops of `side` at random places, from the image that covers `side` resized by a random
-            factor, half of them mirrored. `slide`: windows of `side`, one every `stride` pixels, that together cover
-            the image, resized to cover `side`; the last ones are moved back to the border.
+        kind: `whole`: the whole image, short side `side` (the lesser one of two) times `scale`, aspect kept but for
+            rounding to the patch. `centre`: resized to cover `side`, centre crop. `stretch`: squeezed into `side`.
+            `random`: `per_image` crops of `side` at random places, from the image that covers `side` resized by a
+            random factor, half of them mirrored. `slide`: windows of `side`, one every `stride` pixels, that together
+            cover the image, resized to cover `side`; the last ones are moved back to the border.
         sizes: (height, width) of the images.
         side: student's input in pixels, one side or (height, width); rounded to multiples of the patch.
         patch_size: of the backbone.
         per_image: number of views of each image; of `random`.
         seed: of places, scales and mirroring; of `random`.
         stride: pixels between windows, None for two thirds of the window rounded to the patch; of `slide`.
-        scale: least and most of the factor that is drawn, uniformly; of `random`.
+        scale: least and most of the factor that is drawn, uniformly, of `random`; the factor, twice, of `whole`.
     """
     wanted = (side, side) if isinstance(side, int) else side
     height, width = (snap(length, patch_size) for length in wanted)
     fields: list[FieldOfView] = []
     for row, image in enumerate(sizes):
         if kind == "whole":
-            ratio = min(wanted) / min(image)
+            ratio = min(wanted) * scale[0] / min(image)
             scaled = snap(image[0] * ratio, patch_size), snap(image[1] * ratio, patch_size)
             fields.append(FieldOfView(row, scaled, (0, 0, *scaled)))
         elif kind == "stretch":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,11 +104,21 @@ class LabelledSet:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of task, description and split, and the names, sizes and times of all files; for resuming."""
-        digest = hashlib.sha256(f"{self.recipe.task} {self.split} {self.recipe.data.model_dump_json()}".encode())
-        for entry in self._entries:
-            for path in (entry.image, *entry.files.values()):
-                status = path.stat()
-                digest.update(f"\n{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}".encode())
+        about = f"{self.recipe.task} {self.split} {self.recipe.data.model_dump_json()}"
+        return self._digest(about, [path for entry in self._entries for path in (entry.image, *entry.files.values())])
+
+    def image_fingerprint(self) -> str:
+        """SHA-256 (hex) of the folder, and the names, sizes and times of the images alone: their maps depend on them.
+
+        What the targets mean, and which of them the task needs, does not change it.
+        """
+        return self._digest(str(self.root.absolute()), [entry.image for entry in self._entries])
+
+    def _digest(self, about: str, paths: Sequence[Path]) -> str:
+        digest = hashlib.sha256(about.encode())
+        for path in paths:
+            status = path.stat()
+            digest.update(f"\n{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}".encode())
         return digest.hexdigest()
 
 

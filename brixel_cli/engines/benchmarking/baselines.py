@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -24,11 +25,13 @@ class Baseline:
         reference: as given: `module:function` or `file.py:function`.
         name: of the function.
         function: `function(images, feature_map, output_size)`; see `__call__`.
+        sha256: of the module's source file; empty where it has none.
     """
 
     reference: str
     name: str
     function: Callable[[Tensor, Tensor, tuple[int, int]], Any]
+    sha256: str = ""
 
     def __call__(self, images: Tensor, feature_map: Tensor, output_size: tuple[int, int]) -> Tensor:
         """The function's map, checked.
@@ -72,7 +75,9 @@ def load_baseline(reference: str) -> Baseline:
     function = getattr(module, name, None)
     if not callable(function):
         raise UsageError(f"--baseline {reference}: {where} has no function {name}.")
-    return Baseline(reference, name, function)
+    source = getattr(module, "__file__", None)
+    digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
+    return Baseline(reference, name, function, digest)
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -46,6 +46,7 @@ from brixel_cli.recipe import RunConfig
 
 MEMORY_MARGIN = 1.2
 """A row is run where the device has this many times what was counted for it."""
+TOO_LARGE, TOO_LARGE_TO_LOAD = "not run: needs", "not run: its weights need"
 
 
 @dataclass
@@ -133,7 +134,7 @@ def count_only(options: BenchmarkOptions, reporter: Reporter) -> Results:
     for candidate in candidates:
         for size in _sizes(candidate, options):
             work.rows += count_rows(candidate, size, options.highres, options.batch_size)
-        work.models.append(candidate.describe(candidate.hollow().backbone, None, 0))
+        work.models.append(candidate.describe(candidate.hollow().backbone, None))
     if options.budget_bytes is not None:
         work.budget = _answer_budget(work, candidates, options.budget_bytes)
     return work.results()
@@ -155,6 +156,7 @@ def _begin(options: BenchmarkOptions, reporter: Reporter) -> tuple[_Benchmark, l
         max_images=options.max_images,
         baselines=options.baselines,
         budget_bytes=options.budget_bytes,
+        baselines_sha256=tuple(baseline.sha256 for baseline in baselines),
     )
     environment = describe_environment(runtime)
     earlier = None
@@ -184,9 +186,7 @@ def _sizes(candidate: Candidate, options: BenchmarkOptions) -> list[Size]:
 def _measure_model(work: _Benchmark, candidate: Candidate, groups: Sequence[tuple[Size, list[Row]]]) -> None:
     """Measure one model at all its sizes, and save after each."""
     photos = find_photos(candidate, work.options, work.reporter)
-    described = candidate.describe(
-        candidate.hollow().backbone, photos.folder if photos else None, len(photos.photographs) if photos else 0
-    )
+    described = candidate.describe(candidate.hollow().backbone, photos)
     place = len(work.models)
     work.models.append(described)
     student: Student | None = None
@@ -197,10 +197,10 @@ def _measure_model(work: _Benchmark, candidate: Candidate, groups: Sequence[tupl
         if student is None and _fits(work, rows[0]):
             candidate, student = load_or_randomise(candidate, work.options, str(work.runtime.device), work.reporter)
             if candidate.weights == "random" and described.weights != "random":
-                photos, described = None, candidate.describe(student.backbone, None, 0)
+                photos, described = None, candidate.describe(student.backbone, None)
                 work.models[place] = described
         if student is None:
-            why = f"not run: its weights need {human_bytes(rows[0].weights_bytes)}"
+            why = f"{TOO_LARGE_TO_LOAD} {human_bytes(rows[0].weights_bytes)}"
             work.rows += [replace(row, note=why) for row in rows]
         else:
             work.rows += _measure_size(work, candidate, student, size, rows, photos)
@@ -214,6 +214,8 @@ def _take_up(work: _Benchmark, model: Model, size: Size, num_rows: int) -> bool:
     rows = [row for row in work.earlier.rows if (row.model, row.size) == (model.name, size)]
     if len(rows) != num_rows:
         return False
+    if any(row.note.startswith((TOO_LARGE, TOO_LARGE_TO_LOAD)) and _fits(work, row) for row in rows):
+        return False  # there is more free memory than there was
     work.reporter.say(f"{model.name} at {size[0]}x{size[1]} px: measured before; --overwrite measures anew")
     work.rows += rows
     work.pictures += [item for item in work.earlier.pictures if (item.model, item.size) == (model.name, size)]
@@ -225,13 +227,16 @@ def _measure_size(
 ) -> list[Row]:
     """Run the rows of one model and size that fit: time, peak memory, fidelity."""
     device = work.runtime.device
+    if work.options.compiled:
+        torch.compiler.reset()  # beyond a few compilations of one function torch runs it uncompiled
     contenders = make_contenders(student, size, work.options.highres, work.baselines)
     foreign = [contender for contender in contenders if contender.kind == "baseline"]
     counts = {row.label: row for row in counted}
     for row in count_baselines(candidate, foreign, student.backbone, size, work.options.batch_size):
         counts[row.label] = replace(row, counted_vit_gflop=counted[0].gflop)
     images = {contender.label: contender.input(work.options.batch_size, device) for contender in contenders}
-    notes = _left_out(work, contenders, counts, images)
+    speed = _seconds_per_gflop(work, contenders[0], counts, images)
+    notes = {label: why for label, row in counts.items() if (why := _why_not(work, row, speed))}
     run = [contender for contender in contenders if contender.label not in notes]
     calls = {}
     for contender in run:
@@ -241,39 +246,62 @@ def _measure_size(
     rows = {label: replace(counts[label], latency=latencies.get(label), note=notes.get(label, "")) for label in counts}
     for contender in run:
         rows[contender.label] = _with_memory(work, candidate, contender, rows[contender.label], size, images)
-    if photos is not None and len(run) == len(contenders):
-        views = photos.views(student.backbone, candidate.factor, size)
-        compared = [row for row in run if row.kind != "student" or candidate.stored is not None]
-        found = measure_fidelity(compared, views, student.backbone, work.reporter, f"fidelity, {size[0]}x{size[1]} px")
-        rows |= {label: replace(rows[label], fidelity=fidelity) for label, fidelity in found.items()}
-        ranked = found["student" if "student" in found else "bilinear"].worst_images
-        work.pictures += draw_examples(compared, views, student.backbone, ranked, work.folder, candidate.name, size)
+    if photos is not None and any(contender.kind == "bilinear" for contender in run):
+        why = _why_no_teacher(work, candidate, size, speed)
+        if why:
+            rows["student"] = replace(rows["student"], note=rows["student"].note or f"no fidelity: teacher {why}")
+        else:
+            compared = [row for row in run if row.kind != "student" or candidate.stored is not None]
+            rows |= _with_fidelity(work, candidate, student, size, compared, rows, photos)
     return [rows[contender.label] for contender in contenders]
 
 
-def _left_out(
-    work: _Benchmark, contenders: Sequence[Contender], counts: dict[str, Row], images: dict[str, torch.Tensor]
-) -> dict[str, str]:
-    """Rows that are not run, with the reason: too large for memory, or too slow, judged by the backbone's speed."""
-    notes = {
-        label: f"not run: needs {human_bytes((row.total_bytes or 0) * MEMORY_MARGIN)} of memory"
-        for label, row in counts.items()
-        if not _fits(work, row, loaded=True)
-    }
-    first = contenders[0]
-    if first.label in notes:
-        return notes
+def _with_fidelity(
+    work: _Benchmark,
+    candidate: Candidate,
+    student: Student,
+    size: Size,
+    compared: Sequence[Contender],
+    rows: dict[str, Row],
+    photos: Photos,
+) -> dict[str, Row]:
+    """The rows whose maps are compared with the teacher's, with the figures; some photographs are drawn."""
+    views = photos.views(student.backbone, candidate.factor, size)
+    found = measure_fidelity(compared, views, student.backbone, work.reporter, f"fidelity, {size[0]}x{size[1]} px")
+    ranked = found["student" if "student" in found else "bilinear"].worst_images
+    work.pictures += draw_examples(compared, views, student.backbone, ranked, work.folder, candidate.name, size)
+    return {label: replace(rows[label], fidelity=fidelity) for label, fidelity in found.items()}
+
+
+def _seconds_per_gflop(
+    work: _Benchmark, backbone: Contender, counts: dict[str, Row], images: dict[str, torch.Tensor]
+) -> float:
+    """Seconds of a call on a batch, for each GFLOP of one image, by the backbone's row; 0 where that does not fit."""
+    row = counts[backbone.label]
+    if not _fits(work, row, loaded=True):
+        return 0.0
     with torch.inference_mode():
         # The fastest of several: one slow call of a small model must not rule out a large one.
-        seconds = min(call_seconds(partial(first.call, images[first.label]), work.runtime.device) for _ in range(4))
-    per_gflop = seconds / (counts[first.label].gflop or 1)
-    for contender in contenders:
-        estimate = per_gflop * (counts[contender.label].gflop or 0)
-        if estimate > work.options.seconds and contender.label not in notes:
-            notes[contender.label] = (
-                f"not run: about {estimate:.0f} s a call, by its FLOP; --seconds {estimate * 1.2:.0f} runs it"
-            )
-    return notes
+        seconds = min(
+            call_seconds(partial(backbone.call, images[backbone.label]), work.runtime.device) for _ in range(4)
+        )
+    return seconds / (row.gflop or 1)
+
+
+def _why_not(work: _Benchmark, row: Row, seconds_per_gflop: float) -> str:
+    """Why a row is not run: too large for memory, or too slow, judged by the backbone's speed; or nothing."""
+    if not _fits(work, row, loaded=True):
+        return f"{TOO_LARGE} {human_bytes((row.total_bytes or 0) * MEMORY_MARGIN)} of memory"
+    estimate = seconds_per_gflop * (row.gflop or 0)
+    if estimate > work.options.seconds:
+        return f"not run: about {estimate:.0f} s a call, by its FLOP; --seconds {estimate * 1.2:.0f} runs it"
+    return ""
+
+
+def _why_no_teacher(work: _Benchmark, candidate: Candidate, size: Size, seconds_per_gflop: float) -> str:
+    """Why the fidelity, for which the teacher sees photographs one by one, is not measured; or nothing."""
+    teacher = count_rows(candidate, size, highres=True, batch_size=1)[-1]
+    return _why_not(work, teacher, seconds_per_gflop / work.options.batch_size)
 
 
 def _with_memory(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,8 +77,8 @@ class Candidate:
         adapter = build_adapter(backbone.embed_dim, self.factor, self.adapter)
         return _held(Student(backbone, adapter.to(device)), self.dtype)
 
-    def describe(self, backbone: Backbone, images: str | None, num_images: int) -> Model:
-        """For the results."""
+    def describe(self, backbone: Backbone, photos: Photos | None) -> Model:
+        """For the results; files are read for their SHA-256, so that changed ones are told from those measured."""
         trained = self.stored if self.weights != "random" else None
         return Model(
             name=self.name,
@@ -89,9 +92,21 @@ class Candidate:
             patch_size=backbone.patch_size,
             factor=self.factor,
             trained_size=self.trained_size,
-            images=images,
-            num_images=num_images,
+            images=photos.folder if photos else None,
+            num_images=len(photos.photographs) if photos else 0,
+            weights_sha256=files_sha256([("", Path(self.weights))]) if Path(self.weights).is_file() else "",
+            images_sha256=files_sha256((photo.name, photo.path) for photo in photos.photographs) if photos else "",
         )
+
+
+def files_sha256(files: Iterable[tuple[str, Path]]) -> str:
+    """SHA-256 over the names and contents of files, in their order; a file that cannot be read counts by its name."""
+    whole = hashlib.sha256()
+    for name, path in files:
+        whole.update(name.encode() + b"\0")
+        with suppress(OSError), path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
 
 
 def _held(student: Student, dtype: str) -> Student:
@@ -116,6 +131,8 @@ def find_candidates(options: BenchmarkOptions, precision: str, reporter: Reporte
         names = [options.checkpoint]
     elif options.models:
         names = [name.strip() for name in options.models.split(",") if name.strip()]
+        if not names:
+            raise UsageError(f"--models names no recipe and no run folder: {options.models!r}.")
     else:
         newest = newest_run()
         names = [str(newest) if newest else DEFAULT_RECIPE]
@@ -151,7 +168,7 @@ def _of_checkpoint(reference: str, options: BenchmarkOptions, precision: str) ->
         raise UsageError(f"{stored.path} does not say which backbone it belongs to (D = {card.embed_dim}).")
     file = stored.path.parent / "recipe.yaml"
     recipe = load_recipe(str(file)) if file.is_file() else None
-    name = stored.path.parent.name if stored.path.name == FILE_NAME else stored.path.stem
+    name = stored.path.parent.resolve().name if stored.path.name == FILE_NAME else stored.path.stem
     return Candidate(
         name,
         card.backbone,

@@ -58,6 +58,7 @@ class Settings:
         max_images: photographs for the fidelity, at most.
         baselines: functions from elsewhere, as `module:function` or `file.py:function`.
         budget_bytes: memory budget to be answered, or None.
+        baselines_sha256: of the source files of these functions.
     """
 
     highres: bool
@@ -67,6 +68,7 @@ class Settings:
     max_images: int
     baselines: tuple[str, ...]
     budget_bytes: int | None
+    baselines_sha256: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ class Model:
         factor: output grid over token grid; teacher input over student input.
         trained_size: student input (height, width) in pixels of the training, or of the recipe; None: not known.
         images: folder of the photographs of the fidelity, or None where there are none.
-        num_images: how many.
+        num_images: how many; those that turn out damaged are left out of the fidelity.
+        weights_sha256: of the backbone's file of weights; empty where `weights` is no file.
+        images_sha256: of the names and contents of the photographs; empty where there are none.
     """
 
     name: str
@@ -101,6 +105,8 @@ class Model:
     trained_size: tuple[int, int] | None
     images: str | None
     num_images: int
+    weights_sha256: str = ""
+    images_sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def fidelity_tables(results: Results, model: Model, size: tuple[int, int]) -> li
     compared = [(row, row.fidelity) for row in rows_of(results, model, size) if row.fidelity]
     if not compared:
         return []
-    title = f"Fidelity to the teacher at {human_size(size)} px: {model.num_images} photographs of {model.images}"
+    num_images = len(compared[0][1].images)
+    title = f"Fidelity to the teacher at {human_size(size)} px: {num_images} photographs of {model.images}"
     closed = [
         [row.label, *_shares(fidelity.gap_closed, FIDELITY)] for row, fidelity in compared if row.kind != "bilinear"
     ]

@@ -214,6 +214,7 @@ def _loaded(
     kind = kind if kind in ("stretch", "slide") else "whole"
     fitting = Fitting(size if isinstance(size, int) else min(size), "short", facts.patch_size)
     side = size if isinstance(size, int) else (size[0], size[1])
+    least, most = said["evaluate"].get("scale", (1.0, 1.0)) if said["source"]["kind"] != "file" else (1.0, 1.0)
 
     def load(number: int) -> _Loaded | str:
         item: Item = inputs.items[number]
@@ -225,7 +226,9 @@ def _loaded(
         except BrixelError as error:
             return reason_of(error, item.path).removesuffix("; --fit centre takes it")  # here nothing does
         shape = image.height, image.width
-        fields = plan_fields(kind, [shape], side, facts.patch_size, stride=said["evaluate"]["stride"])
+        fields = plan_fields(
+            kind, [shape], side, facts.patch_size, stride=said["evaluate"]["stride"], scale=(least, most)
+        )
         return _Loaded(image, fields, [np.asarray(cut_image(image, field, enlarge)) for field in fields])
 
     workers = 1 if inputs.videos else num_workers()

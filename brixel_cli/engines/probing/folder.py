@@ -135,6 +135,7 @@ class ProbeFolder:
             ("heads", "*_seed*.safetensors"),
             ("curves", "*_seed*.jsonl"),
             ("images", "*_seed*.csv"),
+            ("pictures", "*.png"),
         ):
             for file in (self.path / folder).glob(pattern):
                 file.unlink()

@@ -135,7 +135,8 @@ def make_plan(
     """Work out fields, grids and bytes from headers; nothing is written.
 
     Raises:
-        BrixelError: an image's header cannot be read, or a feature file lacks an image of the set.
+        BrixelError: an image's header cannot be read, or a feature file lacks an image of the set, or has
+            one row for two of them.
     """
     sizes: dict[Split, list[Size]] = {
         "train": [train.size(row) for row in range(len(train))],
@@ -162,8 +163,7 @@ def make_plan(
             slides = config.kind == "slide"
             splits.append(SplitPlan(labelled, split, fields, part, target_sizes, maps, layout, slides))
         if isinstance(source, FileSource):
-            for planned in splits:
-                feature_rows(source, planned.labelled)
+            _refuse_shared_rows(source, [planned.labelled for planned in splits])
         plans.append(SourcePlan(source, *splits))
     return ProbePlan(options, plans)
 
@@ -213,6 +213,18 @@ def feature_rows(source: FileSource, labelled: LabelledSet) -> list[int]:
             f"{missing[0]}. Extract them: brixel extract --input {labelled.root} --output {source.path}"
         )
     return rows
+
+
+def _refuse_shared_rows(source: FileSource, splits: Sequence[LabelledSet]) -> None:
+    """Two images of one name in two folders must not get the features of one of them."""
+    image_of: dict[int, str] = {}
+    for labelled in splits:
+        for name, row in zip(labelled.names, feature_rows(source, labelled), strict=True):
+            if image_of.setdefault(row, name) != name:
+                raise BrixelError(
+                    f"{source.path}: {source.file.paths[row]} could be {image_of[row]} and {name}. Extract the "
+                    f"features of the whole set: brixel extract --input {labelled.root} --output {source.path}"
+                )
 
 
 def target_columns(task: str, sizes: Sequence[Size], split: Split) -> dict[str, Column]:
@@ -286,7 +298,7 @@ def _maps(
         "format": FORMAT,
         "maps": identity,
         "precision": precision,
-        "set": labelled.fingerprint(),
+        "images": labelled.image_fingerprint(),
         "fields": _digest([dataclasses.astuple(field) for field in fields]),
     }
     return _part(options.features, len(fields), layout.columns, description), layout

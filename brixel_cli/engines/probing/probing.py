@@ -76,10 +76,10 @@ def probe(options: ProbeOptions, reporter: Reporter) -> Probed:
         if seeds:
             for run in _run_source(plan, item, seeds, folder, runtime, reporter):
                 runs.append(run)
-                folder.write(_results(settings, described, runs))
+                folder.write(_results(options, settings, described, runs))
     order = {label: place for place, label in enumerate(described)}
     runs.sort(key=lambda run: (order[run["source"]], run["seed"]))
-    results = _results(settings, described, runs)
+    results = _results(options, settings, described, runs)
     folder.write(results)
     return Probed(results, _files(folder, plan, results, bool(missing), runtime))
 
@@ -117,6 +117,7 @@ def _run_source(
             "train_seconds": round(trained.seconds, 3),
             "evaluate_seconds": round(time.perf_counter() - began, 3),
             "steps_per_second": round(trained.steps_per_second, 2),
+            "versions": _versions(),  # a probe can be continued with others
         }
 
 
@@ -175,23 +176,27 @@ def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str,
     return {
         "recipe": options.recipe.model_dump(),
         "protocol": options.protocol_name,
-        "evaluate": {"kind": options.protocol.evaluate.kind, "stride": options.protocol.stride(options.size)},
+        "evaluate": {"kind": options.protocol.evaluate.kind, "stride": options.protocol.stride(options.size),
+                     "scale": options.protocol.evaluate.scale},
         "size": options.size,
         "seed": seed,
         "label": item.source.label,
         "source": _describe(item),
         "versions": _versions(),
-    }
+    }  # fmt: skip
 
 
 def _versions() -> dict[str, Any]:
     return versions() | {name: version(name) for name in LIBRARIES} | {"threads": torch.get_num_threads()}
 
 
-def _results(settings: dict[str, Any], described: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _results(
+    options: ProbeOptions, settings: dict[str, Any], described: dict[str, Any], runs: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     summary = summarise(described, runs)
     return {
         "settings": settings,
+        "recipe": options.recipe.model_dump(),
         "sources": described,
         "seeds": sorted({run["seed"] for run in runs}),
         "versions": _versions(),
