@@ -419,6 +419,18 @@ def benchmark(
         float | None,
         typer.Option(help="With --ablate: instead of --steps, equal time of updates.", show_default=False),
     ] = None,
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="With --ablate: also probe each variant, by a recipe of brixel probe: camvid ...",
+            show_default=False,
+        ),
+    ] = None,
+    probe_data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --probe: folder of the labelled set.", show_default=False),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write a report too, as HTML and Markdown, into DIR.", show_default=False),
@@ -455,7 +467,10 @@ def benchmark(
             output=output,
             overwrite=overwrite,
         )
-        only_with_ablate = {"--recipe": recipe, "--set": set_, "--steps": steps, "--train-seconds": train_seconds}
+        only_with_ablate = {
+            "--recipe": recipe, "--set": set_, "--steps": steps, "--train-seconds": train_seconds,
+            "--probe": probe, "--probe-data": probe_data,
+        }  # fmt: skip
         given = [name for name, value in only_with_ablate.items() if value is not None]
         if ablate is None and given:
             raise UsageError(f"{' and '.join(given)}: only with --ablate.")
@@ -468,7 +483,7 @@ def benchmark(
         from brixel_cli.commands.ablation import run_ablation
 
         ablation = AblationOptions(
-            ablate, recipe or AblationOptions.recipe, tuple(set_ or ()), steps, train_seconds, output
+            ablate, recipe or AblationOptions.recipe, tuple(set_ or ()), steps, train_seconds, output, probe, probe_data
         )
         run_ablation(ablation, report, dry_run, as_json)
 

@@ -13,6 +13,8 @@ from brixel_cli.extract_options import Device, Precision
 
 MOST_SIZES = 5
 ABLATION_STEPS = 300
+PROBE_SEEDS = 3
+"""Heads that an ablation trains on each variant."""
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -101,6 +103,8 @@ class AblationOptions:
         steps: updates of each variant; None: 300, unless `train_seconds` is given.
         train_seconds: of updates for each variant; as many as fit, by the time of one measured before.
         output: folder of the results; the runs lie in its folder `ablations`.
+        probe: recipe of a probe of every variant, or None.
+        probe_data: folder of its labelled set; None: the recipe's.
 
     Raises:
         UsageError: a value is out of range, or two do not go together.
@@ -112,6 +116,8 @@ class AblationOptions:
     steps: int | None = None
     train_seconds: float | None = None
     output: Path = Path("runs/benchmark")
+    probe: str | None = None
+    probe_data: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -122,6 +128,9 @@ class AblationOptions:
             raise UsageError(f"--steps must be at least 1, not {self.steps}.")
         if self.train_seconds is not None and not self.train_seconds > 0:
             raise UsageError(f"--train-seconds must be above 0, not {self.train_seconds:g}.")
+
+        if self.probe_data is not None and self.probe is None:
+            raise UsageError("--probe-data is the labelled set of a probe: name its recipe with --probe.")
 
     @property
     def names(self) -> list[str]:
@@ -145,6 +154,8 @@ class AblationOptions:
         for override in self.overrides:
             parts += ["--set", override]
         parts += ["--steps" if self.equal == "steps" else "--train-seconds", f"{self.budget:g}"]
+        parts += ["--probe", self.probe] if self.probe else []
+        parts += ["--probe-data", str(self.probe_data)] if self.probe_data else []
         return shlex.join([*parts, "--output", str(self.output)])
 
 

@@ -83,7 +83,13 @@ def fault(root: Path, *changes: str) -> str:
 
 
 def how(*lines: str) -> str:
-    return "\n".join([*lines, DOWNLOAD, "Put it into ROOT, or name the folder where it is with --data DIR."])
+    return "\n".join(
+        [
+            *lines,
+            DOWNLOAD,
+            "Put it into ROOT, or name the folder where it is with --data DIR (--probe-data DIR of brixel benchmark).",
+        ]
+    )
 
 
 # --- finding ---
@@ -157,7 +163,7 @@ def test_a_missing_folder_says_what_to_download_and_where_to_put_it(root: Path) 
         opened(root / "nowhere")
     assert str(caught.value) == (
         f"There is no folder {root}/nowhere for the data set mine.\n{DOWNLOAD}\n"
-        f"Put it into {root}/nowhere, or name the folder where it is with --data DIR."
+        f"Put it into {root}/nowhere, or name the folder where it is with --data DIR (--probe-data DIR of brixel benchmark)."
     )
 
 

@@ -25,6 +25,7 @@ BELOW = {
     "benchmark_options": {"extract_options", "errors"},
     "probe_options": {"probe_recipe", "probe_protocols", "extract_options", "errors"},
     "formatting": set(),
+    "probe_figures": set(),
     "core": {"recipe", "recipe_files", "extract_options", "errors"},
     "data": {"recipe", "probe_recipe", "recipe_files", "extract_options", "formatting", "errors"},
     "engines": {
@@ -37,6 +38,7 @@ BELOW = {
         "probe_recipe",
         "probe_protocols",
         "probe_options",
+        "probe_figures",
         "formatting",
         "errors",
     },
@@ -53,6 +55,7 @@ BELOW = {
         "extract_options",
         "benchmark_options",
         "probe_options",
+        "probe_figures",
         "formatting",
         "errors",
     },
@@ -111,7 +114,7 @@ ENGINES = {
     "distilling": set(),
     "extracting": {"distilling"},
     "probing": {"distilling", "extracting"},
-    "benchmarking": {"distilling"},
+    "benchmarking": {"distilling", "probing"},
 }
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from brixel_cli.benchmark_options import AblationOptions
+from brixel_cli.benchmark_options import PROBE_SEEDS, AblationOptions
+from brixel_cli.commands.probe import probe_options
 from brixel_cli.commands.report import report_of
 from brixel_cli.console import Progress, print_files, print_json, print_table, say
 from brixel_cli.errors import BrixelError
+from brixel_cli.probe_options import ProbeOptions
 
 
 def run_ablation(options: AblationOptions, report: Path | None, dry_run: bool, as_json: bool) -> None:
@@ -22,10 +24,11 @@ def run_ablation(options: AblationOptions, report: Path | None, dry_run: bool, a
     from brixel_cli.engines.benchmarking.ablation_results import FILE_NAME, TABLE_NAME
     from brixel_cli.engines.benchmarking.tables import ablation_tables
 
+    probe = _probe(options)
     if dry_run:
-        _show_plan(options, as_json)
+        _show_plan(options, probe, as_json)
         return
-    results = ablate(options, Progress())
+    results = ablate(options, Progress(), probe)
     files = [options.output / FILE_NAME, options.output / TABLE_NAME]
     files += report_of(options.output, report) if report else []
     if as_json:
@@ -40,10 +43,24 @@ def run_ablation(options: AblationOptions, report: Path | None, dry_run: bool, a
         raise BrixelError("Variants that did not reach their end:\n  " + "\n  ".join(failed))
 
 
-def _show_plan(options: AblationOptions, as_json: bool) -> None:
+def _probe(options: AblationOptions) -> ProbeOptions | None:
+    """The probe of the variants, under the recipe's own protocol; where it runs and on what is each variant's."""
+    if options.probe is None:
+        return None
+    return probe_options(
+        options.probe, data=options.probe_data, protocol=None, size=None, overrides=[],
+        output=options.output, features=None, sources=[], checkpoints=[], backbone=None, backbone_weights=None,
+        seeds=PROBE_SEEDS, device="auto", precision="auto", overwrite=False,
+    )  # fmt: skip
+
+
+def _show_plan(options: AblationOptions, probe: ProbeOptions | None, as_json: bool) -> None:
     from brixel_cli.engines.benchmarking.ablation import plan_ablation
+    from brixel_cli.engines.benchmarking.ablation_probe import check_set
     from brixel_cli.engines.benchmarking.tables import plan_table
 
+    if probe:
+        check_set(probe)
     planned = plan_ablation(options)
     if as_json:
         variants = [

@@ -39,12 +39,20 @@ def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool,
 
 
 def _show(results: Results) -> None:
-    from brixel_cli.engines.benchmarking.tables import budget_table, cost_tables, fidelity_tables, sizes_of
+    from brixel_cli.engines.benchmarking.tables import (
+        budget_table,
+        cost_tables,
+        fidelity_tables,
+        probe_tables,
+        sizes_of,
+    )
 
     for model in results.models:
         for size in sizes_of(results, model):
             for table in (*cost_tables(results, model, size), *fidelity_tables(results, model, size)):
                 print_table(table.title, table.columns, table.rows, table.notes)
+        for table in probe_tables(results, model):
+            print_table(table.title, table.columns, table.rows, table.notes)
     budget = budget_table(results)
     if budget:
         print_table(budget.title, budget.columns, budget.rows, budget.notes)

@@ -13,6 +13,7 @@ from brixel_cli.console import Progress, print_files, print_json, print_notes, p
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.extract_options import Device, Precision
 from brixel_cli.formatting import human_bytes
+from brixel_cli.probe_figures import figure_text, figure_title
 from brixel_cli.probe_options import OUTPUT, ApplyOptions, ProbeOptions
 from brixel_cli.probe_protocols import PROTOCOLS, Protocol, published
 from brixel_cli.probe_recipe import ProbeRecipe
@@ -24,23 +25,6 @@ if TYPE_CHECKING:
 
 MOST_LISTED = 20
 PREFIX = "protocol."
-TITLES = {
-    "miou": ("mIoU", 100, "%"),
-    "boundary_iou": ("boundary IoU", 100, "%"),
-    "pixel_accuracy": ("pixel accuracy", 100, "%"),
-    "rmse_m": ("RMSE", 1, "m"),
-    "abs_rel": ("abs rel", 1, ""),
-    "delta1": ("delta1", 100, "%"),
-    "delta2": ("delta2", 100, "%"),
-    "delta3": ("delta3", 100, "%"),
-    "silog": ("SiLog", 1, ""),
-    "mean_angle_deg": ("mean angle", 1, "deg"),
-    "median_angle_deg": ("median angle", 1, "deg"),
-    "within_11.25": ("< 11.25 deg", 100, "%"),
-    "within_22.5": ("< 22.5 deg", 100, "%"),
-    "within_30": ("< 30 deg", 100, "%"),
-}
-"""Title, factor and unit of each metric of the tables. Means over images are in the files alone."""
 TABLES = (
     ("miou", "boundary_iou", "pixel_accuracy"),
     ("rmse_m", "abs_rel", "silog"),
@@ -257,8 +241,9 @@ def _show_results(done: Probed, per_class: bool) -> None:
         notes.append("Fewer than three seeds: the spread says little.")
     title = _title(settings["recipe"], settings["task"], settings["protocol"], settings["size"])
     for names in filter(None, groups):
-        columns = ["source", "grid", *(_column(name, align) for name in names)]
-        rows = [[label, _grid(sources[label]), *(_figure(entry, name) for name in names)]
+        columns = ["source", "grid", *(figure_title(name, align) for name in names)]
+        rows = [[label, _grid(sources[label]),
+                 *(figure_text(name, entry["mean"].get(name), entry["spread"].get(name)) for name in names)]
                 for label, entry in summary.items()]  # fmt: skip
         for label, shares in results["share_of_gap_closed"].items():
             only = len(results["share_of_gap_closed"]) == 1
@@ -284,25 +269,9 @@ def _title(recipe: str, task: str, protocol: str, size: Any) -> str:
     return f"{recipe}: {task.replace('_', ' and ')}, protocol {protocol}, student's input {side} px"
 
 
-def _column(name: str, align: bool) -> str:
-    title, _, unit = TITLES[name]
-    aligned = ", aligned" if align and name == "rmse_m" else ""
-    return f"{title}{aligned}{f' ({unit})' if unit else ''}"
-
-
 def _grid(source: Mapping[str, Any]) -> str:
     grids: list[str] = sorted(source["grid"], key=lambda grid: -int(source["grid"][grid]))
     return grids[0] + (f" and {len(grids) - 1} more" if len(grids) > 1 else "")
-
-
-def _figure(entry: Mapping[str, Any], name: str) -> str:
-    mean, spread = entry["mean"].get(name), entry["spread"].get(name)
-    if mean is None or math.isnan(mean):
-        return "-"
-    _, factor, _ = TITLES[name]
-    digits = 2 if factor == 100 or name.endswith("deg") else 4
-    shown = f"{mean * factor:.{digits}f}"
-    return shown if spread is None or math.isnan(spread) else f"{shown} +- {spread * factor:.{digits}f}"
 
 
 def _percent(share: float | None) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from brixel_cli.benchmark_options import ABLATION_STEPS, AblationOptions
 from brixel_cli.engines.benchmarking.ablation_cost import Inference, UpdateTime, UpdateTimes, measure_inference
+from brixel_cli.engines.benchmarking.ablation_probe import VariantProbes
 from brixel_cli.engines.benchmarking.ablation_results import (
     FILE_NAME,
     TABLE_NAME,
@@ -35,6 +36,7 @@ from brixel_cli.engines.distilling.training_cost import count_training
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.probe_options import ProbeOptions
 from brixel_cli.recipe import Recipe
 from brixel_cli.recipe_files import load_recipe
 
@@ -43,7 +45,7 @@ POINTS = 4
 """Validations in a run, the last at its end."""
 
 
-def ablate(options: AblationOptions, reporter: Reporter) -> Ablations:
+def ablate(options: AblationOptions, reporter: Reporter, probe: ProbeOptions | None = None) -> Ablations:
     """Train every variant of some groups, one after the other, and write ablations.json and ablations.csv.
 
     The same call again continues where it was stopped.
@@ -51,16 +53,18 @@ def ablate(options: AblationOptions, reporter: Reporter) -> Ablations:
     Args:
         options: which variants, of what, for how long.
         reporter: hears of stages, warnings and progress.
+        probe: recipe, protocol and seeds of the probe that `options.probe` names; its sources and folders are set here.
 
     Returns:
         What is also in the files, which are written anew after each variant: these groups, and before them others
         that an earlier call with the same recipe, budget and photographs has left there.
 
     Raises:
-        BrixelError: something the user can mend. A variant whose training fails does not end the others: its row
-            says why.
+        BrixelError: something the user can mend. A variant whose training or probe fails does not end the others: its
+            row says why.
     """
     folder = options.output
+    probes = VariantProbes(probe, folder / RUNS, reporter) if probe else None
     planned = plan_ablation(options)
     recipes = [item.recipe for item in planned]
     runtime = Runtime(recipes[0].run)
@@ -90,6 +94,8 @@ def ablate(options: AblationOptions, reporter: Reporter) -> Ablations:
     for number, (recipe, run) in enumerate(zip(recipes, runs, strict=True)):
         reporter.say(f"ablation {number + 1} of {len(rows)}: {rows[number].group}, {rows[number].name}")
         rows[number] = _with_fidelity(rows[number], run, _train(recipe, run, reporter))
+        if probes and not rows[number].failed:
+            rows[number] = _with_probe(rows[number], probes, recipe, run)
         results = dataclasses.replace(results, variants=tuple(rows))
         whole = results.joined(earlier) if earlier else results
         write_text(folder / FILE_NAME, whole.to_json())
@@ -234,3 +240,12 @@ def _with_fidelity(row: VariantResult, folder: RunFolder, failure: str) -> Varia
         gap_closed=last["gap_closed"],
         num_images=last["num_images"],
     )
+
+
+def _with_probe(row: VariantResult, probes: VariantProbes, recipe: Recipe, run: RunFolder) -> VariantResult:
+    """The row with the probe of its student, or why that failed."""
+    try:
+        return dataclasses.replace(row, probe=probes.measure(recipe, run))
+    except BrixelError as error:
+        probes.reporter.warn(f"{run.path.name}: {error}")
+        return dataclasses.replace(row, failed=f"probe {probes.options.recipe.name}: {str(error).splitlines()[0]}")

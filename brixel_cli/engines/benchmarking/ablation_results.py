@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from brixel_cli.core.metrics import FIDELITY
+from brixel_cli.engines.benchmarking.probe_results import ProbeResult
 from brixel_cli.engines.benchmarking.results import Environment, Latency
 from brixel_cli.errors import BrixelError
 from brixel_cli.formatting import to_json
@@ -47,7 +48,8 @@ class VariantResult:
         bilinear: fidelity of the bilinearly enlarged backbone map on the same photographs.
         gap_closed: share of the gap between bilinear backbone and teacher that is closed, by metric.
         num_images: held-out photographs.
-        failed: why the training did not reach its end; empty where it did.
+        probe: of the student, beside that of the plain backbone; None where none was asked for, or it failed.
+        failed: why the training, or the probe, did not reach its end; empty where it did.
     """
 
     group: str
@@ -64,6 +66,7 @@ class VariantResult:
     bilinear: dict[str, float | None] = field(default_factory=dict)
     gap_closed: dict[str, float | None] = field(default_factory=dict)
     num_images: int = 0
+    probe: ProbeResult | None = None
     failed: str = ""
 
     @property
@@ -140,7 +143,7 @@ class Ablations:
                 item.num_parameters, item.gflop, item.latency.median, item.latency.low, item.latency.high,
                 item.steps, item.update_seconds, item.training_seconds, item.training_bytes, item.num_images,
                 *(values.get(name) for values in (item.fidelity, item.bilinear, item.gap_closed) for name in FIDELITY),
-                item.failed,
+                *_probe_cells(item.probe), item.failed,
             ]  # fmt: skip
             writer.writerow(["" if cell is None else cell for cell in cells])
         return text.getvalue()
@@ -149,8 +152,18 @@ class Ablations:
 _COLUMNS = (
     "group", "variant", "changes", "folder", "parameters", "gflop", "seconds", "seconds_q10", "seconds_q90",
     "steps", "update_seconds", "training_seconds", "training_bytes", "num_images", *FIDELITY,
-    *(f"bilinear_{name}" for name in FIDELITY), *(f"gap_closed_{name}" for name in FIDELITY), "failed",
+    *(f"bilinear_{name}" for name in FIDELITY), *(f"gap_closed_{name}" for name in FIDELITY),
+    "probe", "probe_protocol", "probe_metric", "probe_seeds", "probe_mean", "probe_spread", "probe_backbone_mean",
+    "probe_backbone_spread", "failed",
 )  # fmt: skip
+
+
+def _probe_cells(probe: ProbeResult | None) -> list[object]:
+    if probe is None:
+        return [None] * 8
+    figures = [probe.figures["student"], probe.figures["backbone"]]
+    spreads = [value for figure in figures for value in (figure.mean, figure.spread)]
+    return [probe.recipe, probe.protocol, probe.metric, probe.seeds, *spreads]
 
 
 def read_ablations(path: Path) -> Ablations:

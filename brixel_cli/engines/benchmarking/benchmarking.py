@@ -22,6 +22,7 @@ from brixel_cli.engines.benchmarking.environment import describe_environment
 from brixel_cli.engines.benchmarking.fidelity import draw_examples, measure_fidelity
 from brixel_cli.engines.benchmarking.models import Candidate, Photos, find_candidates, find_photos, load_or_randomise
 from brixel_cli.engines.benchmarking.peak_memory import can_measure, peak_in_fresh_process, peak_on_gpu
+from brixel_cli.engines.benchmarking.probe_results import ProbeResult
 from brixel_cli.engines.benchmarking.results import (
     FILE_NAME,
     TABLE_NAME,
@@ -34,6 +35,7 @@ from brixel_cli.engines.benchmarking.results import (
     Settings,
     read_results,
 )
+from brixel_cli.engines.benchmarking.student_probes import probes_of
 from brixel_cli.engines.distilling.run_folder import write_text
 from brixel_cli.engines.latency import call_seconds, interleaved
 from brixel_cli.engines.reporting import Reporter
@@ -63,6 +65,7 @@ class _Benchmark:
     rows: list[Row] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     budget: list[BudgetRow] = field(default_factory=list)
+    probes: dict[str, tuple[ProbeResult, ...]] = field(default_factory=dict)
 
     def results(self) -> Results:
         """All that is known now."""
@@ -76,6 +79,7 @@ class _Benchmark:
             budget=tuple(self.budget),
             pictures=tuple(self.pictures),
             notes=tuple(_notes(self.rows, self.models)),
+            probes=self.probes,
         )
 
     def save(self) -> None:
@@ -116,6 +120,8 @@ def benchmark(options: BenchmarkOptions, reporter: Reporter) -> tuple[Results, l
         _measure_model(work, candidate, groups)
     if options.budget_bytes is not None:
         work.budget = _answer_budget(work, candidates, options.budget_bytes)
+    found = {model.name: tuple(probes_of(model.student_sha256)) for model in work.models if model.student_sha256}
+    work.probes = {name: probes for name, probes in found.items() if probes}
     work.save()
     results = work.results()
     files = [work.folder / FILE_NAME, work.folder / TABLE_NAME, *(work.folder / item.path for item in results.pictures)]

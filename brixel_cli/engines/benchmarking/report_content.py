@@ -24,6 +24,7 @@ from brixel_cli.engines.benchmarking.tables import (
     budget_table,
     cost_tables,
     fidelity_tables,
+    probe_tables,
     rows_of,
     sizes_of,
 )
@@ -46,6 +47,7 @@ def make_report(results: Results | None, ablations: Ablations | None, folder: Pa
             Section("Cost", list(_cost(results))),
             Section("Cost against output resolution", list(cost_curves(results))),
             Section("Fidelity", list(_fidelity(results))),
+            Section("Probes", [table for model in results.models for table in probe_tables(results, model)]),
             Section("Feature maps", list(_pictures(results, folder))),
         ]
     if ablations:

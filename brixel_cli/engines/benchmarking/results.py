@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from brixel_cli.engines.benchmarking.probe_results import ProbeResult
 from brixel_cli.errors import BrixelError
 from brixel_cli.formatting import to_json
 
@@ -278,6 +279,7 @@ class Results:
         budget: answers to --budget; empty where none was given.
         pictures: of the worst, the median and the best photographs; paths are relative to the folder of results.json.
         notes: to be read with the table.
+        probes: by model, what probes under ./runs/probe found out about its student.
     """
 
     command: str
@@ -289,6 +291,7 @@ class Results:
     budget: tuple[BudgetRow, ...] = ()
     pictures: tuple[Picture, ...] = ()
     notes: tuple[str, ...] = ()
+    probes: dict[str, tuple[ProbeResult, ...]] = field(default_factory=dict)
     format: str = field(default=FORMAT)
 
     def model(self, name: str) -> Model:

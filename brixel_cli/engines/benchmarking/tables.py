@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from brixel_cli.core.metrics import FIDELITY
+from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER
 from brixel_cli.engines.benchmarking.ablation_results import Ablations, VariantResult
 from brixel_cli.engines.benchmarking.ablation_variants import Planned, Variant
+from brixel_cli.engines.benchmarking.probe_results import ProbeResult
 from brixel_cli.engines.benchmarking.results import Fidelity, Latency, Model, Results, Row
 from brixel_cli.formatting import human_bytes, human_count, human_seconds, human_size
+from brixel_cli.probe_figures import figure_text, figure_title
 
 COST_COLUMNS = ("row", "input", "grid", "frozen", "adapter", "GFLOP", "memory", "less FLOP", "less mem.")
 TIME_COLUMNS = ("row", "median", "10 %", "90 %", "images/s", "faster")
 FIDELITY_COLUMNS = ("row", "L1", "cosine", "5 %", "worst", "edge", "spectral")
 GAP_COLUMNS = ("gap to the teacher closed", "L1", "cosine", "edge", "spectral")
-ABLATION_FIDELITY = ("variant", "L1", "cosine", "edge", "spectral", "image")
+PROBE_COLUMNS = ("probe", "figure", "backbone", "student", "teacher", "gap closed")
+ABLATION_FIDELITY = ("variant", "L1", "cosine", "edge", "spectral")
 ABLATION_COST = ("variant", "adapter", "GFLOP", "image", "update", "updates", "memory")
 
 
@@ -71,6 +76,38 @@ def fidelity_tables(results: Results, model: Model, size: tuple[int, int]) -> li
     ]
 
 
+def probe_tables(results: Results, model: Model) -> list[Table]:
+    """What probes found out about a model's student; none where it was not probed."""
+    probes = results.probes.get(model.name, ())
+    if not probes:
+        return []
+    rows = [
+        [
+            Path(item.folder).name,
+            figure_title(item.metric, item.aligned),
+            *(_probe_figure(item, source, spread=False) for source in ("backbone", "student", "teacher")),
+            *_shares({item.metric: item.gap_closed}, [item.metric]),
+        ]
+        for item in probes
+    ]
+    return [Table(f"Probes of {model.name}, mean over seeds", PROBE_COLUMNS, rows, _probe_notes(probes))]
+
+
+def _probe_notes(probes: Iterable[ProbeResult]) -> list[str]:
+    """Under which rules each probe was made."""
+    notes = [
+        f"{item.folder}: recipe {item.recipe}, protocol {item.protocol}, {item.seeds} "
+        + ("seed." if item.seeds == 1 else "seeds.")
+        for item in probes
+    ]
+    return list(dict.fromkeys(notes))
+
+
+def _probe_figure(probe: ProbeResult, source: str, spread: bool = True) -> str:
+    figure = probe.figures.get(source)
+    return figure_text(probe.metric, figure.mean, figure.spread if spread else None) if figure else "-"
+
+
 def budget_table(results: Results) -> Table | None:
     """The answer to --budget; None where none was given."""
     if not results.budget:
@@ -98,16 +135,19 @@ def ablation_tables(ablations: Ablations, group: str) -> list[Table]:
     first = next((item for item in variants if item.bilinear), None)
     equal = f"{ablations.budget:,.0f} updates" if ablations.equal == "steps" else human_seconds(ablations.budget)
     images = f"{first.num_images} held-out photographs" if first else "nothing trained yet"
-    bilinear = [["bilinear", *_figures(first.bilinear), "-"]] if first else []
+    bilinear = [["bilinear", *_figures(first.bilinear)]] if first else []
     faithful = bilinear + [_ablation_fidelity(item) for item in variants]
+    last, higher, notes = _last_column(variants)
+    places = range(1, 5 + len(notes))
+    rows = [[*cells, own] for cells, own in zip(faithful, last[1:] if first else last[2:], strict=True)]
     closed = [[item.name, *_shares(item.gap_closed, FIDELITY)] for item in variants if item.gap_closed]
     tables = [
         Table(
             f"{group}: {ablations.recipe}, {equal} of {ablations.batch_size} images for each; {images}",
-            ABLATION_FIDELITY,
-            faithful,
-            (),
-            _best_cells(faithful, range(1, 5), higher=(2,)),
+            (*ABLATION_FIDELITY, last[0]),
+            rows,
+            notes,
+            _best_cells(rows, places, higher),
         ),
         Table("", GAP_COLUMNS, closed, (), _best_cells(closed, range(1, 5), higher=range(1, 5))),
         Table(
@@ -120,13 +160,30 @@ def ablation_tables(ablations: Ablations, group: str) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
+def _last_column(variants: Sequence[VariantResult]) -> tuple[list[str], Sequence[int], list[str]]:
+    """Of the table of fidelity: title, the bilinear row's cell and the variants'; columns where more is better; notes.
+
+    The probe's figure where variants were probed, else the time of an image, which the table of cost has in any case.
+    """
+    probe = next((item.probe for item in variants if item.probe), None)
+    if probe is None:
+        return ["image", "-", *(human_seconds(item.latency.median) for item in variants)], (2,), []
+    title, plain = figure_title(probe.metric, probe.aligned), _probe_figure(probe, "backbone")
+    cells = [_probe_figure(item.probe, "student") if item.probe else "-" for item in variants]
+    notes = [
+        f"{title}: probe {probe.recipe}, protocol {probe.protocol}, mean and standard deviation over {probe.seeds} "
+        "seeds; in the row bilinear that of the plain backbone."
+    ]
+    return [title, plain, *cells], (2, 5) if probe.metric in HIGHER_IS_BETTER else (2,), notes
+
+
 def _best_cells(
     rows: Sequence[Sequence[str]], columns: Sequence[int], higher: Sequence[int]
 ) -> frozenset[tuple[int, int]]:
     """The best of some columns, the highest of `higher`; all of them where several are written alike."""
     best = set()
     for column in columns:
-        cells = {number: row[column].rstrip("%") for number, row in enumerate(rows)}
+        cells = {number: row[column].partition(" +- ")[0].rstrip("%") for number, row in enumerate(rows)}
         figures = {number: float(cell) for number, cell in cells.items() if cell not in ("-", "failed")}
         if len(figures) > 1:
             wanted = max(figures.values()) if column in higher else min(figures.values())
@@ -210,7 +267,6 @@ def _ablation_fidelity(item: VariantResult) -> list[str]:
     return [
         item.name,
         *(_figures(item.fidelity) if item.fidelity else empty),
-        human_seconds(item.latency.median),
     ]
 
 

@@ -1,0 +1,81 @@
+"""Probes of the variants of an ablation: of each its student, of their backbone one for all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, cast
+
+from brixel_cli.data.labelled import LabelledSet
+from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
+from brixel_cli.engines.benchmarking.student_probes import read_probe
+from brixel_cli.engines.distilling.run_folder import RunFolder
+from brixel_cli.engines.probing.probing import probe
+from brixel_cli.engines.reporting import Reporter
+from brixel_cli.extract_options import Device
+from brixel_cli.probe_options import ProbeOptions
+from brixel_cli.probe_recipe import Split
+from brixel_cli.recipe import Recipe
+
+SPLITS: Sequence[Split] = ("train", "evaluate")
+
+
+class VariantProbes:
+    """Probes the student of one variant after the other; stored features and targets are shared.
+
+    Args:
+        options: recipe, protocol and seeds of all probes.
+        runs: folder of the variants' runs.
+        reporter: hears of stages and progress.
+
+    Raises:
+        BrixelError: the labelled set is not there, or not whole.
+    """
+
+    def __init__(self, options: ProbeOptions, runs: Path, reporter: Reporter):
+        self.options, self.runs, self.reporter = options, runs, reporter
+        self.backbones: dict[Path, Figure] = {}
+        check_set(options)
+
+    def measure(self, recipe: Recipe, run: RunFolder) -> ProbeResult:
+        """The main figure of the student that a run ended with, beside that of its plain backbone.
+
+        What an earlier call has trained is not trained again.
+
+        Raises:
+            BrixelError: the probe failed.
+        """
+        name = self.options.recipe.name
+        found = self._probe("student", run.path / "probe" / name, recipe, run)
+        digest = hashlib.sha256(recipe.backbone.model_dump_json().encode()).hexdigest()[:10]
+        folder = self.runs / "probe" / f"{name}-{digest}"
+        if folder not in self.backbones:
+            self.backbones[folder] = self._probe("backbone", folder, recipe, run).figures["backbone"]
+        return replace(found, figures={"backbone": self.backbones[folder], **found.figures})
+
+    def _probe(
+        self, source: Literal["student", "backbone"], folder: Path, recipe: Recipe, run: RunFolder
+    ) -> ProbeResult:
+        options = replace(
+            self.options,
+            output=folder,
+            features=self.runs / "features",
+            sources=(source,),
+            checkpoints=(str(run.last),),
+            device=cast(Device, recipe.run.device),
+            precision=recipe.run.precision,
+        )
+        probe(options, self.reporter)
+        return read_probe(folder)[0]
+
+
+def check_set(options: ProbeOptions) -> None:
+    """Look for the files of a probe's labelled set.
+
+    Raises:
+        BrixelError: some are missing.
+    """
+    for split in SPLITS:
+        LabelledSet(options.recipe, split)
