@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from brixel_cli import __version__
+from brixel_cli import __version__, examples
 from brixel_cli.benchmark_options import ABLATION_STEPS, AblationOptions, BenchmarkOptions
 from brixel_cli.console import error_boundary, print_version, set_quiet
 from brixel_cli.errors import UsageError
@@ -24,67 +24,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-DISTILL_EXAMPLES = """
-[bold]Examples[/bold]
-
-  brixel distill --recipe recipes/vitl.yaml --dry-run
-
-  brixel distill --recipe vits --images ~/photos --output runs/vits
-
-  brixel distill --recipe vits --set optim.lr=3e-4 --set adapter.kind=deformable
-
-  brixel distill --resume --output runs/vits
-
-  torchrun --nproc-per-node 4 -m brixel_cli distill --recipe vitl
-"""
-
-EXTRACT_EXAMPLES = """
-[bold]Examples[/bold]
-
-  brixel extract --input photos --res 448 --checkpoint runs/vits
-
-  brixel extract --input photos --res 448 --checkpoint runs/vits --dry-run
-
-  brixel extract --input "trip/**/*.jpg" --source backbone --backbone vit_small_patch14_dinov2.lvd142m
-
-  brixel extract --input clip.mp4 --every 10 --checkpoint runs/vits --pca 64 --preview
-
-  brixel extract --checkpoint runs/vits --export student.onnx
-"""
-
-PROBE_EXAMPLES = """
-[bold]Examples[/bold]
-
-  brixel probe --recipe camvid --data data/camvid --checkpoint runs/vits --dry-run
-
-  brixel probe --recipe camvid --data data/camvid --checkpoint runs/vits --quick
-
-  brixel probe --recipe nyuv2 --checkpoint runs/vits --protocol brixel-nyu --size 288x384
-
-  brixel probe --recipe camvid --checkpoint runs/a --checkpoint runs/b --set protocol.lr=1e-3 --per-class
-
-  brixel probe --recipe camvid --source backbone --source student --source features.h5
-
-  brixel probe --apply runs/probe/camvid/heads/student_seed0.safetensors --input photos
-"""
-
-BENCHMARK_EXAMPLES = """
-[bold]Examples[/bold]
-
-  brixel benchmark --compare-highres
-
-  brixel benchmark --compare-highres --models vits,vitb,vitl,vithplus --output runs/family
-
-  brixel benchmark --compare-highres --checkpoint runs/vits --sizes 128..512 --images ~/photos
-
-  brixel benchmark --models vits,vitb,vitl,vithplus --budget 4GB --dry-run
-
-  brixel benchmark --compare-highres --baseline bilateral.py:upsample
-
-  brixel benchmark --compare-highres --report out
-
-  brixel benchmark --ablate losses,adapter --recipe dinov2_vits --steps 300 --report out
-"""
+# Options that several commands take.
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No hints and no progress bars.")]
+Where = Annotated[Device, typer.Option(help="Where it runs.")]
+Backbone = Annotated[str | None, typer.Option(help="timm name; default: the one of the student.", show_default=False)]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="pretrained, or a .safetensors or .pth file; default: as in training.", show_default=False),
+]
 
 
 def _version(asked: bool) -> None:
@@ -102,7 +50,7 @@ def brixel(
     """Sharp dense features from one cheap pass of a vision transformer."""
 
 
-@app.command(epilog=DISTILL_EXAMPLES)
+@app.command(epilog=examples.DISTILL)
 def distill(
     recipe: Annotated[
         str | None,
@@ -130,8 +78,8 @@ def distill(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew over a run that is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would cost; write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No hints and no progress bars.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train an adapter on a folder of photographs, without labels."""
     with error_boundary():
@@ -143,7 +91,7 @@ def distill(
         run_distill(recipe, output, overrides + (set_ or []), resume, overwrite, dry_run, as_json)
 
 
-@app.command(epilog=EXTRACT_EXAMPLES)
+@app.command(epilog=examples.EXTRACT)
 def extract(
     input_: Annotated[
         list[str] | None,
@@ -162,13 +110,8 @@ def extract(
     source: Annotated[
         Source, typer.Option(help="Whose maps: student, backbone, or teacher (backbone at the larger size).")
     ] = "student",
-    backbone: Annotated[
-        str | None, typer.Option(help="timm name; default: the one of the student.", show_default=False)
-    ] = None,
-    backbone_weights: Annotated[
-        str | None,
-        typer.Option(help="pretrained, or a .safetensors or .pth file; default: as in training.", show_default=False),
-    ] = None,
+    backbone: Backbone = None,
+    backbone_weights: Weights = None,
     output: Annotated[
         Path | None,
         typer.Option(help="The .h5 file, or folder of single files. Default: beside the input.", show_default=False),
@@ -183,7 +126,7 @@ def extract(
         int | None,
         typer.Option(help="Store so many principal components of the set instead of all channels.", show_default=False),
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where it runs.")] = "auto",
+    device: Where = "auto",
     precision: Annotated[Precision, typer.Option(help="Arithmetic of the model.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="Images at once: auto (by memory) or a number.")] = "auto",
     workers: Annotated[
@@ -197,8 +140,8 @@ def extract(
         Path | None, typer.Option(help="Write the model as an ONNX graph instead of features.", show_default=False)
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No hints and no progress bars.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the dense features of images or video frames to disk.
 
@@ -232,7 +175,7 @@ def extract(
         run_extract(options, export, dry_run, as_json)
 
 
-@app.command(epilog=PROBE_EXAMPLES)
+@app.command(epilog=examples.PROBE)
 def probe(
     recipe: Annotated[
         str | None,
@@ -255,13 +198,8 @@ def probe(
             show_default=False,
         ),
     ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="timm name; default: the one of the student.", show_default=False)
-    ] = None,
-    backbone_weights: Annotated[
-        str | None,
-        typer.Option(help="pretrained, or a .safetensors or .pth file; default: as in training.", show_default=False),
-    ] = None,
+    backbone: Backbone = None,
+    backbone_weights: Weights = None,
     size: Annotated[
         str | None,
         typer.Option(help="The student's input in pixels: 112, or 288x384. Default: the recipe's.", show_default=False),
@@ -306,12 +244,12 @@ def probe(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where it runs.")] = "auto",
+    device: Where = "auto",
     precision: Annotated[Precision, typer.Option(help="Arithmetic of the models; heads are float32.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew over a probe that is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No hints and no progress bars.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say how good dense features are: train small heads on them, frozen, and measure.
 
@@ -341,7 +279,7 @@ def probe(
         run_probe(options, per_class, dry_run, as_json)
 
 
-@app.command(epilog=BENCHMARK_EXAMPLES)
+@app.command(epilog=examples.BENCHMARK)
 def benchmark(
     compare_highres: Annotated[
         bool, typer.Option("--compare-highres", help="Also run the teacher: the same backbone on the large image.")
@@ -364,10 +302,7 @@ def benchmark(
         str | None,
         typer.Option(help="One student: run folder, .safetensors, released .pth, or hub id.", show_default=False),
     ] = None,
-    backbone_weights: Annotated[
-        str | None,
-        typer.Option(help="pretrained, or a .safetensors or .pth file; default: as in training.", show_default=False),
-    ] = None,
+    backbone_weights: Weights = None,
     images: Annotated[
         Path | None,
         typer.Option(
@@ -379,7 +314,7 @@ def benchmark(
     precision: Annotated[
         Precision, typer.Option(help="Weights and arithmetic; auto: bfloat16 where the device computes in it.")
     ] = "float32",
-    device: Annotated[Device, typer.Option(help="Where it runs.")] = "auto",
+    device: Where = "auto",
     compile_: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile; its own time is reported apart.")
     ] = False,
@@ -438,8 +373,8 @@ def benchmark(
     output: Annotated[Path, typer.Option(help="Folder of results and pictures.")] = Path("runs/benchmark"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure anew what was measured before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count only; run and write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No hints and no progress bars.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure what a student costs beside its backbone and its teacher, and how close it comes to the teacher.
 

@@ -25,6 +25,7 @@ BELOW = {
     "benchmark_options": {"extract_options", "errors"},
     "probe_options": {"probe_recipe", "probe_protocols", "extract_options", "errors"},
     "formatting": set(),
+    "examples": set(),
     "probe_figures": set(),
     "core": {"recipe", "recipe_files", "extract_options", "errors"},
     "data": {"recipe", "probe_recipe", "recipe_files", "extract_options", "formatting", "errors"},
@@ -59,7 +60,17 @@ BELOW = {
         "formatting",
         "errors",
     },
-    "app": {"", "console", "commands", "recipe", "recipe_files", "extract_options", "benchmark_options", "errors"},
+    "app": {
+        "examples",
+        "",
+        "console",
+        "commands",
+        "recipe",
+        "recipe_files",
+        "extract_options",
+        "benchmark_options",
+        "errors",
+    },
     "demo": {"console", "core", "errors"},  # prepares files for `make demo`; beside the commands
     "__main__": {"app"},
     "": {"core", "data"},  # the public Python API, in __init__.py
