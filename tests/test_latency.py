@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from brixel_cli.engines.latency import MIN_ROUNDS, Timed, interleaved
+from brixel_cli.engines.benchmarking.latency import MIN_ROUNDS, Timed, interleaved
 
 CPU = torch.device("cpu")
 

@@ -15,14 +15,15 @@ import torch
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.cost import count_cost, fake_tensors, hollow
 from brixel_cli.core.student import Student
+from brixel_cli.engines.benchmarking.latency import interleaved
 from brixel_cli.engines.benchmarking.results import Latency
 from brixel_cli.engines.distilling.batches import Batch
 from brixel_cli.engines.distilling.run_folder import write_text
 from brixel_cli.engines.distilling.setup import make_adapter
 from brixel_cli.engines.distilling.training_cost import random_batch, random_update
-from brixel_cli.engines.latency import call_seconds, interleaved
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.timing import call_seconds
 from brixel_cli.formatting import to_json
 from brixel_cli.recipe import Recipe
 

@@ -20,6 +20,7 @@ from brixel_cli.engines.benchmarking.contenders import Contender, Size, make_con
 from brixel_cli.engines.benchmarking.counts import count_baselines, count_rows, largest_sizes
 from brixel_cli.engines.benchmarking.environment import describe_environment
 from brixel_cli.engines.benchmarking.fidelity import draw_examples, measure_fidelity
+from brixel_cli.engines.benchmarking.latency import interleaved
 from brixel_cli.engines.benchmarking.models import Candidate, Photos, find_candidates, find_photos, load_or_randomise
 from brixel_cli.engines.benchmarking.peak_memory import can_measure, peak_in_fresh_process, peak_on_gpu
 from brixel_cli.engines.benchmarking.probe_results import ProbeResult
@@ -37,9 +38,9 @@ from brixel_cli.engines.benchmarking.results import (
 )
 from brixel_cli.engines.benchmarking.student_probes import probes_of
 from brixel_cli.engines.distilling.run_folder import write_text
-from brixel_cli.engines.latency import call_seconds, interleaved
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.timing import call_seconds
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.formatting import human_bytes
 from brixel_cli.recipe import RunConfig

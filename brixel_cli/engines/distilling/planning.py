@@ -15,9 +15,9 @@ from brixel_cli.engines.distilling.cache import CACHE_BATCH, CacheLayout
 from brixel_cli.engines.distilling.setup import Photographs, find_photographs, resolve_paths
 from brixel_cli.engines.distilling.trainer import num_steps
 from brixel_cli.engines.distilling.training_cost import TrainingCounts, count_training, random_batch, random_update
-from brixel_cli.engines.latency import call_seconds
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.timing import call_seconds
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.formatting import human_bytes
 from brixel_cli.recipe import Recipe

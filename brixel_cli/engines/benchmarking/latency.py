@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from brixel_cli.engines.benchmarking.results import Latency
+from brixel_cli.engines.timing import call_seconds
 
 MIN_ROUNDS = 3
 MOST_ROUNDS = 200
@@ -27,15 +28,6 @@ class Timed:
         """Median and 10 % and 90 % quantiles, between neighbours by linear interpolation."""
         low, *_, high = statistics.quantiles(self.seconds, n=10, method="inclusive")
         return Latency(statistics.median(self.seconds), low, high, len(self.seconds), self.compile_seconds)
-
-
-def call_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, work that it leaves to a GPU included."""
-    _synchronise(device)
-    began = time.perf_counter()
-    call()
-    _synchronise(device)
-    return time.perf_counter() - began
 
 
 @torch.inference_mode()
@@ -63,10 +55,3 @@ def interleaved(
         for name, call in calls.items():
             timed[name].seconds.append(call_seconds(call, device))
     return {name: row.latency for name, row in timed.items()}
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
