@@ -124,7 +124,7 @@ def test_imports_point_one_way(path: Path) -> None:
 ENGINES = {
     "distilling": set(),
     "extracting": {"distilling"},
-    "probing": {"distilling", "extracting"},
+    "probing": {"extracting"},
     "benchmarking": {"distilling", "probing"},
 }
 

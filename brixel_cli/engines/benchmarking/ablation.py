@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from brixel_cli.benchmark_options import ABLATION_STEPS, AblationOptions
+from brixel_cli.core.files import write_text
 from brixel_cli.engines.benchmarking.ablation_cost import Inference, UpdateTime, UpdateTimes, measure_inference
 from brixel_cli.engines.benchmarking.ablation_probe import VariantProbes
 from brixel_cli.engines.benchmarking.ablation_results import (
@@ -30,7 +31,7 @@ from brixel_cli.engines.benchmarking.ablation_results import (
 from brixel_cli.engines.benchmarking.ablation_variants import Planned, Variant, find_groups
 from brixel_cli.engines.benchmarking.environment import describe_environment
 from brixel_cli.engines.distilling.distillation import distill
-from brixel_cli.engines.distilling.run_folder import RunFolder, write_text
+from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.distilling.setup import Photographs, find_photographs, resolve_paths
 from brixel_cli.engines.distilling.training_cost import count_training
 from brixel_cli.engines.reporting import Reporter

@@ -14,11 +14,11 @@ import torch
 
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.cost import count_cost, fake_tensors, hollow
+from brixel_cli.core.files import write_text
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.latency import interleaved
 from brixel_cli.engines.benchmarking.results import Latency
 from brixel_cli.engines.distilling.batches import Batch
-from brixel_cli.engines.distilling.run_folder import write_text
 from brixel_cli.engines.distilling.setup import make_adapter
 from brixel_cli.engines.distilling.training_cost import random_batch, random_update
 from brixel_cli.engines.reporting import Reporter

@@ -14,6 +14,7 @@ import torch
 
 from brixel_cli.benchmark_options import BenchmarkOptions, parse_sizes
 from brixel_cli.core.backbone import check_size
+from brixel_cli.core.files import write_text
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.baselines import Baseline, load_baseline
 from brixel_cli.engines.benchmarking.contenders import Contender, Size, make_contenders
@@ -37,7 +38,6 @@ from brixel_cli.engines.benchmarking.results import (
     read_results,
 )
 from brixel_cli.engines.benchmarking.student_probes import probes_of
-from brixel_cli.engines.distilling.run_folder import write_text
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.engines.timing import call_seconds

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from brixel_cli.core.backbone import Backbone
+from brixel_cli.core.files import save_picture
 from brixel_cli.core.metrics import FIDELITY, fidelity, share_of_gap_closed
 from brixel_cli.core.pictures import denormalise, panel, pca_colours
 from brixel_cli.data.views import Views, reduce_view
@@ -132,7 +132,7 @@ def draw_examples(
         tiles = [denormalise(images[0], backbone.mean, backbone.std), *pca_colours([*maps, target], reference=target)]
         titles = [f"input {size[0]}x{size[1]} px", *(row.label for row in shown), "teacher"]
         path = folder / "pictures" / f"{model}_{size[0]}x{size[1]}_rank{rank}.png"
-        _save(panel(titles, [tiles]), path)
+        save_picture(panel(titles, [tiles]), path)
         pictures.append(Picture(model, size, image.name, rank, str(path.relative_to(folder))))
     return pictures
 
@@ -141,9 +141,3 @@ def _images_and_target(pixels: Tensor, views: Views, backbone: Backbone) -> tupl
     """The student's view (1, 3, S, S) and the teacher's map (D, H, W) of a teacher view (3, 4S, 4S)."""
     large = pixels[None].to(next(backbone.parameters()).device)
     return reduce_view(large, views.config.factor), backbone.last_map(large)[0]
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    picture.save(partial, format="PNG")
-    partial.replace(path)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from brixel_cli.core.files import replacing, write_text
 from brixel_cli.engines.benchmarking.ablation_results import Ablations
 from brixel_cli.engines.benchmarking.charts import STYLE, standalone
 from brixel_cli.engines.benchmarking.report_blocks import Block, Chart, Commands, Photo, Report, Text
 from brixel_cli.engines.benchmarking.report_content import make_report
 from brixel_cli.engines.benchmarking.results import Results
 from brixel_cli.engines.benchmarking.tables import Table
-from brixel_cli.engines.distilling.run_folder import write_text
 from brixel_cli.errors import UsageError
 
 HTML_NAME = "report.html"
@@ -244,9 +244,8 @@ def _write_figure(block: Block, folder: Path) -> None:
     if isinstance(block, Chart):
         write_text(folder / _figure_name(block), standalone(block.svg))
     elif isinstance(block, Photo):
-        partial = folder / (_figure_name(block) + ".partial")
-        shutil.copyfile(block.path, partial)
-        partial.replace(folder / _figure_name(block))
+        with replacing(folder / _figure_name(block)) as partial:
+            shutil.copyfile(block.path, partial)
 
 
 def _figure_name(block: Chart | Photo) -> str:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.files import save_picture, write_text
 from brixel_cli.core.losses import Basis, fit_basis
 from brixel_cli.core.student import StudentCard, save_student
 from brixel_cli.data.images import Skipped, describe_skipped
 from brixel_cli.data.views import Views
 from brixel_cli.engines.distilling.batches import Batches, OnlineBatches, batch_keys
 from brixel_cli.engines.distilling.cache import open_cache
-from brixel_cli.engines.distilling.run_folder import RunFolder, write_text
+from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.distilling.setup import (
     check_view_sizes,
     find_photographs,
@@ -224,10 +225,7 @@ def _record_validation(validation: Validation, step: int, folder: RunFolder, wri
     folder.log({"kind": "validation", **_summary(validation, step)})
     for row in ("backbone", "student", "gap_closed"):
         _write_scalars(writer, f"held_out/{row}", getattr(validation, row), step)
-    path = folder.picture(step)
-    partial = path.with_suffix(".partial")
-    validation.picture.save(partial, format="PNG")
-    partial.replace(path)
+    save_picture(validation.picture, folder.picture(step))
 
 
 def _report_refusal(

@@ -16,17 +16,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from brixel_cli.core.files import write_text
 from brixel_cli.core.student import FILE_NAME
 from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.images import Skipped
-from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.errors import UsageError
 from brixel_cli.formatting import to_json
 from brixel_cli.recipe import Recipe
 from brixel_cli.recipe_files import dump_recipe, load_recipe, recipe_differences
@@ -132,19 +132,3 @@ class RunFolder:
             return None
         tensors, metadata = load_tensors(self.state)
         return tensors, json.loads(metadata["facts"])
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically.
-
-    Raises:
-        BrixelError: it cannot be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise BrixelError(
-            f"{path} cannot be written: {error.strerror}. Make room, or choose another folder."
-        ) from error

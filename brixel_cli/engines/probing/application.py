@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from brixel_cli.core.files import save_picture, write_text
 from brixel_cli.core.heads import Head, load_head
 from brixel_cli.core.prediction_pictures import (
     class_colours,
@@ -30,7 +30,6 @@ from brixel_cli.data.features import Array
 from brixel_cli.data.fields_of_view import FieldKind, FieldOfView, cut_image, plan_fields
 from brixel_cli.data.fitting import Fitting
 from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, reason_of
-from brixel_cli.engines.distilling.run_folder import write_text
 from brixel_cli.engines.extracting.model import ExtractionModel
 from brixel_cli.engines.extracting.pipeline import read_ahead
 from brixel_cli.engines.extracting.plan import ModelFacts, model_facts
@@ -261,14 +260,7 @@ def write_predictions(output: Path, name: str, image: Image.Image, predictions: 
         for folder, picture in ((quantity, file), (f"{quantity}_preview", preview)):
             path = output / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            try:
-                picture.save(partial, format="PNG")
-                os.replace(partial, path)
-            except OSError as error:
-                raise BrixelError(
-                    f"{path} cannot be written: {error.strerror}. Make room, or choose another folder."
-                ) from error
+            save_picture(picture, path)
 
 
 def encode_prediction(quantity: str, image: Image.Image, values: Tensor) -> tuple[Image.Image, Image.Image]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from brixel_cli.engines.distilling.run_folder import write_text
+from brixel_cli.core.files import write_text
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.formatting import to_json
 

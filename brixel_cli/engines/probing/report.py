@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from brixel_cli.core.curves import draw_curves
+from brixel_cli.core.files import save_picture
 from brixel_cli.core.heads import QUANTITIES, load_head
 from brixel_cli.core.pictures import panel
 from brixel_cli.core.prediction_pictures import Quantity as Pictured
@@ -56,10 +56,8 @@ def write_pictures(folder: ProbeFolder, plan: ProbePlan, runtime: Runtime) -> li
             titles, rows = comparison(_PICTURED[quantity], _image(reference, row), truth, predictions)
             value = ranking[number][metric]
             path = folder.pictures / f"{quantity}_{place}.png"
-            partial = path.with_name(path.name + ".partial")
             titles[0] = f"{place}: {metric} {value:.3f}"
-            panel(titles, rows).save(partial, format="PNG")
-            os.replace(partial, path)
+            save_picture(panel(titles, rows), path)
             written.append(path)
     return written
 
