@@ -105,7 +105,11 @@ def extract(
     ] = "short",
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="Student: run folder, .safetensors, released .pth, or hub id.", show_default=False),
+        typer.Option(
+            help="Student: run folder, .safetensors, released .pth, hub id, or a shipped one's name. Default: newest "
+            "run, or the shipped student.",
+            show_default=False,
+        ),
     ] = None,
     source: Annotated[
         Source, typer.Option(help="Whose maps: student, backbone, or teacher (backbone at the larger size).")
@@ -187,7 +191,8 @@ def probe(
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(
-            help="Student: run folder, .safetensors, released .pth or hub id; can be repeated. Default: newest run.",
+            help="Student: run folder, .safetensors, released .pth, hub id or a shipped one's name; can be repeated. "
+            "Default: newest run, or the shipped student.",
             show_default=False,
         ),
     ] = None,
@@ -287,7 +292,7 @@ def benchmark(
     models: Annotated[
         str | None,
         typer.Option(
-            help="Recipes or run folders, by commas. Default: the newest student under runs, or dinov2_vits.",
+            help="Recipes or run folders, by commas. Default: the newest student under runs, or the shipped one.",
             show_default=False,
         ),
     ] = None,
@@ -300,7 +305,9 @@ def benchmark(
     ] = None,
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="One student: run folder, .safetensors, released .pth, or hub id.", show_default=False),
+        typer.Option(
+            help="One student: run folder, .safetensors, .pth, hub id, or a shipped one's name.", show_default=False
+        ),
     ] = None,
     backbone_weights: Weights = None,
     images: Annotated[
@@ -334,8 +341,8 @@ def benchmark(
         str | None,
         typer.Option(
             metavar="GROUPS",
-            help="Train variants of a recipe instead: losses, spectral, residual, adapter, schedule, average, edge, "
-            "cosine, seed, or a YAML file of your own, by commas.",
+            help="Train variants of a recipe instead: losses, spectral, residual, adapter, schedule, rate, average, "
+            "edge, cosine, seed, or a YAML file of your own, by commas.",
             show_default=False,
         ),
     ] = None,

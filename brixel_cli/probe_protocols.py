@@ -164,7 +164,7 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             name="quick", tasks=["segmentation", "depth", "normals", "depth_normals"],
-            train=_WHOLE, evaluate=_WHOLE, gradient_weight=0.0, points=4096,
+            train=_WHOLE, evaluate=_WHOLE, depth_loss="silog", gradient_weight=0.0, points=4096,
             lr=2e-3, weight_decay=1e-4, batch_size=8, steps=1500, schedule="cosine",
         ),
     )

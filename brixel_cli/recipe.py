@@ -33,6 +33,8 @@ class FusionConfig(Section):
     """Channels on the output grid."""
     blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)] = [2, 3, 3]
     """Number of convolutional blocks on the token, middle and output grid."""
+    kernel_size: Literal[3, 5, 7] = 3
+    """Side of the depthwise convolutions."""
 
 
 class DeformableConfig(Section):

@@ -21,6 +21,9 @@ from brixel_cli.core.vit_formula import VitShape
 from brixel_cli.core.weights import check_keys, tensors_sha256
 from brixel_cli.errors import SizeError, UsageError, WeightsError
 
+SIGNATURE_TOLERANCE = 0.02
+"""Relative distance of two signatures; rounding all weights to bfloat16 makes less, other weights make far more."""
+
 
 def quarter_indices(depth: int) -> list[int]:
     """0-based blocks whose outputs feed the adapter: the quarters of the depth, the last block always in.
@@ -88,6 +91,22 @@ class Backbone(nn.Module):
         if self._sha256 is None:
             self._sha256 = tensors_sha256(self.vit.state_dict())
         return self._sha256
+
+    def signature(self) -> list[float]:
+        """Mean feature vector (D) of a fixed synthetic image: nearly the same for weights that do the same.
+
+        Weights that were converted or rounded have another SHA-256, but a signature within `SIGNATURE_TOLERANCE`.
+        """
+        ramp = torch.linspace(-2.0, 2.0, 8 * self.patch_size)
+        across, down = ramp.expand(len(ramp), -1), ramp[:, None].expand(-1, len(ramp))
+        image = torch.stack([across, down, across * down / 2]).to(next(self.vit.parameters()).device)
+        mean = self.last_map(image[None])[0].mean(dim=(1, 2))
+        return [round(value, 4) for value in mean.tolist()]
+
+    def does_as(self, signature: Sequence[float]) -> bool:
+        """Whether its signature is another one's up to the tolerance: the relative distance of the vectors."""
+        mine, other = torch.tensor(self.signature()), torch.tensor(signature)
+        return len(mine) == len(other) and bool((mine - other).norm() <= SIGNATURE_TOLERANCE * other.norm())
 
     @property
     def shape(self) -> VitShape:

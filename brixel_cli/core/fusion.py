@@ -13,11 +13,11 @@ from brixel_cli.recipe import AdapterConfig
 
 
 class ConvBlock(nn.Module):
-    """Residual block (B, C, H, W) -> (B, C, H, W): depthwise 5x5, norm, two 1x1 with GELU between, layer scale."""
+    """Residual block (B, C, H, W) -> (B, C, H, W): depthwise, norm, two 1x1 with GELU between, layer scale."""
 
-    def __init__(self, channels: int, expansion: int = 2, layer_scale: float = 0.1):
+    def __init__(self, channels: int, kernel_size: int, expansion: int = 2, layer_scale: float = 0.1):
         super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
+        self.depthwise = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
         self.norm = nn.GroupNorm(1, channels)
         self.expand = nn.Conv2d(channels, expansion * channels, 1)
         self.project = nn.Conv2d(expansion * channels, channels, 1)
@@ -44,6 +44,7 @@ class FusionAdapter(Adapter):
         super().__init__(embed_dim, factor, config)
         width, fine_width = config.fusion.width, config.fusion.fine_width
         coarse_blocks, middle_blocks, fine_blocks = config.fusion.blocks
+        kernel_size = config.fusion.kernel_size
         self.image_stem = nn.Sequential(
             nn.Conv2d(3, 32, 3, stride=2, padding=1),
             nn.GELU(),
@@ -54,10 +55,10 @@ class FusionAdapter(Adapter):
         self.image_to_middle = nn.Conv2d(fine_width, width, 3, stride=2, padding=1)
         self.fuse = nn.Conv2d(4 * embed_dim, width, 1)
         self.fuse_norm = nn.GroupNorm(1, width)
-        self.coarse = nn.ModuleList(ConvBlock(width) for _ in range(coarse_blocks))
-        self.middle = nn.ModuleList(ConvBlock(width) for _ in range(middle_blocks))
+        self.coarse = nn.ModuleList(ConvBlock(width, kernel_size) for _ in range(coarse_blocks))
+        self.middle = nn.ModuleList(ConvBlock(width, kernel_size) for _ in range(middle_blocks))
         self.to_fine = nn.Conv2d(width, fine_width, 1)
-        self.fine = nn.ModuleList(ConvBlock(fine_width) for _ in range(fine_blocks))
+        self.fine = nn.ModuleList(ConvBlock(fine_width, kernel_size) for _ in range(fine_blocks))
         self.out_norm = nn.GroupNorm(1, fine_width)
         self.out = nn.Conv2d(fine_width, embed_dim, 1)
         nn.init.zeros_(self.out.weight)

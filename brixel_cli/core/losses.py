@@ -149,10 +149,11 @@ class DistillationLoss:
 
         Args:
             prediction: student maps (B, D, H, W).
-            target: teacher maps (B, D, H, W); receives no gradient.
+            target: teacher maps (B, D, H, W), of any float type; receives no gradient.
             seed: of the random choices of a basis fitted on the batch.
         """
-        prediction, target = prediction.float(), target.detach().float()
+        prediction = prediction.float()
+        target = torch.empty_like(prediction).copy_(target.detach())  # layouts that differ cost twice the time
         config, terms = self.config, dict[str, tuple[float, Tensor]]()
         if config.l1.weight:
             l1 = F.l1_loss(prediction, target)

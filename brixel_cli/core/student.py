@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.deformable import DeformableAdapter
 from brixel_cli.core.fusion import FusionAdapter
+from brixel_cli.core.shipped import shipped_student, shipped_students
 from brixel_cli.core.weights import ReleasedStudent, check_keys, import_released, load_pth, load_tensors, save_tensors
 from brixel_cli.errors import UsageError, WeightsError
 from brixel_cli.recipe import AdapterConfig
@@ -69,7 +71,19 @@ class Student(nn.Module):
 
 @dataclass(frozen=True)
 class StudentCard:
-    """What a student's file says of itself, besides its weights."""
+    """What a student's file says of itself, besides its weights.
+
+    Attributes:
+        backbone: timm name.
+        backbone_weights: `pretrained`, `random` or a path, as in training.
+        backbone_sha256: of the weights.
+        embed_dim: channels D of the maps.
+        factor: output grid over token grid.
+        adapter: its options.
+        step: updates it was trained for.
+        student_size: input (height, width) in pixels that it was validated at; empty: not known.
+        backbone_signature: by which weights that were converted or rounded are known; empty: by SHA-256 alone.
+    """
 
     backbone: str
     backbone_weights: str
@@ -78,6 +92,8 @@ class StudentCard:
     factor: int
     adapter: AdapterConfig
     step: int
+    student_size: Sequence[int] = ()
+    backbone_signature: Sequence[float] = ()
 
     def to_metadata(self) -> dict[str, str]:
         """As safetensors metadata: strings by strings."""
@@ -127,10 +143,10 @@ class StoredAdapter:
 
 
 def read_adapter(reference: str) -> StoredAdapter:
-    """Read an adapter from a run folder, a .safetensors of ours, a released .pth, or a hub id (`user/name`).
+    """Read an adapter: a run folder, a .safetensors of ours, a shipped name, a released .pth, a hub id (`user/name`).
 
     Raises:
-        WeightsError: nothing is there, or it cannot be read.
+        WeightsError: nothing is there, it cannot be read, or a shipped file is not the one that was shipped.
     """
     path = _locate(reference)
     if path.suffix in (".pth", ".pt"):
@@ -140,7 +156,8 @@ def read_adapter(reference: str) -> StoredAdapter:
         card = StudentCard(name, "pretrained", "", released.embed_dim, 4, config, 0)
         return StoredAdapter(path, released.tensors, card, released)
     tensors, metadata = load_tensors(path)
-    return StoredAdapter(path, tensors, StudentCard.from_metadata(metadata, path), None)
+    full = {key: tensor.float() if tensor.dtype == torch.float16 else tensor for key, tensor in tensors.items()}
+    return StoredAdapter(path, full, StudentCard.from_metadata(metadata, path), None)
 
 
 def _locate(reference: str) -> Path:
@@ -151,9 +168,12 @@ def _locate(reference: str) -> Path:
         return path / FILE_NAME
     if path.is_file():
         return path
+    if reference in shipped_students():
+        return shipped_student(reference)
     if reference.count("/") != 1 or path.suffix in (".safetensors", ".pth", ".pt") or reference[0] in "./~":
         raise WeightsError(
-            f"No student at {reference}. Give a run folder, a .safetensors of brixel, a released .pth, or a hub id."
+            f"No student at {reference}. Give a run folder, a .safetensors of brixel, a released .pth, a hub id, or a "
+            f"student that comes with brixel: {', '.join(shipped_students())}."
         )
     import huggingface_hub
 
@@ -175,7 +195,8 @@ def load_student(
     """Load a student, ready for inference.
 
     Args:
-        checkpoint: a run folder, a .safetensors of brixel, a released .pth, or a hub id (`user/name`).
+        checkpoint: a run folder, a .safetensors of brixel, the name of a shipped student, a released .pth, or a hub
+            id (`user/name`).
         backbone: timm model name; needed only where the file does not know it.
         backbone_weights: `pretrained` or the path of the backbone's weights; default: as in training.
         device: where the student goes.
@@ -205,9 +226,9 @@ def load_student(
     trunk = load_backbone(name, str(backbone_weights or card.backbone_weights), dtype=dtype, device=device)
     if trunk.embed_dim != card.embed_dim:
         raise WeightsError(f"{stored.path} has width {card.embed_dim}, the backbone {name} has {trunk.embed_dim}.")
-    if card.backbone_weights == "random" and card.backbone_sha256 and trunk.sha256 != card.backbone_sha256:
-        raise WeightsError(f"{stored.path} was trained on random backbone weights, which are gone with that run.")
-    if card.backbone_sha256 and trunk.sha256 != card.backbone_sha256:
+    if card.backbone_sha256 and trunk.sha256 != card.backbone_sha256 and not trunk.does_as(card.backbone_signature):
+        if card.backbone_weights == "random":
+            raise WeightsError(f"{stored.path} was trained on random backbone weights, which are gone with that run.")
         raise WeightsError(
             f"The weights of {name} ({trunk.weights}) are not those that {stored.path} was trained on: "
             f"SHA-256 {trunk.sha256[:16]}..., expected {card.backbone_sha256[:16]}.... Give backbone_weights=."

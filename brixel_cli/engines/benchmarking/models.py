@@ -12,19 +12,18 @@ import torch
 
 from brixel_cli.benchmark_options import BenchmarkOptions
 from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.shipped import shipped_students
 from brixel_cli.core.student import FILE_NAME, StoredAdapter, Student, build_adapter, load_student, read_adapter
 from brixel_cli.core.weights import tensors_sha256
 from brixel_cli.data.images import Photograph, scan_folder
 from brixel_cli.data.views import Views
 from brixel_cli.engines.benchmarking.results import Model
-from brixel_cli.engines.distilling.run_folder import RUNS, newest_run
+from brixel_cli.engines.distilling.run_folder import default_student
 from brixel_cli.engines.distilling.setup import find_photographs
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 from brixel_cli.recipe import AdapterConfig, Recipe, ViewConfig
 from brixel_cli.recipe_files import find_recipe, load_recipe
-
-DEFAULT_RECIPE = "dinov2_vits"
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _held(student: Student, dtype: str) -> Student:
 
 
 def find_candidates(options: BenchmarkOptions, precision: str, reporter: Reporter) -> list[Candidate]:
-    """The models that the options name; without any, the newest student under ./runs, or else a recipe for cost.
+    """The models that the options name; without any, the newest student under ./runs, or else the shipped one.
 
     Args:
         options: of the benchmark.
@@ -134,13 +133,10 @@ def find_candidates(options: BenchmarkOptions, precision: str, reporter: Reporte
         if not names:
             raise UsageError(f"--models names no recipe and no run folder: {options.models!r}.")
     else:
-        newest = newest_run()
-        names = [str(newest) if newest else DEFAULT_RECIPE]
-        what = f"the newest under {RUNS}" if newest else f"for cost: there is no student under ./{RUNS}"
-        reporter.say(f"model: {names[0]}, {what}")
+        names = [default_student(None, reporter)]
     found = [
         _of_checkpoint(name, options, precision)
-        if options.checkpoint or (Path(name) / FILE_NAME).is_file()
+        if options.checkpoint or name in shipped_students() or (Path(name) / FILE_NAME).is_file()
         else _of_recipe(name, options, precision)
         for name in names
     ]
@@ -176,7 +172,7 @@ def _of_checkpoint(reference: str, options: BenchmarkOptions, precision: str) ->
         "bfloat16" if precision == "bfloat16" else recipe.backbone.dtype if recipe else "float32",
         card.adapter,
         card.factor,
-        recipe.student_hw if recipe else None,
+        (card.student_size[0], card.student_size[1]) if card.student_size else None,
         stored,
         recipe,
     )

@@ -27,7 +27,7 @@ class Batch:
     Attributes:
         images: the student's normalised views (B, 3, H, W).
         maps: the backbone's four maps of them, each (B, D, h, w).
-        targets: the teacher's maps (B, D, factor * h, factor * w).
+        targets: the teacher's maps (B, D, factor * h, factor * w), float32, or float16 from a cache.
         names: the photographs, for messages.
         replaced: for each, whether it stands in for a damaged one.
     """

@@ -108,8 +108,8 @@ class CachedBatches:
             maps = self._tensor("maps", rows)
             sources = [(self._used(number), self.views.photograph(number).name) for _, number in batch]
             yield Batch(
-                images=self._tensor("images", rows),
-                maps=list(maps.unbind(1)),
+                images=self._tensor("images", rows).float(),
+                maps=list(maps.float().unbind(1)),
                 targets=self._tensor("targets", rows),
                 names=[used for used, _ in sources],
                 replaced=[used != wanted for used, wanted in sources],
@@ -117,7 +117,7 @@ class CachedBatches:
 
     def _tensor(self, kind: str, rows: list[int]) -> Tensor:
         places = [self.layout.places[row] for row in rows]
-        return torch.from_numpy(self.store.read(self.layout.dataset(kind, rows[0]), places)).to(self.device).float()
+        return torch.from_numpy(self.store.read(self.layout.dataset(kind, rows[0]), places)).to(self.device)
 
 
 def open_cache(

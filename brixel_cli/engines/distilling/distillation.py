@@ -208,6 +208,8 @@ def _card(recipe: Recipe, backbone: Backbone, step: int) -> StudentCard:
         factor=recipe.views.factor,
         adapter=recipe.adapter,
         step=step,
+        student_size=recipe.student_hw,
+        backbone_signature=backbone.signature(),
     )
 
 

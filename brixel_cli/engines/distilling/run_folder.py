@@ -23,9 +23,11 @@ from typing import Any
 from torch import Tensor
 
 from brixel_cli.core.files import write_text
-from brixel_cli.core.student import FILE_NAME
+from brixel_cli.core.shipped import DEFAULT_STUDENT
+from brixel_cli.core.student import FILE_NAME, read_adapter
 from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.images import Skipped
+from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import UsageError
 from brixel_cli.formatting import to_json
 from brixel_cli.recipe import Recipe
@@ -35,11 +37,30 @@ RUNS = "runs"
 """Where runs go unless --output says otherwise, and where the newest student is looked for."""
 
 
-def newest_run() -> Path | None:
-    """The run under ./runs whose student was saved last; None where there is none."""
+def default_student(backbone: str | None, reporter: Reporter) -> str:
+    """The student that is meant where none is named: of the newest run under ./runs, or else the shipped one.
+
+    Args:
+        backbone: timm name that was asked for.
+        reporter: hears which one it is.
+
+    Raises:
+        UsageError: there is no run, and the shipped student belongs to another backbone.
+    """
     students = Path(RUNS).glob(f"*/{FILE_NAME}")
     newest = max(students, key=lambda path: path.stat().st_mtime, default=None)
-    return newest.parent if newest else None
+    if newest is not None:
+        reporter.say(f"student: {newest.parent}, the newest under {RUNS}")
+        return str(newest.parent)
+    shipped = read_adapter(DEFAULT_STUDENT).card.backbone
+    if backbone and backbone.partition(".")[0] != shipped.partition(".")[0]:
+        raise UsageError(
+            f"No student of {backbone} under ./{RUNS}, and the one that comes with brixel is of {shipped}: train one "
+            "with brixel distill, give --checkpoint RUN (a run folder, .safetensors, released .pth or hub id), or take "
+            "the plain maps with --source backbone."
+        )
+    reporter.say(f"student: {DEFAULT_STUDENT}, which comes with brixel")
+    return DEFAULT_STUDENT
 
 
 class RunFolder:

@@ -16,7 +16,7 @@ from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile, 
 from brixel_cli.data.features import FAILED, MISSING, Array, check_disk
 from brixel_cli.data.fitting import Fitting
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
-from brixel_cli.engines.distilling.run_folder import RUNS, newest_run
+from brixel_cli.engines.distilling.run_folder import default_student
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.extract_options import ExtractOptions, Source
@@ -214,25 +214,6 @@ def preview_folder(output: Path) -> Path:
     return output.with_name(f"{output.stem if output.suffix == '.h5' else output.name}_preview")
 
 
-def newest_student(purpose: str = "extract with") -> str:
-    """The run under ./runs whose student was saved last: what is meant where no checkpoint is named.
-
-    Args:
-        purpose: what it is wanted for, in the error.
-
-    Raises:
-        UsageError: there is none.
-    """
-    newest = newest_run()
-    if newest is None:
-        raise UsageError(
-            f"No student to {purpose}, and none under ./{RUNS}: train one with brixel distill, give --checkpoint "
-            "RUN (a run folder, .safetensors, released .pth or hub id), or take the plain maps with --source backbone "
-            "--backbone NAME."
-        )
-    return str(newest)
-
-
 def model_facts(options: ExtractOptions, reporter: Reporter) -> ModelFacts:
     """Read the checkpoint's description and build the backbone's shapes.
 
@@ -241,14 +222,16 @@ def model_facts(options: ExtractOptions, reporter: Reporter) -> ModelFacts:
         WeightsError: the checkpoint cannot be read.
     """
     checkpoint = options.checkpoint
-    if checkpoint is None and options.source == "student":
-        checkpoint = newest_student()
-        reporter.say(f"student: {checkpoint}, the newest under {RUNS}")
+    if checkpoint is None and (options.source == "student" or not options.backbone):
+        checkpoint = default_student(options.backbone, reporter)
     adapter = read_adapter(checkpoint) if checkpoint else None
     name = options.backbone or (adapter.card.backbone if adapter else "")
     if not name:
-        where = f"{adapter.path} does not say which backbone it belongs to" if adapter else f"--source {options.source}"
-        raise UsageError(f"{where}: give --backbone NAME, such as vit_small_patch14_dinov2.lvd142m.")
+        assert adapter is not None
+        raise UsageError(
+            f"{adapter.path} does not say which backbone it belongs to: give --backbone NAME, such as "
+            "vit_small_patch14_dinov2.lvd142m."
+        )
     meta = load_backbone(name, device="meta")
     weights = options.backbone_weights or (adapter.card.backbone_weights if adapter else "pretrained")
     factor = adapter.card.factor if adapter else DEFAULT_FACTOR

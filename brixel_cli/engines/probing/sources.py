@@ -11,8 +11,9 @@ from typing import Any, Literal
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.weights import tensors_sha256
 from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile, Grid
+from brixel_cli.engines.distilling.run_folder import default_student
 from brixel_cli.engines.extracting.model import ExtractionModel
-from brixel_cli.engines.extracting.plan import ModelFacts, model_facts, newest_student
+from brixel_cli.engines.extracting.plan import ModelFacts, model_facts
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
@@ -119,8 +120,7 @@ def resolve_sources(options: ProbeOptions, reporter: Reporter) -> list[Source]:
     names = list(options.sources) or list(MODELS)
     checkpoints = list(options.checkpoints)
     if "student" in names and not checkpoints:
-        checkpoints = [newest_student("probe")]
-        reporter.say(f"student: {checkpoints[0]}, the newest run")
+        checkpoints = [default_student(options.backbone, reporter)]
     hashes: dict[tuple[str, str], str] = {}
     sources: list[Source] = []
     for name in names:

@@ -1,0 +1,39 @@
+"""Students that come with brixel: adapters in float16, each with its model card, checked by SHA-256 on loading."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from brixel_cli.errors import WeightsError
+
+STUDENTS = Path(__file__).resolve().parent.parent / "students"
+SUMS = "SHA256SUMS"
+DEFAULT_STUDENT = "dinov2_vits14"
+"""What is meant where no student is named and none was trained."""
+
+
+@cache
+def shipped_students() -> dict[str, str]:
+    """Name and SHA-256 of each student that comes with brixel."""
+    lines = (STUDENTS / SUMS).read_text().splitlines()
+    return {Path(file).stem: digest for digest, file in (line.split() for line in lines)}
+
+
+def shipped_student(name: str) -> Path:
+    """The file of a student that comes with brixel.
+
+    Raises:
+        WeightsError: it is missing, or not the file that was shipped.
+    """
+    path = STUDENTS / f"{name}.safetensors"
+    if not path.is_file():
+        raise WeightsError(f"{path}, which comes with brixel, is missing: install brixel again.")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != shipped_students()[name]:
+        raise WeightsError(
+            f"{path} is not the file that came with brixel: SHA-256 {found[:16]}..., expected "
+            f"{shipped_students()[name][:16]}.... Install brixel again."
+        )
+    return path

@@ -1,0 +1,41 @@
+"""Put the student of a run into the package: in float16, with the backbone's weights to be had from the hub.
+
+    python tests/measure/pack_student.py --run runs/dinov2_vits --name dinov2_vits14
+
+Writes brixel_cli/students/NAME.safetensors and its line in SHA256SUMS. The model card, NAME.md, is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from brixel_cli.console import say
+from brixel_cli.core.files import write_text
+from brixel_cli.core.shipped import STUDENTS, SUMS
+from brixel_cli.core.student import read_adapter, save_student
+
+
+def pack(run: Path, name: str, folder: Path = STUDENTS) -> Path:
+    """Write a student's file and the sums of all students of the folder; returns the file."""
+    stored = read_adapter(str(run))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.safetensors"
+    card = dataclasses.replace(stored.card, backbone_weights="pretrained")
+    save_student(path, {key: tensor.half() for key, tensor in stored.tensors.items()}, card)
+    files = sorted(folder.glob("*.safetensors"))
+    write_text(
+        folder / SUMS, "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
+    )
+    return path
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="run folder of brixel distill")
+    parser.add_argument("--name", required=True, help="by which the student is to be known")
+    arguments = parser.parse_args()
+    written = pack(arguments.run, arguments.name)
+    say(f"wrote {written} ({written.stat().st_size / 1e6:.2f} MB)")
