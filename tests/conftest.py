@@ -83,7 +83,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     adapter = build_adapter(backbone.embed_dim, 4, config)
     torch.nn.init.normal_(adapter.out.weight, std=0.1)
     trained = load_backbone("test_vit", str(folder / "vit.safetensors"))
-    card = StudentCard("test_vit", str(folder / "vit.safetensors"), trained.sha256, backbone.embed_dim, 4, config, 7)
+    card = StudentCard("test_vit", str(folder / "vit.safetensors"), trained.sha256, backbone.embed_dim, 4, config, 7, (64, 64),
+                       trained.signature())  # fmt: skip
     save_student(folder / "student.safetensors", adapter.state_dict(), card)
     return str(folder), str(folder / "vit.safetensors")
 

@@ -16,7 +16,7 @@ from brixel_cli.errors import BrixelError, SizeError, UsageError, WeightsError
 
 HUB_ADVICE = (
     "Check the network, or download them elsewhere and give the file: "
-    "--set backbone.weights=PATH (.safetensors or .pth)."
+    "--backbone-weights PATH, or --set backbone.weights=PATH (.safetensors or .pth)."
 )
 
 

@@ -163,7 +163,7 @@ def test_weights_that_cannot_be_had_leave_the_cost(run: Path, tmp_path: Path, li
     (other / "recipe.yaml").write_text(recipe.replace(weights, gone))
     (other / "student.safetensors").write_bytes(stored.replace(weights.encode(), gone.encode()))
     results, _ = benchmark(options(tmp_path / "out"), listener)  # the newest student under ./runs
-    assert listener.said[0] == "model: runs/copy, the newest under runs"
+    assert listener.said[0] == "student: runs/copy, the newest under runs"
     (warning,) = listener.warned
     assert warning.startswith("copy: cost only, with random weights.")
     assert "Give --backbone-weights PATH" in warning

@@ -153,9 +153,11 @@ def test_memory_that_runs_out_halves_the_batch(extract_options, listener: Listen
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--input", "x"], "No student to extract with, and none under ./runs: train one with brixel distill"),
+        (
+            ["--input", "x", "--backbone", "test_vit"],
+            "No student of test_vit under ./runs, and the one that comes with",
+        ),
         ([], "--input is missing: a folder, an image"),
-        (["--input", "x", "--source", "backbone"], "--source backbone: give --backbone NAME"),
         (["--input", "x", "--batch-size", "many"], "--batch-size must be auto or a number from 1 up, not many."),
         (["--input", "x", "--res", "0"], "--res must be at least 1, not 0."),
         (

@@ -268,9 +268,8 @@ def test_faulty_sources_are_refused(
     text = refused(root, tmp_path, listener, sources=["teacher", "teacher"], checkpoints=[model[0]])
     assert text == "The source teacher stands twice: name each once."
     assert "No feature file at absent.h5" in refused(root, tmp_path, listener, sources=["absent.h5"])
-    assert refused(root, tmp_path, listener).startswith("No student to probe, and none under ./runs")
-    text = refused(root, tmp_path, listener, sources=["teacher"])
-    assert text.startswith("--source teacher: give --backbone NAME")
+    text = refused(root, tmp_path, listener, backbone="test_vit")
+    assert text.startswith("No student of test_vit under ./runs, and the one that comes with brixel is of")
 
 
 def test_several_students_are_told_apart(root: Path, tmp_path: Path, model, listener: Listener) -> None:
@@ -287,7 +286,7 @@ def test_the_newest_run_is_the_student(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model[0], tmp_path / "runs" / "mine")
     plan_only(make_options(root, tmp_path / "out"), listener)
-    assert "student: runs/mine, the newest run" in listener.said
+    assert "student: runs/mine, the newest under runs" in listener.said
 
 
 def test_images_are_decoded_by_several_threads() -> None:

@@ -223,7 +223,7 @@ def _create_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
         raise WeightsError(
             f"The weights of {name} could not be had from the hub: {_first_lines(error)}\n"
             "Check the network, or download them elsewhere and give the file: "
-            "--set backbone.weights=PATH (.safetensors or .pth)."
+            "--backbone-weights PATH, or --set backbone.weights=PATH (.safetensors or .pth)."
         ) from error
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import multiprocessing
 import statistics
 from collections.abc import Callable
@@ -14,14 +12,13 @@ from pathlib import Path
 
 import torch
 
+from brixel_cli.engines import malloc
 from brixel_cli.engines.benchmarking.baselines import load_baseline
 from brixel_cli.engines.benchmarking.contenders import make_contenders
 from brixel_cli.engines.benchmarking.models import Candidate
 from brixel_cli.errors import BrixelError
 
 PASSES = 5
-M_MMAP_THRESHOLD = -3
-"""Of glibc's malloc.h."""
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 
@@ -74,19 +71,19 @@ def _measure(
     candidate: Candidate, size: tuple[int, int], label: str, batch_size: int, baselines: tuple[str, ...], threads: int
 ) -> PeakMemory:
     torch.set_num_threads(threads)
-    map_every_tensor()
+    malloc.map_every_tensor()
     student = candidate.load("cpu")
     rows = make_contenders(student, size, True, [load_baseline(reference) for reference in baselines])
     row = next(row for row in rows if row.label == label)
     images = row.input(batch_size)
-    give_back()
+    malloc.give_back()
     loaded = _resident("VmRSS")
     row.call(images)
-    give_back()
+    malloc.give_back()
     kept = _resident("VmRSS") - loaded
     peaks = []
     for _ in range(PASSES):
-        give_back()
+        malloc.give_back()
         before = _resident("VmRSS")
         _CLEAR.write_text(_RESET_PEAK)
         row.call(images)
@@ -104,21 +101,6 @@ def peak_on_gpu(call: Callable[[], object], device: torch.device) -> PeakMemory:
     call()
     torch.cuda.synchronize(device)
     return PeakMemory(torch.cuda.max_memory_allocated(device) - before, None)
-
-
-def map_every_tensor() -> None:
-    """Have memory of 64 KiB and more mapped from the system, and unmapped when it is freed, where the C library can."""
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(M_MMAP_THRESHOLD, 64 * 1024)
-
-
-def give_back() -> None:
-    """Return memory that is free within the process to the system, where the C library can."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _resident(field: str) -> int:

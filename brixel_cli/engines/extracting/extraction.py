@@ -19,8 +19,9 @@ from brixel_cli.core.pca import RunningPca
 from brixel_cli.data.feature_file import FORMAT, FeatureFile, text_array
 from brixel_cli.data.features import DONE, FAILED, MISSING, Array, Store, create_store
 from brixel_cli.data.inputs import reason_of
+from brixel_cli.engines import malloc
 from brixel_cli.engines.extracting.model import ExtractionModel, encode
-from brixel_cli.engines.extracting.pipeline import WriteBehind, read_ahead, share_memory_pools
+from brixel_cli.engines.extracting.pipeline import WriteBehind, read_ahead
 from brixel_cli.engines.extracting.plan import ExtractPlan, make_plan, preview_folder
 from brixel_cli.engines.extracting.resuming import check_same, clear_output, describe
 from brixel_cli.engines.extracting.sinks import make_sink, writing
@@ -82,7 +83,7 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     Raises:
         BrixelError: something the user can mend; an image that fails is none of it, unless `strict`.
     """
-    share_memory_pools()
+    malloc.share_pools()
     runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
     with _quiet_pillow():
         plan = make_plan(options, reporter)

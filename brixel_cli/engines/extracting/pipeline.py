@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import sys
@@ -10,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 Loaded = TypeVar("Loaded")
@@ -19,18 +18,6 @@ Job = TypeVar("Job")
 CHUNKS_AHEAD = 2
 WRITES_BEHIND = 2
 POLITENESS = 5
-M_ARENA_MAX = -8
-"""Of glibc's malloc.h."""
-
-
-def share_memory_pools() -> None:
-    """Have threads take memory from two common pools, not from one of their own each that only it can use again.
-
-    With glibc alone; there each thread's pool would keep the largest image that the thread has ever decoded.
-    """
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def yield_to_others() -> None:

@@ -25,6 +25,7 @@ from brixel_cli.core.probe_losses import (
 )
 from brixel_cli.data.feature_file import Grid
 from brixel_cli.data.views import seed_of
+from brixel_cli.engines import malloc
 from brixel_cli.engines.probing.features import Maps, Targets
 from brixel_cli.errors import BrixelError
 from brixel_cli.probe_protocols import Protocol
@@ -109,6 +110,7 @@ def train_head(
     Raises:
         BrixelError: the loss is no finite number.
     """
+    malloc.keep_freed()
     head = build_head(spec, seed_of(seed, _WEIGHTS)).to(device).train()
     optimiser = torch.optim.AdamW(head.parameters(), lr=protocol.lr, weight_decay=protocol.weight_decay)
     total = protocol.num_steps(len(positions))
