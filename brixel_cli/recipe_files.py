@@ -167,12 +167,17 @@ def dump_recipe(recipe: Section) -> str:
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
     """Key paths outside `run` and `cache.directory` whose values differ, as `path: old -> new`."""
-    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
     return [
-        f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
-        for key in before | after
-        if before.get(key) != after.get(key) and not key.startswith("run.") and key != "cache.directory"
+        f"{key}: {_shown(before)} -> {_shown(after)}"
+        for key, (before, after) in changed_values(old, new).items()
+        if not key.startswith("run.") and key != "cache.directory"
     ]
+
+
+def changed_values(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
+    """The values that differ between two recipes of a schema, by key path: the old one and the new one."""
+    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}
 
 
 class _Dumper(yaml.SafeDumper):

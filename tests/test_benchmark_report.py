@@ -230,6 +230,8 @@ def test_the_best_figures_of_an_ablation_stand_out(report: Path) -> None:
     rows = re.findall(r"<tr><td>(bilinear|l1|all)</td>(.*?)</tr>", text[text.index('id="ablation-losses"') :])[:3]
     best = {name: re.findall(r"<td class=best>([^<]*)<", cells) for name, cells in rows}
     assert best == {"bilinear": ["0.8000"] * 3, "l1": [], "all": ["0.8600"]}
+    row = next(line for line in (report / "report.md").read_text().splitlines() if line.startswith("| all | 0."))
+    assert re.findall(r"\*\*([^*]+)\*\*", row) == ["0.8600"]
 
 
 def test_cost_alone_ablations_alone_and_a_single_size(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def write_report(results: Results | None, ablations: Ablations | None, pictures:
     write_text(folder / HTML_NAME, html(report))
     for section in report.sections:
         for block in section.blocks:
-            _write_figure(block, folder / FIGURES)
+            write_figure(block, folder / FIGURES)
     write_text(folder / MARKDOWN_NAME, markdown(report))
     return [folder / HTML_NAME, folder / MARKDOWN_NAME]
 
@@ -214,25 +214,31 @@ def markdown(report: Report) -> str:
     for section in report.sections:
         lines += ["", f"## {_md(section.title)}"]
         for block in section.blocks:
-            lines += ["", *_md_block(block)]
+            lines += ["", *markdown_block(block)]
     return "\n".join([*lines, "", _md(report.created), ""])
 
 
-def _md_block(block: Block) -> list[str]:
+def markdown_block(block: Block, figures: str = FIGURES) -> list[str]:
+    """The lines of a block; `figures` is where its picture lies, as seen from the page."""
     match block:
         case Text(text):
             return [_md(text)]
         case Commands(lines):
             return ["```", *lines, "```"]
         case Chart() | Photo():
-            return [f"![{_md(block.caption) or block.name}]({FIGURES}/{_figure_name(block)})", "", _md(block.caption)]
+            return [f"![{_md(block.caption) or block.name}]({figures}/{_figure_name(block)})", "", _md(block.caption)]
         case Table():
             title = [f"**{_md(block.title)}**", ""] if block.title else []
-            rows = [block.columns, ["---", *["---:"] * (len(block.columns) - 1)], *block.rows]
-            if not any(block.columns):
-                rows[0] = [" "] * len(block.columns)
-            table = ["| " + " | ".join(cell if row is rows[1] else _md(cell) for cell in row) + " |" for row in rows]
+            head = [_md(column) for column in block.columns] if any(block.columns) else [" "] * len(block.columns)
+            cells = [[_md_cell(block, r, c) for c in range(len(row))] for r, row in enumerate(block.rows)]
+            rows = [head, ["---", *["---:"] * (len(head) - 1)], *cells]
+            table = [f"| {' | '.join(row)} |" for row in rows]
             return [*title, *table, *(["", *(f"- {_md(note)}" for note in block.notes)] if block.notes else [])]
+
+
+def _md_cell(table: Table, row: int, column: int) -> str:
+    text = _md(table.rows[row][column])
+    return f"**{text}**" if (row, column) in table.best else text
 
 
 def _md(text: str) -> str:
@@ -240,7 +246,8 @@ def _md(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text.replace("\n", " "))
 
 
-def _write_figure(block: Block, folder: Path) -> None:
+def write_figure(block: Block, folder: Path) -> None:
+    """Write the file of a chart or a picture into a folder; other blocks have none."""
     if isinstance(block, Chart):
         write_text(folder / _figure_name(block), standalone(block.svg))
     elif isinstance(block, Photo):

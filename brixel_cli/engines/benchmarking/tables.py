@@ -147,9 +147,9 @@ def ablation_tables(ablations: Ablations, group: str) -> list[Table]:
             (*ABLATION_FIDELITY, last[0]),
             rows,
             notes,
-            _best_cells(rows, places, higher),
+            best_cells(rows, places, higher),
         ),
-        Table("", GAP_COLUMNS, closed, (), _best_cells(closed, range(1, 5), higher=range(1, 5))),
+        Table("", GAP_COLUMNS, closed, (), best_cells(closed, range(1, 5), higher=range(1, 5))),
         Table(
             f"{group}: cost",
             ABLATION_COST,
@@ -177,10 +177,10 @@ def _last_column(variants: Sequence[VariantResult]) -> tuple[list[str], Sequence
     return [title, plain, *cells], (2, 5) if probe.metric in HIGHER_IS_BETTER else (2,), notes
 
 
-def _best_cells(
+def best_cells(
     rows: Sequence[Sequence[str]], columns: Sequence[int], higher: Sequence[int]
 ) -> frozenset[tuple[int, int]]:
-    """The best of some columns, the highest of `higher`; all of them where several are written alike."""
+    """(row, column) of the best of some columns, the highest of `higher`; all where several are written alike."""
     best = set()
     for column in columns:
         cells = {number: row[column].partition(" +- ")[0].rstrip("%") for number, row in enumerate(rows)}

@@ -1,0 +1,98 @@
+"""Write the study page, docs/RESULTS.md, from result files of brixel's own commands; no figure in it is set by hand.
+
+    python tests/measure/results_page.py --distill RUN --benchmark DIR --sizes DIR --probes DIR DIR --ablations DIR
+
+An input that is not given leaves its section out. Pictures go to results/ beside the page. Remarks are kept by hand in
+results/notes.md: what stands there under `## Probes` stands in the page below the tables of that section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from results_sections import ablations, cost, fidelity, generalisation, probes, training
+
+from brixel_cli.console import error_boundary, print_files, warn
+from brixel_cli.core.files import write_text
+from brixel_cli.engines.benchmarking.ablation_results import read_ablations
+from brixel_cli.engines.benchmarking.report import markdown_block, write_figure
+from brixel_cli.engines.benchmarking.report_blocks import Block, Chart, Photo, Section
+from brixel_cli.engines.benchmarking.results import read_results
+from brixel_cli.engines.distilling.run_folder import RunFolder
+from brixel_cli.recipe_files import load_recipe
+
+LEAD = (
+    "The student that comes with brixel: its training, its cost, how close it comes to its teacher, and what that is worth "
+    "on labelled data. `tests/measure/results_page.py` takes every figure from result files of the commands shown; remarks "
+    "are kept by hand in `results/notes.md`. Gap closed: (student - backbone) / (teacher - backbone). How each figure is "
+    "measured: [BENCHMARK.md](BENCHMARK.md), [PROBE.md](PROBE.md)."
+)
+SECTIONS = ("Training", "Cost", "Fidelity", "Generalisation over input sizes", "Probes", "Ablations")
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """What stands in the notes, under the heading of each section."""
+    parts = re.split(r"^## +(.+?) *$", path.read_text(encoding="utf-8") if path.is_file() else "", flags=re.M)
+    notes = dict(zip(parts[1::2], (text.strip("\n") for text in parts[2::2]), strict=True))
+    for title in notes.keys() - set(SECTIONS):
+        warn(f"{path}: no section is called {title}; there are: {', '.join(SECTIONS)}.")
+    return notes
+
+
+def page(sections: Sequence[Section], notes: Mapping[str, str], figures: str) -> str:
+    """The page: in each section the tables, then the notes as they stand, then charts and pictures."""
+    lines = ["# Results", "", LEAD]
+    for section in sections:
+        drawn = [block for block in section.blocks if isinstance(block, Chart | Photo)]
+        lines += ["", f"## {section.title}"]
+        for block in section.blocks:
+            lines += [] if block in drawn else ["", *markdown_block(block)]
+        lines += ["", notes[section.title]] if notes.get(section.title) else []
+        for block in drawn:
+            lines += ["", *markdown_block(block, figures)]
+    return "\n".join([*lines, ""])
+
+
+def write_page(given: argparse.Namespace) -> list[Path]:
+    """Write the page and its pictures; returns the files."""
+    figures = given.output.parent / "results"
+    figures.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(given.distill) if given.distill else None
+    recipe = load_recipe(str(run.recipe)) if run else None
+    measured = read_results(given.benchmark) if given.benchmark else None
+    found: list[list[Block]] = [
+        training(run, recipe, figures) if run and recipe else [],
+        cost(measured) if measured else [],
+        fidelity(measured) if measured else [],
+        generalisation(read_results(given.sizes), recipe) if given.sizes else [],
+        probes(given.probes, figures) if given.probes else [],
+        ablations(read_ablations(given.ablations)) if given.ablations else [],
+    ]
+    sections = [Section(title, blocks) for title, blocks in zip(SECTIONS, found, strict=True) if blocks]
+    files = [given.output]
+    for block in (block for section in sections for block in section.blocks):
+        if isinstance(block, Chart):
+            write_figure(block, figures)
+            files.append(figures / f"{block.name}.svg")
+        files += [block.path] if isinstance(block, Photo) else []
+    write_text(given.output, page(sections, read_notes(figures / "notes.md"), figures.name))
+    return files
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--distill", type=Path, help="run folder of brixel distill")
+    parser.add_argument("--benchmark", type=Path, help="output of brixel benchmark at the size of the training")
+    parser.add_argument("--sizes", type=Path, help="output of brixel benchmark --sizes")
+    parser.add_argument("--probes", type=Path, nargs="+", default=[], help="outputs of brixel probe")
+    parser.add_argument("--ablations", type=Path, help="output of brixel benchmark --ablate")
+    parser.add_argument("--output", type=Path, default=Path("docs/RESULTS.md"))
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    with error_boundary():
+        print_files([str(path) for path in write_page(parse())])

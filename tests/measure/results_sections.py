@@ -1,0 +1,253 @@
+"""The sections of the study page: what result files of brixel say, as tables, charts and pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from portable_commands import distill_command, groups_of, portable, probe_command, side, without_directories
+
+from brixel_cli.core.files import replacing
+from brixel_cli.core.heads import QUANTITIES
+from brixel_cli.engines.benchmarking import tables
+from brixel_cli.engines.benchmarking.ablation_results import Ablations
+from brixel_cli.engines.benchmarking.charts import Line, line_chart
+from brixel_cli.engines.benchmarking.probe_results import ProbeResult
+from brixel_cli.engines.benchmarking.report_blocks import Block, Chart, Commands, Photo, Text
+from brixel_cli.engines.benchmarking.results import Model, Results, Row
+from brixel_cli.engines.benchmarking.student_probes import read_probe
+from brixel_cli.engines.benchmarking.tables import Table
+from brixel_cli.engines.distilling.run_folder import RunFolder
+from brixel_cli.engines.probing.folder import ProbeFolder, file_name
+from brixel_cli.errors import BrixelError
+from brixel_cli.formatting import human_count, human_size
+from brixel_cli.probe_figures import figure_text, figure_title
+from brixel_cli.recipe import Recipe
+
+FAITHFUL = {"l1": "L1", "cosine": "cosine", "edge": "edge"}
+PROBED = {
+    "segmentation": ("miou", "boundary_iou"),
+    "depth": ("rmse_m", "delta1"),
+    "normals": ("mean_angle_deg", "within_11.25"),
+}
+SOURCES = ("backbone", "student", "teacher")
+SIZE_COLUMNS = ("bilinear", "student", "gap closed")
+PROBE_COLUMNS = ("set", "figure", *SOURCES, "gap closed", "seeds", "protocol", "input", "images: training / test")
+ABLATION_COLUMNS = ("variant", "changes", "steps", *FAITHFUL.values(), "parameters", "image, ms")
+ABSENT: dict[str, dict[str, float]] = {"mean": {}, "spread": {}}
+WIDEST, LARGEST = 1400, 200_000
+"""Of a picture: pixels and bytes."""
+
+
+# Cells and pictures
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def faithful(values: Mapping[str, float | None]) -> list[str]:
+    return ["-" if (value := values.get(name)) is None else f"{value:.4f}" for name in FAITHFUL]
+
+
+def over(row: Row, backbone: Row) -> list[str]:
+    """GFLOP, memory and time of a row over those of the backbone; memory only where both were obtained alike."""
+    memory = (row.peak_bytes, backbone.peak_bytes) if row.memory == backbone.memory else (None, None)
+    pairs = [(row.gflop, backbone.gflop), memory, (row.seconds, backbone.seconds)]
+    return [f"{above / below:,.2f}x" if above and below else "-" for above, below in pairs]
+
+
+def title_of(model: Model, size: tuple[int, int] | None = None) -> str:
+    """Which student it was; the SHA-256 tells whether all sections are about the same."""
+    where = f" at {human_size(size)} px" if size else ""
+    weights = f" (SHA-256 {model.student_sha256[:12]})" if model.student_sha256 else ""
+    return f"{model.name}{weights}{where}: {model.backbone}, adapter {model.adapter}"
+
+
+def picture(source: Path, name: str, caption: str, folder: Path) -> list[Photo]:
+    """A copy of a picture for the page, as a JPEG that is neither wide nor large; none where there is no picture."""
+    if not source.is_file():
+        return []
+    with Image.open(source) as opened:
+        image = opened.convert("RGB")
+    scale, data = min(WIDEST / image.width, 1.0), b""
+    while not data or len(data) > LARGEST:
+        size, buffer = (max(round(image.width * scale), 1), max(round(image.height * scale), 1)), io.BytesIO()
+        image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85, optimize=True)
+        data, scale = buffer.getvalue(), scale * 0.9
+    photo = Photo(name, folder / f"{name}.jpg", caption)
+    with replacing(photo.path) as partial:
+        partial.write_bytes(data)
+    return [photo]
+
+
+# Sections
+
+
+def training(folder: RunFolder, recipe: Recipe, figures: Path) -> list[Block]:
+    """How the student was trained, and what its held-out photographs say of it; figures: the folder of pictures."""
+    if not folder.results.is_file():
+        raise BrixelError(f"{folder.results} is missing: give --distill a run that has reached its end.")
+    results = json.loads(folder.results.read_text(encoding="utf-8"))
+    best, held_out = results["best"], f"{results['best']['num_images']} held-out photographs"
+    entries = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    rows = [[name, *faithful(best[kind])] for name, kind in (("bilinear backbone", "backbone"), ("student", "student"))]
+    rows.append(["gap closed", *(percent(best["gap_closed"][name]) for name in FAITHFUL)])
+    blocks: list[Block] = [
+        Commands([distill_command(recipe)]),
+        Table("", ("", ""), training_facts(folder, recipe, results, entries)),
+        Table(f"{held_out}, the best student", ("", *FAITHFUL.values()), rows),
+    ]
+    curves = {kind: [(float(entry["step"]), entry[kind]["cosine"]) for entry in entries if entry["kind"] == "validation"
+                     and entry[kind]["cosine"] is not None] for kind in ("student", "backbone")}  # fmt: skip
+    lines = [Line(kind, kind, tuple(points)) for kind, points in curves.items() if points]
+    if lines:
+        chart = line_chart("Cosine to the teacher in the course of training", lines, "updates", "best 1")
+        blocks.append(Chart("training", chart, f"{held_out}; backbone: its map, enlarged bilinearly."))
+    caption = "Held-out photographs: the student's input, and the maps of backbone, student and teacher."
+    return [*blocks, *picture(folder.picture(best["step"]), "training_maps", caption, figures)]
+
+
+def training_facts(
+    folder: RunFolder, recipe: Recipe, results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
+) -> list[list[str]]:
+    """What the run was, as (name, value); speed is the median over the updates in the metrics."""
+    views, batch, state = recipe.views, recipe.optim.batch_size, folder.load_state()
+    speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
+    facts = [
+        ["backbone, adapter", f"{recipe.backbone.name}, {recipe.adapter.kind}"],
+        *([["photographs", state[1]["photographs"]]] if state else []),
+        ["views of a photograph", f"{views.per_image} ({views.kind})"],
+        ["input of the student", f"{inputs_of(recipe)} px" + ("; held out: the first" if views.other_sizes else "")],
+        ["input of the teacher", f"{views.factor} times that"],
+        ["updates", f"{results['steps']:,} of {batch} images; best student after {results['best']['step']:,}"],
+    ]
+    if speeds:
+        speed = statistics.median(speeds)
+        facts.append(["speed, median", f"{speed / batch:.2f} updates a second, {speed:.1f} images a second"])
+    return facts
+
+
+def inputs_of(recipe: Recipe) -> str:
+    """The student's inputs (height x width) in training."""
+    factor = recipe.views.factor
+    return ", ".join(dict.fromkeys(f"{size[0] // factor}x{size[1] // factor}" for size in recipe.views.teacher_sizes))
+
+
+def cost(results: Results) -> list[Block]:
+    """What each way to a map takes, beside the teacher and beside the backbone."""
+    blocks: list[Block] = []
+    for model in results.models:
+        for size in tables.sizes_of(results, model):
+            rows = tables.rows_of(results, model, size)
+            first, *others = tables.cost_tables(results, model, size)
+            first = replace(first, title=title_of(model, size), notes=results.notes)
+            ratios = [[row.label, *over(row, rows[0])] for row in rows]  # the backbone's row is the first
+            table = Table("How many times what the backbone takes", ("row", "GFLOP", "memory", "time"), ratios)
+            blocks += [Commands([portable(results.command)]), first, *others, table]
+    versions = ", ".join(f"{name} {number}" for name, number in results.environment.versions.items())
+    return [*blocks, Text(f"With {versions}.")]
+
+
+def fidelity(results: Results) -> list[Block]:
+    """How close each way to a map comes to the teacher."""
+    blocks: list[Block] = []
+    for model in results.models:
+        for size in tables.sizes_of(results, model):
+            for table in tables.fidelity_tables(results, model, size):
+                title = table.title and f"{model.name}: {table.title.removesuffix(f' of {model.images}')}"
+                command: list[Block] = [Commands([portable(results.command)])] if title else []
+                blocks += [*command, replace(table, title=title)]
+    return blocks
+
+
+def generalisation(results: Results, recipe: Recipe | None) -> list[Block]:
+    """The same at several sizes; recipe: of the training, whose sizes are named."""
+    blocks: list[Block] = []
+    seen = [f"Inputs of the training: {inputs_of(recipe)} px."] if recipe else []
+    for model in results.models:
+        rows = []
+        for size in tables.sizes_of(results, model):
+            found = {row.kind: row.fidelity for row in tables.rows_of(results, model, size)}
+            bilinear, student = found.get("bilinear"), found.get("student")
+            cells = [human_size(size), "square" if size[0] == size[1] else "not square"]
+            for name in FAITHFUL:
+                cells += [f"{getattr(item, name):.4f}" if item else "-" for item in (bilinear, student)]
+                cells.append(percent(student.gap_closed.get(name)) if student else "-")
+            rows.append(cells)
+        notes = [note for note in results.notes if note.startswith(f"{model.name} ")]  # of rows that were not run
+        columns = ["input", "shape", *(f"{metric}, {what}" for metric in FAITHFUL.values() for what in SIZE_COLUMNS)]
+        title = f"{title_of(model)}; {model.num_images} photographs"
+        blocks += [Commands([portable(results.command)]), Table(title, columns, rows, [*seen, *notes])]
+    return blocks
+
+
+def probe_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each of the figures that the page shows of a probe's results."""
+    settings, summary = results["settings"], results["summary"]
+    sources = [summary.get(name, ABSENT) for name in SOURCES]
+    closed = results["share_of_gap_closed"].get("student", {})
+    images = " / ".join(f"{settings['data'][split]['images']:,}" for split in ("train", "evaluate"))
+    seeds = "/".join(dict.fromkeys(str(source["seeds"]) for source in summary.values()))
+    rows = []
+    for metric in (metric for quantity in QUANTITIES[settings["task"]] for metric in PROBED[quantity]):
+        figures = [figure_text(metric, source["mean"].get(metric), source["spread"].get(metric)) for source in sources]
+        title = figure_title(metric, settings["protocol_settings"]["align"])
+        facts = [seeds, settings["protocol"], side(settings["size"]), images]
+        rows.append([settings["recipe"], title, *figures, percent(closed.get(metric)), *facts])
+    return rows
+
+
+def probes(folders: Sequence[Path], figures: Path) -> list[Block]:
+    """What the maps are worth on labelled sets, all in one table; figures: the folder of pictures."""
+    commands, rows, photos, students = list[str](), list[list[str]](), list[Photo](), list[str]()
+    for folder in map(ProbeFolder, folders):
+        results = folder.read()
+        settings, student = results["settings"], results["sources"].get("student")
+        commands.append(probe_command(results))
+        rows += probe_rows(results)
+        students += [f"SHA-256 {student['student_sha256'][:12]}, step {student['student_step']}"] if student else []
+        name = file_name(f"{settings['recipe']}_{settings['protocol_settings']['name']}_{side(settings['size'])}")
+        name += f"_{len(photos)}" if any(photo.name == name for photo in photos) else ""
+        median = folder.pictures / f"{QUANTITIES[settings['task']][0]}_median.png"
+        caption = f"{settings['recipe']}, the median image: predictions, and below them the truth and the errors."
+        photos += picture(median, name, caption, figures)
+    main = [figure for folder in folders for figure in read_probe(folder)]
+    told = [f"Mean and standard deviation over seeds. Student: {'; '.join(dict.fromkeys(students)) or '-'}."]
+    shares = [figure.gap_closed for figure in main if figure.gap_closed is not None]
+    if shares:
+        told.append(f"Mean share of the gap closed: {percent(statistics.mean(shares))}, over {names_of(main, True)}.")
+    if len(shares) < len(main):
+        told.append(f"Not in a mean, as there is no gap or no source to compare: {names_of(main, False)}.")
+    return [Commands(commands), Table("", PROBE_COLUMNS, rows), Text(" ".join(told)), *photos]
+
+
+def names_of(figures: Sequence[ProbeResult], known: bool) -> str:
+    """Main figures whose share of the gap is known, or is not."""
+    names = [(figure.recipe, figure_title(figure.metric, figure.aligned), figure.gap_closed) for figure in figures]
+    return ", ".join(f"{recipe} {title}" for recipe, title, share in names if (share is not None) is known)
+
+
+def ablations(results: Ablations) -> list[Block]:
+    """What each choice in the recipe is worth, a table for each group of variants."""
+    blocks: list[Block] = []
+    cosine = ABLATION_COLUMNS.index("cosine")
+    for group, variants in results.groups().items():
+        bilinear = next((item.bilinear for item in variants if item.bilinear), None)
+        rows = [["bilinear", "-", "-", *faithful(bilinear), "-", "-"]] if bilinear else []
+        rows += [[item.name, without_directories(tables.described(item)), f"{item.steps:,}", *faithful(item.fidelity),
+                  human_count(item.num_parameters), f"{item.latency.median * 1e3:,.1f}"] for item in variants]  # fmt: skip
+        best = {cell for row, _ in tables.best_cells(rows, [cosine], [cosine]) for cell in ((row, 0), (row, cosine))}
+        title = tables.ablation_tables(results, group)[0].title
+        asked = [command for command in results.commands if group in groups_of(command)]
+        commands = [portable(command) for command in asked or results.commands]
+        blocks += [Commands(commands), Table(title, ABLATION_COLUMNS, rows, (), frozenset(best))]
+    where = f"{results.environment.processor} ({results.environment.device}, {results.environment.threads} threads)"
+    told = f"In bold the best cosine. One run each, after its last update; {results.photographs} photographs; {where}."
+    return [*blocks, Text(told)]
