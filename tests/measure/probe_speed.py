@@ -23,6 +23,7 @@ from brixel_cli.console import Progress
 from brixel_cli.core.heads import build_head
 from brixel_cli.data.fields_of_view import cut_image
 from brixel_cli.data.images import load_image
+from brixel_cli.engines import malloc
 from brixel_cli.engines.extracting.pipeline import read_ahead
 from brixel_cli.engines.probing.features import Maps, Targets, num_workers, open_maps, prepare
 from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
@@ -92,6 +93,7 @@ def main() -> None:
         output=given.output, features=None, sources=given.source, checkpoints=[given.checkpoint], backbone=None,
         backbone_weights=given.backbone_weights, seeds=1, device="auto", precision="auto", overwrite=False,
     )  # fmt: skip
+    malloc.keep_freed()  # as a probe does
     runtime = Runtime(RunConfig(device=options.device, precision=options.precision))
     plan = plan_only(options, Progress())
     prepare(plan, runtime, Progress())
