@@ -2,7 +2,7 @@
 
 import brixel_cli
 
-student = brixel_cli.load_student("runs/demo")
+student = brixel_cli.load_student("dinov2_vits14")
 maps = student(images)  # (B, 3, H, W) normalised -> (B, D, 4h, 4w)
 
 features = brixel_cli.FeatureFile("photos.h5")  # what `brixel extract` wrote

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from conftest import Listener
-from measure.pack_student import pack
+from pack_student import pack
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
