@@ -70,7 +70,10 @@ def distill(
     ] = None,
     init: Annotated[
         str | None,
-        typer.Option(help="Student to start from: run folder, .safetensors or released .pth.", show_default=False),
+        typer.Option(
+            help="Student to start from: run folder, .safetensors, released .pth, hub id or shipped name.",
+            show_default=False,
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or mps; short for --set run.device=NAME.", show_default=False)
@@ -292,7 +295,8 @@ def benchmark(
     models: Annotated[
         str | None,
         typer.Option(
-            help="Recipes or run folders, by commas. Default: the newest student under runs, or the shipped one.",
+            help="Recipes, run folders or shipped students, by commas. Default: the newest student under runs, or the "
+            "shipped one.",
             show_default=False,
         ),
     ] = None,
@@ -385,7 +389,7 @@ def benchmark(
 ) -> None:
     """Measure what a student costs beside its backbone and its teacher, and how close it comes to the teacher.
 
-    The same command again takes up what was measured before. Without a student, cost only, with random weights.
+    The same command again takes up what was measured before. Where the backbone's weights cannot be had, cost only.
     """
     with error_boundary():
         from brixel_cli.commands.benchmark import run_benchmark

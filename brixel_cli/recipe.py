@@ -241,7 +241,7 @@ class Recipe(Section):
     backbone: BackboneConfig
     adapter: AdapterConfig = AdapterConfig()
     init: str | None = None
-    """A student to start from: run folder, .safetensors, or a released .pth; null: a new one."""
+    """A student to start from: run folder, .safetensors, released .pth, hub id or shipped name; null: a new one."""
     data: DataConfig = DataConfig()
     views: ViewConfig = ViewConfig()
     cache: CacheConfig = CacheConfig()

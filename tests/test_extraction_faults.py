@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -13,17 +14,19 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import Listener, every_row, make_photograph
+from conftest import FIXTURES, Listener, every_row, make_photograph
 from PIL import Image
+from safetensors.torch import save_file
 from test_inputs import odd_files
 from typer.testing import CliRunner
 
 import brixel_cli
 from brixel_cli.app import app
-from brixel_cli.core.student import load_student, save_student
+from brixel_cli.core.backbone import load_backbone
+from brixel_cli.core.student import load_student, read_adapter, save_student
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.engines.extracting.model import ExtractionModel
-from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 
 def test_another_model_size_or_folder_is_refused_by_name(
@@ -157,6 +160,10 @@ def test_memory_that_runs_out_halves_the_batch(extract_options, listener: Listen
             ["--input", "x", "--backbone", "test_vit"],
             "No student of test_vit under ./runs, and the one that comes with",
         ),
+        (
+            ["--input", "x", "--checkpoint", str(FIXTURES / "official_layout_tiny.pth")],
+            "does not say which backbone it belongs to: give --backbone NAME",
+        ),
         ([], "--input is missing: a folder, an image"),
         (["--input", "x", "--batch-size", "many"], "--batch-size must be auto or a number from 1 up, not many."),
         (["--input", "x", "--res", "0"], "--res must be at least 1, not 0."),
@@ -183,6 +190,25 @@ def test_wrong_options_are_usage_errors(
     result = CliRunner().invoke(app, ["extract", *arguments])
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_plain_maps_come_from_the_weights_that_the_student_was_trained_on(
+    extract_options, model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: Listener
+):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(5)
+    save_file(load_backbone("test_vit", "random").vit.state_dict(), tmp_path / "other.safetensors")
+    stored = read_adapter(model[0])
+    card = dataclasses.replace(stored.card, backbone_weights=str(tmp_path / "other.safetensors"))
+    (tmp_path / "runs" / "moved").mkdir(parents=True)
+    save_student(tmp_path / "runs" / "moved" / "student.safetensors", stored.tensors, card)
+    plain = {"source": "backbone", "checkpoint": None, "backbone": None, "backbone_weights": None}
+    with pytest.raises(WeightsError, match=r"other.safetensors\) are not those that runs/moved/.* was trained on"):
+        extract(extract_options(**plain), listener)
+    done = extract(extract_options(**plain | {"backbone_weights": model[1]}), listener)
+    assert len(brixel_cli.FeatureFile(done.output)) > 0
+    with pytest.raises(WeightsError, match="holds no student.safetensors"):
+        extract(extract_options(checkpoint=""), listener)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")

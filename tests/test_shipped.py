@@ -20,9 +20,10 @@ from brixel_cli.app import app
 from brixel_cli.core import shipped
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.shipped import DEFAULT_STUDENT, STUDENTS, shipped_student, shipped_students
-from brixel_cli.core.student import load_student, read_adapter
+from brixel_cli.core.student import load_student, read_adapter, save_student
 from brixel_cli.engines.distilling.run_folder import default_student
-from brixel_cli.errors import UsageError, WeightsError
+from brixel_cli.errors import BrixelError, UsageError, WeightsError
+from brixel_cli.recipe_files import load_recipe
 
 
 @pytest.fixture
@@ -48,10 +49,19 @@ def test_a_shipped_student_is_small_and_whole(name: str) -> None:
     assert card.backbone_weights == "pretrained"
     assert len(card.backbone_signature) == card.embed_dim
     assert len(card.student_size) == 2
+    assert card.step > 0
     assert "/" not in card.backbone
     text = (STUDENTS / f"{name}.md").read_text()
     assert card.backbone in text
-    assert all(heading in text for heading in ("## Training data", "## Licence", "## Figures", "## Limits"))
+    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    assert {"Training data", "Licence", "Figures", "Limits"} <= set(sections)
+    assert all(len(section.strip()) > 40 for section in sections.values())
+
+
+def test_the_default_recipe_makes_students_like_the_shipped_one() -> None:
+    recipe, card = load_recipe("dinov2_vits"), read_adapter(DEFAULT_STUDENT).card
+    assert recipe.adapter == card.adapter
+    assert recipe.student_hw == tuple(card.student_size)
 
 
 def test_a_changed_file_is_refused(boxed: Path) -> None:
@@ -64,6 +74,15 @@ def test_a_changed_file_is_refused(boxed: Path) -> None:
     file.unlink()
     with pytest.raises(WeightsError, match="which comes with brixel, is missing: install brixel again"):
         load_student(DEFAULT_STUDENT)
+    (boxed / "SHA256SUMS").unlink()
+    with pytest.raises(WeightsError, match="SHA256SUMS, which comes with brixel, is missing: install brixel again"):
+        load_student("someone/student")
+
+
+def test_a_folder_of_that_name_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / DEFAULT_STUDENT).mkdir()
+    assert read_adapter(DEFAULT_STUDENT).path == STUDENTS / f"{DEFAULT_STUDENT}.safetensors"
 
 
 def test_the_newest_run_goes_before_the_shipped_student(
@@ -89,6 +108,16 @@ def test_another_backbone_has_no_shipped_student(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"No student of test_vit under ./runs, and the one that comes with brixel is"):
         default_student("test_vit", listener)
+
+
+def test_runs_of_other_backbones_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: Listener, model: tuple[str, str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model[0], tmp_path / "runs" / "tiny")
+    assert default_student("vit_small_patch14_dinov2.lvd142m", listener) == DEFAULT_STUDENT
+    assert default_student("test_vit.mine", listener) == "runs/tiny"
+    assert default_student(None, listener) == "runs/tiny"
 
 
 def test_without_a_hub_the_command_says_what_to_do(
@@ -122,16 +151,19 @@ def test_weights_that_were_converted_or_rounded_will_do(model: tuple[str, str], 
         load_student(packed, backbone_weights=tmp_path / "other.safetensors")
 
 
+def test_packing_refuses_what_float16_cannot_hold(model: tuple[str, str], tmp_path: Path) -> None:
+    stored = read_adapter(model[0])
+    save_student(tmp_path / "large.safetensors", {key: t * 1e6 + 1e6 for key, t in stored.tensors.items()}, stored.card)
+    with pytest.raises(BrixelError, match=r"large.safetensors: .* is beyond the range of float16"):
+        pack(tmp_path / "large.safetensors", "mine", tmp_path / "box")
+
+
 def test_packing_rounds_to_float16_and_lists_the_sum(
     model: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = pack(Path(model[0]), "mine", tmp_path / "box")
     monkeypatch.setattr(shipped, "STUDENTS", tmp_path / "box")
-    shipped_students.cache_clear()
-    try:
-        assert shipped_student("mine") == path
-    finally:
-        shipped_students.cache_clear()
+    assert shipped_student("mine") == path
     before, after = read_adapter(model[0]), read_adapter(str(path))
     assert after.card.backbone_weights == "pretrained"
     assert all(torch.equal(tensor.half().float(), after.tensors[key]) for key, tensor in before.tensors.items())

@@ -24,6 +24,8 @@ def test_a_built_wheel_works_in_another_folder(tmp_path: Path) -> None:
     assert {
         f"brixel_cli/recipes/{path.relative_to(ROOT / 'recipes')}" for path in ROOT.glob("recipes/**/*.yaml")
     } <= set(names)
+    assert {f"brixel_cli/students/{path.name}" for path in ROOT.glob("brixel_cli/students/*")} <= set(names)
+    assert "brixel_cli/students/SHA256SUMS" in names
     (tmp_path / "empty").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     where = "import brixel_cli; print(brixel_cli.__file__)"

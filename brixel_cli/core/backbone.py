@@ -78,6 +78,7 @@ class Backbone(nn.Module):
         self.vit = trunk.requires_grad_(False)
         self.train()
         self._sha256: str | None = None
+        self._signature: list[float] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,11 +98,14 @@ class Backbone(nn.Module):
 
         Weights that were converted or rounded have another SHA-256, but a signature within `SIGNATURE_TOLERANCE`.
         """
+        if self._signature is not None:
+            return self._signature
         ramp = torch.linspace(-2.0, 2.0, 8 * self.patch_size)
         across, down = ramp.expand(len(ramp), -1), ramp[:, None].expand(-1, len(ramp))
         image = torch.stack([across, down, across * down / 2]).to(next(self.vit.parameters()).device)
         mean = self.last_map(image[None])[0].mean(dim=(1, 2))
-        return [round(value, 4) for value in mean.tolist()]
+        self._signature = [round(value, 4) for value in mean.tolist()]
+        return self._signature
 
     def does_as(self, signature: Sequence[float]) -> bool:
         """Whether its signature is another one's up to the tolerance: the relative distance of the vectors."""

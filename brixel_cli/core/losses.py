@@ -153,7 +153,9 @@ class DistillationLoss:
             seed: of the random choices of a basis fitted on the batch.
         """
         prediction = prediction.float()
-        target = torch.empty_like(prediction).copy_(target.detach())  # layouts that differ cost twice the time
+        target = target.detach().float()
+        if target.stride() != prediction.stride() and target.shape == prediction.shape:
+            target = torch.empty_like(prediction).copy_(target)  # layouts that differ cost twice the time
         config, terms = self.config, dict[str, tuple[float, Tensor]]()
         if config.l1.weight:
             l1 = F.l1_loss(prediction, target)

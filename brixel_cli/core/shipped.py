@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cache
 from pathlib import Path
 
 from brixel_cli.errors import WeightsError
@@ -14,10 +13,16 @@ DEFAULT_STUDENT = "dinov2_vits14"
 """What is meant where no student is named and none was trained."""
 
 
-@cache
 def shipped_students() -> dict[str, str]:
-    """Name and SHA-256 of each student that comes with brixel."""
-    lines = (STUDENTS / SUMS).read_text().splitlines()
+    """Name and SHA-256 of each student that comes with brixel.
+
+    Raises:
+        WeightsError: their list is missing.
+    """
+    try:
+        lines = (STUDENTS / SUMS).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise WeightsError(f"{STUDENTS / SUMS}, which comes with brixel, is missing: install brixel again.") from error
     return {Path(file).stem: digest for digest, file in (line.split() for line in lines)}
 
 

@@ -141,6 +141,28 @@ class StoredAdapter:
         adapter.load_state_dict(self.tensors)
         return adapter
 
+    def check_name(self, backbone: str) -> None:
+        """Raise a WeightsError unless it was trained on this timm model; of released weights nobody knows."""
+        known = "" if self.released else self.card.backbone
+        if known and known.partition(".")[0] != backbone.partition(".")[0]:
+            raise WeightsError(
+                f"{self.path} was trained on {known}, not on {backbone}: leave that out, or name another student."
+            )
+
+    def check_weights(self, trunk: Backbone) -> None:
+        """Raise a WeightsError unless these are the backbone's weights of the training, or do the same."""
+        card = self.card
+        if not card.backbone_sha256 or trunk.sha256 == card.backbone_sha256:
+            return
+        if card.backbone_signature and trunk.does_as(card.backbone_signature):
+            return
+        if card.backbone_weights == "random":
+            raise WeightsError(f"{self.path} was trained on random backbone weights, which are gone with that run.")
+        raise WeightsError(
+            f"The weights of {trunk.name} ({trunk.weights}) are not those that {self.path} was trained on: "
+            f"SHA-256 {trunk.sha256[:16]}..., expected {card.backbone_sha256[:16]}.... Give backbone_weights=."
+        )
+
 
 def read_adapter(reference: str) -> StoredAdapter:
     """Read an adapter: a run folder, a .safetensors of ours, a shipped name, a released .pth, a hub id (`user/name`).
@@ -161,6 +183,8 @@ def read_adapter(reference: str) -> StoredAdapter:
 
 
 def _locate(reference: str) -> Path:
+    if reference in shipped_students():
+        return shipped_student(reference)
     path = Path(reference).expanduser()
     if path.is_dir():
         if not (path / FILE_NAME).is_file():
@@ -168,8 +192,6 @@ def _locate(reference: str) -> Path:
         return path / FILE_NAME
     if path.is_file():
         return path
-    if reference in shipped_students():
-        return shipped_student(reference)
     if reference.count("/") != 1 or path.suffix in (".safetensors", ".pth", ".pt") or reference[0] in "./~":
         raise WeightsError(
             f"No student at {reference}. Give a run folder, a .safetensors of brixel, a released .pth, a hub id, or a "
@@ -216,23 +238,11 @@ def load_student(
         raise UsageError(
             f"{stored.path} does not say which backbone it belongs to (D = {card.embed_dim}): give backbone=."
         )
-    if (
-        backbone
-        and card.backbone
-        and backbone.partition(".")[0] != card.backbone.partition(".")[0]
-        and not stored.released
-    ):
-        raise WeightsError(f"{stored.path} was trained on {card.backbone}, not on {backbone}.")
+    stored.check_name(name)
     trunk = load_backbone(name, str(backbone_weights or card.backbone_weights), dtype=dtype, device=device)
     if trunk.embed_dim != card.embed_dim:
         raise WeightsError(f"{stored.path} has width {card.embed_dim}, the backbone {name} has {trunk.embed_dim}.")
-    if card.backbone_sha256 and trunk.sha256 != card.backbone_sha256 and not trunk.does_as(card.backbone_signature):
-        if card.backbone_weights == "random":
-            raise WeightsError(f"{stored.path} was trained on random backbone weights, which are gone with that run.")
-        raise WeightsError(
-            f"The weights of {name} ({trunk.weights}) are not those that {stored.path} was trained on: "
-            f"SHA-256 {trunk.sha256[:16]}..., expected {card.backbone_sha256[:16]}.... Give backbone_weights=."
-        )
+    stored.check_weights(trunk)
     student = Student(trunk, stored.build().to(device))
     student.released = stored.released
     if dtype == "bfloat16":

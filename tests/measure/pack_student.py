@@ -16,6 +16,7 @@ from brixel_cli.console import say
 from brixel_cli.core.files import write_text
 from brixel_cli.core.shipped import STUDENTS, SUMS
 from brixel_cli.core.student import read_adapter, save_student
+from brixel_cli.errors import BrixelError
 
 
 def pack(run: Path, name: str, folder: Path = STUDENTS) -> Path:
@@ -24,7 +25,11 @@ def pack(run: Path, name: str, folder: Path = STUDENTS) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
     card = dataclasses.replace(stored.card, backbone_weights="pretrained")
-    save_student(path, {key: tensor.half() for key, tensor in stored.tensors.items()}, card)
+    halved = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in stored.tensors.items()}
+    for key, tensor in halved.items():
+        if not tensor.isfinite().all():
+            raise BrixelError(f"{stored.path}: {key} is beyond the range of float16.")
+    save_student(path, halved, card)
     files = sorted(folder.glob("*.safetensors"))
     write_text(
         folder / SUMS, "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)

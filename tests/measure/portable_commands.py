@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from brixel_cli.core.shipped import DEFAULT_STUDENT
+from brixel_cli.core.shipped import shipped_students
 from brixel_cli.probe_protocols import Protocol, published
 from brixel_cli.probe_recipe import ProbeRecipe
 from brixel_cli.recipe import Recipe
@@ -86,7 +86,7 @@ def probe_command(results: Mapping[str, Any]) -> str:
             words += ["--source", label.removeprefix("file ") if source["kind"] == "file" else source["kind"]]
         if source["kind"] == "student":
             student = Path(source["checkpoint"]).stem
-            words += ["--checkpoint", student if student == DEFAULT_STUDENT else "RUN"]
+            words += ["--checkpoint", student if student in shipped_students() else "RUN"]
     words += [] if "student" in kinds or "backbone" not in kinds else ["--backbone", sources["backbone"]["backbone"]]
     return shlex.join([*words, *(["--seeds", str(len(results["seeds"]))] if len(results["seeds"]) != 3 else [])])
 

@@ -172,7 +172,7 @@ def _of_checkpoint(reference: str, options: BenchmarkOptions, precision: str) ->
         "bfloat16" if precision == "bfloat16" else recipe.backbone.dtype if recipe else "float32",
         card.adapter,
         card.factor,
-        (card.student_size[0], card.student_size[1]) if card.student_size else None,
+        (card.student_size[0], card.student_size[1]) if card.student_size else recipe.student_hw if recipe else None,
         stored,
         recipe,
     )
@@ -223,7 +223,10 @@ def find_photos(candidate: Candidate, options: BenchmarkOptions, reporter: Repor
         return None
     if options.images is not None:
         return Photos(str(options.images), scan_folder(options.images, 1)[0][: options.max_images])
-    if candidate.stored is None or candidate.recipe is None:
+    if candidate.stored is None:
+        return None
+    if candidate.recipe is None:
+        reporter.warn(f"{candidate.name}: no fidelity without photographs. Give some: --images DIR.")
         return None
     data = candidate.recipe.data
     try:

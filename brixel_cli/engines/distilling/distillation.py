@@ -16,7 +16,6 @@ from brixel_cli.core.losses import Basis, fit_basis
 from brixel_cli.core.student import StudentCard, save_student
 from brixel_cli.data.images import Skipped, describe_skipped
 from brixel_cli.data.views import Views
-from brixel_cli.engines import malloc
 from brixel_cli.engines.distilling.batches import Batches, OnlineBatches, batch_keys
 from brixel_cli.engines.distilling.cache import open_cache
 from brixel_cli.engines.distilling.run_folder import RunFolder
@@ -146,7 +145,6 @@ def distill(
             folder.save_state(tensors, {**facts, "photographs": photographs.fingerprint})
 
     # The loop.
-    malloc.keep_freed()
     optim = recipe.optim
     steps = range(trainer.step, total)
     keys = batch_keys(training_views, steps, optim.batch_size, optim.accumulate, runtime.rank, runtime.world_size)

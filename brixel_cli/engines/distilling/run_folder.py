@@ -47,13 +47,13 @@ def default_student(backbone: str | None, reporter: Reporter) -> str:
     Raises:
         UsageError: there is no run, and the shipped student belongs to another backbone.
     """
-    students = Path(RUNS).glob(f"*/{FILE_NAME}")
-    newest = max(students, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is not None:
-        reporter.say(f"student: {newest.parent}, the newest under {RUNS}")
-        return str(newest.parent)
+    students = sorted(Path(RUNS).glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for student in students:
+        if backbone is None or _model(read_adapter(str(student)).card.backbone) == _model(backbone):
+            reporter.say(f"student: {student.parent}, the newest under {RUNS}")
+            return str(student.parent)
     shipped = read_adapter(DEFAULT_STUDENT).card.backbone
-    if backbone and backbone.partition(".")[0] != shipped.partition(".")[0]:
+    if backbone and _model(backbone) != _model(shipped):
         raise UsageError(
             f"No student of {backbone} under ./{RUNS}, and the one that comes with brixel is of {shipped}: train one "
             "with brixel distill, give --checkpoint RUN (a run folder, .safetensors, released .pth or hub id), or take "
@@ -61,6 +61,11 @@ def default_student(backbone: str | None, reporter: Reporter) -> str:
         )
     reporter.say(f"student: {DEFAULT_STUDENT}, which comes with brixel")
     return DEFAULT_STUDENT
+
+
+def _model(name: str) -> str:
+    """A timm name without the tag of its weights."""
+    return name.partition(".")[0]
 
 
 class RunFolder:

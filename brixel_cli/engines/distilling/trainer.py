@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.losses import Basis, DistillationLoss
 from brixel_cli.data.views import seed_of
+from brixel_cli.engines import malloc
 from brixel_cli.engines.distilling.batches import Batch
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.recipe import OptimConfig, Recipe
@@ -52,6 +53,8 @@ class Trainer:
     """Adapter, optimiser and average of a run, and all that a checkpoint holds of them."""
 
     def __init__(self, recipe: Recipe, adapter: Adapter, runtime: Runtime):
+        if runtime.device.type == "cpu":
+            malloc.keep_freed()
         self.recipe, self.runtime, self.adapter = recipe, runtime, adapter.to(runtime.device)
         if runtime.world_size > 1 and runtime.device.type == "cuda":
             self.adapter = nn.SyncBatchNorm.convert_sync_batchnorm(self.adapter)

@@ -60,6 +60,8 @@ class ExtractionModel:
             self.backbone: Backbone = self.student.backbone
         else:
             self.backbone = load_backbone(facts.backbone, facts.weights, device=str(runtime.device))
+            if facts.trained is not None:
+                facts.trained.check_weights(self.backbone)
         self._call: Callable[[Tensor], Tensor] = self.student or self.backbone
         self.most_at_once: int | None = options.batch_size
 

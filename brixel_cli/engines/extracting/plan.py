@@ -33,6 +33,7 @@ class ModelFacts:
         embed_dim, patch_size: of the backbone.
         factor: output grid over token grid of the student; the teacher's input over the student's.
         adapter: the student's adapter as found; None for the other sources.
+        trained: the student by whose card the backbone's weights were chosen, which must be those; None: by the user.
     """
 
     source: Source
@@ -44,6 +45,7 @@ class ModelFacts:
     std: tuple[float, ...]
     factor: int
     adapter: StoredAdapter | None
+    trained: StoredAdapter | None
 
     def grid(self, model_size: tuple[int, int]) -> Grid:
         """The grid of the map of an input of this size."""
@@ -224,7 +226,7 @@ def model_facts(options: ExtractOptions, reporter: Reporter) -> ModelFacts:
     checkpoint = options.checkpoint
     if checkpoint is None and (options.source == "student" or not options.backbone):
         checkpoint = default_student(options.backbone, reporter)
-    adapter = read_adapter(checkpoint) if checkpoint else None
+    adapter = read_adapter(checkpoint) if checkpoint is not None else None
     name = options.backbone or (adapter.card.backbone if adapter else "")
     if not name:
         assert adapter is not None
@@ -232,10 +234,13 @@ def model_facts(options: ExtractOptions, reporter: Reporter) -> ModelFacts:
             f"{adapter.path} does not say which backbone it belongs to: give --backbone NAME, such as "
             "vit_small_patch14_dinov2.lvd142m."
         )
+    if adapter:
+        adapter.check_name(name)
     meta = load_backbone(name, device="meta")
     weights = options.backbone_weights or (adapter.card.backbone_weights if adapter else "pretrained")
     factor = adapter.card.factor if adapter else DEFAULT_FACTOR
     return ModelFacts(
         options.source, name, weights, meta.embed_dim, meta.patch_size, meta.mean, meta.std, factor,
         adapter if options.source == "student" else None,
+        None if options.backbone_weights else adapter,
     )  # fmt: skip
