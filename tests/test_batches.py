@@ -118,7 +118,7 @@ def test_a_cache_holds_views_of_several_sizes(
             == computed.images.shape
             == (len(keys), 3, 16 if keys[0][1] % 2 and of is views else 32, 32)
         )
-        torch.testing.assert_close(stored.targets, computed.targets, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(stored.targets.float(), computed.targets, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(stored.maps[2], computed.maps[2], atol=2e-3, rtol=2e-3)
     store = Store(next(tmp_path.glob("cache/*.h5")))
     assert store.array("targets/128x128").shape == (10, 64, 8, 8)
@@ -155,7 +155,7 @@ def test_the_cache_holds_what_would_be_computed(
     (computed,) = OnlineBatches(views, backbone, runtime, 0).iterate(keys)
     for source in (first, second):
         (stored,) = source.iterate(keys)
-        torch.testing.assert_close(stored.targets, computed.targets, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(stored.targets.float(), computed.targets, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(stored.images, computed.images, atol=2e-3, rtol=2e-3)
         assert len(stored.maps) == 4
         torch.testing.assert_close(stored.maps[1], computed.maps[1], atol=2e-3, rtol=2e-3)
@@ -199,7 +199,7 @@ def test_an_interrupted_filling_goes_on_where_it_stopped(
     assert rows == list(range(5, 16))
     (computed,) = OnlineBatches(views, backbone, runtime, 0).iterate([[(0, 1), (0, 12)]])
     (stored,) = source.iterate([[(0, 1), (0, 12)]])
-    torch.testing.assert_close(stored.targets, computed.targets, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(stored.targets.float(), computed.targets, atol=2e-3, rtol=2e-3)
 
 
 def test_a_cache_is_never_read_for_other_views_or_weights(
