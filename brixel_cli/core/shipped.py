@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
+from brixel_cli.core.files import file_sha256
 from brixel_cli.errors import WeightsError
 
 STUDENTS = Path(__file__).resolve().parent.parent / "students"
@@ -35,7 +35,7 @@ def shipped_student(name: str) -> Path:
     path = STUDENTS / f"{name}.safetensors"
     if not path.is_file():
         raise WeightsError(f"{path}, which comes with brixel, is missing: install brixel again.")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = file_sha256(path)
     if found != shipped_students()[name]:
         raise WeightsError(
             f"{path} is not the file that came with brixel: SHA-256 {found[:16]}..., expected "

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 from pathlib import Path
 
 from brixel_cli.console import say
-from brixel_cli.core.files import write_text
+from brixel_cli.core.files import file_sha256, write_text
 from brixel_cli.core.shipped import STUDENTS, SUMS
 from brixel_cli.core.student import read_adapter, save_student
 from brixel_cli.errors import BrixelError
@@ -31,9 +30,7 @@ def pack(run: Path, name: str, folder: Path = STUDENTS) -> Path:
             raise BrixelError(f"{stored.path}: {key} is beyond the range of float16.")
     save_student(path, halved, card)
     files = sorted(folder.glob("*.safetensors"))
-    write_text(
-        folder / SUMS, "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
-    )
+    write_text(folder / SUMS, "".join(f"{file_sha256(file)}  {file.name}\n" for file in files))
     return path
 
 

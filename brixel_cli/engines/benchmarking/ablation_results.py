@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +13,7 @@ from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.engines.benchmarking.probe_results import ProbeResult
 from brixel_cli.engines.benchmarking.results import Environment, Latency
 from brixel_cli.errors import BrixelError
-from brixel_cli.formatting import to_json
+from brixel_cli.formatting import csv_text, to_json
 
 FORMAT: Literal["brixel-ablations-1"] = "brixel-ablations-1"
 FILE_NAME = "ablations.json"
@@ -134,19 +132,16 @@ class Ablations:
 
     def to_csv(self) -> str:
         """A line for each variant."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
+        rows = []
         for item in self.variants:
-            cells = [
+            rows.append([
                 item.group, item.name, " ".join(f"{key}={value}" for key, value in item.changes.items()), item.folder,
                 item.num_parameters, item.gflop, item.latency.median, item.latency.low, item.latency.high,
                 item.steps, item.update_seconds, item.training_seconds, item.training_bytes, item.num_images,
                 *(values.get(name) for values in (item.fidelity, item.bilinear, item.gap_closed) for name in FIDELITY),
                 *_probe_cells(item.probe), item.failed,
-            ]  # fmt: skip
-            writer.writerow(["" if cell is None else cell for cell in cells])
-        return text.getvalue()
+            ])  # fmt: skip
+        return csv_text(_COLUMNS, rows)
 
 
 _COLUMNS = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from brixel_cli.core.files import file_sha256
 from brixel_cli.errors import BrixelError, UsageError
 
 
@@ -76,7 +76,7 @@ def load_baseline(reference: str) -> Baseline:
     if not callable(function):
         raise UsageError(f"--baseline {reference}: {where} has no function {name}.")
     source = getattr(module, "__file__", None)
-    digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
+    digest = file_sha256(Path(source)) if source else ""
     return Baseline(reference, name, function, digest)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from brixel_cli.benchmark_options import BenchmarkOptions
 from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.files import file_sha256
 from brixel_cli.core.shipped import shipped_students
 from brixel_cli.core.student import FILE_NAME, StoredAdapter, Student, build_adapter, load_student, read_adapter
 from brixel_cli.core.weights import tensors_sha256
@@ -103,8 +104,8 @@ def files_sha256(files: Iterable[tuple[str, Path]]) -> str:
     whole = hashlib.sha256()
     for name, path in files:
         whole.update(name.encode() + b"\0")
-        with suppress(OSError), path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
+        with suppress(OSError):
+            whole.update(file_sha256(path).encode())
     return whole.hexdigest()
 
 

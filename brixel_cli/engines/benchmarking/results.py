@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from brixel_cli.engines.benchmarking.probe_results import ProbeResult
 from brixel_cli.errors import BrixelError
-from brixel_cli.formatting import to_json
+from brixel_cli.formatting import csv_text, to_json
 
 FORMAT = "brixel-benchmark-1"
 FILE_NAME = "results.json"
@@ -338,12 +336,7 @@ class Results:
 
     def to_csv(self) -> str:
         """A line for each row, all columns of the table."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        for row in self.rows:
-            writer.writerow(["" if value is None else value for value in self._cells(row)])
-        return text.getvalue()
+        return csv_text(_COLUMNS, [self._cells(row) for row in self.rows])
 
     def _cells(self, row: Row) -> list[object]:
         ratios, latency, fidelity = self.ratios(row), row.latency, row.fidelity

@@ -13,8 +13,6 @@ results.json           the final table
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +27,7 @@ from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.images import Skipped
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import UsageError
-from brixel_cli.formatting import to_json
+from brixel_cli.formatting import csv_text, to_json
 from brixel_cli.recipe import Recipe
 from brixel_cli.recipe_files import dump_recipe, load_recipe, recipe_differences
 
@@ -124,11 +122,7 @@ class RunFolder:
     def write_skipped(self, skipped: Sequence[Skipped]) -> None:
         """List the photographs left out; no file where there are none."""
         if skipped:
-            text = io.StringIO()
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(["file", "reason"])
-            writer.writerows((item.name, item.reason) for item in skipped)
-            write_text(self.skipped, text.getvalue())
+            write_text(self.skipped, csv_text(["file", "reason"], [(item.name, item.reason) for item in skipped]))
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from brixel_cli.core.files import save_picture, write_text
+from brixel_cli.core.files import file_sha256, save_picture, write_text
 from brixel_cli.core.heads import Head, load_head
 from brixel_cli.core.prediction_pictures import (
     class_colours,
@@ -182,7 +181,7 @@ def _begin(output: Path, options: ApplyOptions, said: dict[str, Any]) -> None:
     """Make the folder and say what is in it; predictions of another head are not mixed with."""
     description = {
         "head": str(options.head.absolute()),
-        "head_sha256": hashlib.sha256(options.head.read_bytes()).hexdigest(),
+        "head_sha256": file_sha256(options.head),
         "classes": _classes(said),
         **{key: said[key] for key in ("label", "protocol", "size", "seed", "source", "versions")},
         "recipe": said["recipe"]["name"],

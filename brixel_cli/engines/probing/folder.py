@@ -11,7 +11,6 @@ pictures/              image | truth | predictions | where they differ
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 from brixel_cli.core.files import write_text
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.formatting import to_json
+from brixel_cli.formatting import csv_text, to_json
 
 FORMAT = "brixel-probe-1"
 
@@ -144,15 +143,6 @@ class ProbeFolder:
 def file_name(label: str) -> str:
     """A source's label as part of a file name."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", label)
-
-
-def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table as CSV; nan is empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([["" if value is None or value != value else value for value in row] for row in rows])
-    return text.getvalue()
 
 
 def _is_number(value: object) -> bool:
