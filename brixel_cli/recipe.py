@@ -95,6 +95,13 @@ class ViewConfig(Section):
     """Area of a random crop, as a share of the photograph's, least and most."""
     flip: bool = True
     """Mirror random crops left to right half of the time."""
+    jitter: Annotated[list[Fraction], Field(min_length=4, max_length=4)] = [0.0, 0.0, 0.0, 0.0]
+    """How far brightness, contrast, saturation (of 1) and hue (of the colour circle; 0.5 at most) of random crops
+    change. The teacher sees the changed picture too."""
+    grayscale: Fraction = 0.0
+    """Share of the random crops that lose their colour."""
+    perspective: Fraction = 0.0
+    """Distortion of half of the random crops, as if photographed aslant: 1 moves corners up to the middle."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ViewConfig:
@@ -102,6 +109,8 @@ class ViewConfig(Section):
             raise ValueError(f"views.per_image is {self.per_image}, but only kind: fixed has more than one view")
         if self.scale[0] > self.scale[1]:
             raise ValueError("views.scale must be [least, most]")
+        if self.jitter[3] > 0.5:
+            raise ValueError("views.jitter: the last value, hue, is at most 0.5, half of the colour circle")
         if self.kind == "fixed" and self.per_image % self.num_sizes:
             raise ValueError(
                 f"views.per_image {self.per_image} is not a multiple of the {self.num_sizes} sizes "

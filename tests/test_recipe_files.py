@@ -205,6 +205,10 @@ def test_a_file_without_keys_is_a_fault(tmp_path: Path, text: str, shown: str) -
             "views: views.per_image is 3, but only kind: fixed has more than one view",
         ),
         (["views.scale=[0.9, 0.1]"], "views: views.scale must be [least, most]"),
+        (
+            ["views.jitter=[0.4, 0.4, 0.4, 0.6]"],
+            "views: views.jitter: the last value, hue, is at most 0.5, half of the colour circle",
+        ),
         (["views.teacher_size=1022"], "the recipe: views.teacher_size 1022 is not a multiple of views.factor 4"),
         (["views.other_sizes=[514]"], "the recipe: views.other_sizes 514 is not a multiple of views.factor 4"),
         (

@@ -118,6 +118,54 @@ def test_a_random_view_of_the_whole_area_sees_all_of_a_photograph_of_its_own_sha
     assert uniform([0.05, 0.1]) > 5
 
 
+def changed(image: Image.Image, seed: int = 0, **options: object) -> np.ndarray:
+    """The whole image at its own size, but for the changes that the options ask for."""
+    config = ViewConfig.model_validate({"kind": "random", "scale": [1.0, 1.0], "flip": False, **options})
+    return np.asarray(random_view(image, (image.height, image.width), config, seed)).astype(int)
+
+
+def test_brightness_is_one_factor_for_the_whole_view() -> None:
+    # Grey 100 times a factor from 0.5 to 1.5; a plain crop leaves it at 100.
+    grey = Image.new("RGB", (32, 32), (100, 100, 100))
+    seen = [changed(grey, seed, jitter=[0.5, 0.0, 0.0, 0.0]) for seed in range(20)]
+    assert all(len(np.unique(view)) == 1 for view in seen)
+    values = {int(view.max()) for view in seen}
+    assert 50 <= min(values) < 80
+    assert 120 < max(values) <= 150
+    np.testing.assert_array_equal(changed(grey), 100)
+
+
+def test_hue_keeps_the_brightest_and_darkest_channel() -> None:
+    # Turning the colour circle permutes and blends channels between the least and the largest value, 40 and 200.
+    red = Image.new("RGB", (16, 16), (200, 40, 40))
+    seen = [changed(red, seed, jitter=[0.0, 0.0, 0.0, 0.5])[0, 0] for seed in range(10)]
+    assert all(abs(colour.max() - 200) <= 2 and abs(colour.min() - 40) <= 2 for colour in seen)
+    assert len({int(colour.argmax()) for colour in seen}) == 3
+
+
+def test_a_view_without_colour_has_three_equal_channels() -> None:
+    red = Image.new("RGB", (16, 16), (200, 40, 40))
+    colours = [changed(red, seed, grayscale=0.5)[0, 0] for seed in range(40)]
+    without = [colour for colour in colours if len(set(colour)) == 1]
+    assert 10 <= len(without) <= 30  # 20 +- 10 of 40: more than three standard deviations
+    assert all(abs(colour[0] - round(0.299 * 200 + 0.587 * 40 + 0.114 * 40)) <= 1 for colour in without)
+
+
+def test_perspective_moves_the_corners_of_half_of_the_views() -> None:
+    white = Image.new("RGB", (64, 64), "white")
+    seen = [changed(white, seed, perspective=0.8) for seed in range(40)]
+    moved = [view for view in seen if view.min() == 0]  # what is beyond the photograph is black
+    assert 10 <= len(moved) <= 30
+    assert all(view[28:36, 28:36].min() == 255 for view in moved)  # corners move by up to 0.4 of the side
+
+
+def test_the_first_fixed_view_is_never_changed(photographs: Path) -> None:
+    options = {"kind": "fixed", "per_image": 2}
+    plain, altered = views_of(photographs, **options), views_of(photographs, **options, jitter=[0.5, 0.5, 0.5, 0.5])
+    assert torch.equal(plain[0, 4].pixels, altered[0, 4].pixels)
+    assert not torch.equal(plain[0, 5].pixels, altered[0, 5].pixels)
+
+
 def test_normalise_by_hand() -> None:
     image = Image.new("RGB", (2, 1), (255, 0, 51))
     # (1 - 0.5) / 0.25 = 2; (0 - 0.4) / 0.2 = -2; (0.2 - 0.1) / 0.5 = 0.2

@@ -35,7 +35,11 @@ def centre_view(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def random_view(image: Image.Image, size: tuple[int, int], config: ViewConfig, seed: int) -> Image.Image:
-    """A random resized crop and flip to `size` (height, width); the same seed gives the same view."""
+    """A random resized crop to `size` (height, width), with the recipe's further changes of place and colour.
+
+    The same seed gives the same view. Teachers label whatever they are shown, and views that differ more teach more:
+    Beyer et al., Knowledge distillation: a good teacher is patient and consistent, arXiv 2106.05237.
+    """
     aspect = size[1] / size[0]
     crop = v2.RandomResizedCrop(
         list(size),
@@ -49,6 +53,21 @@ def random_view(image: Image.Image, size: tuple[int, int], config: ViewConfig, s
         view: Image.Image = crop(image)
         if config.flip and torch.rand(()) < 0.5:
             view = tvf.horizontal_flip(view)
+        return _changed(view, config)
+
+
+def _changed(view: Image.Image, config: ViewConfig) -> Image.Image:
+    """Colour and perspective changed at random, as far as the recipe says."""
+    brightness, contrast, saturation, hue = config.jitter
+    changes: list[v2.Transform] = []
+    if any(config.jitter):
+        changes.append(v2.ColorJitter(brightness, contrast, saturation, hue))
+    if config.grayscale:
+        changes.append(v2.RandomGrayscale(config.grayscale))
+    if config.perspective:
+        changes.append(v2.RandomPerspective(config.perspective, p=0.5))
+    for change in changes:
+        view = change(view)
     return view
 
 
