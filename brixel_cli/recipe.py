@@ -206,6 +206,9 @@ class OptimConfig(Section):
     """Updates over which the rate rises from zero; at most a tenth of the run is used."""
     first_epoch_lr: Rate = 1e-4
     """Rate of the first epoch when `schedule` is `two_step`."""
+    map_noise: Weight = 0.0
+    """Gaussian noise on the backbone's maps in training, as a share of their standard deviation: few photographs are
+    then harder to learn by heart."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the moving average of the weights that is validated and saved; 0 switches averaging off."""
 

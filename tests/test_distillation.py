@@ -20,7 +20,7 @@ from brixel_cli.engines.distilling.batches import batch_keys
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.distilling.setup import make_adapter
-from brixel_cli.engines.distilling.trainer import Trainer, learning_rate, num_steps
+from brixel_cli.engines.distilling.trainer import Trainer, learning_rate, num_steps, with_noise
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
 from brixel_cli.recipe import CacheConfig, OptimConfig, Recipe
@@ -93,6 +93,27 @@ def test_the_same_recipe_gives_the_same_bits(tiny_recipe: Recipe, tmp_path: Path
     for name in ("one", "two"):
         distill(tiny_recipe, RunFolder(tmp_path / name), listener)
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_noise_on_the_maps_is_a_share_of_their_deviation() -> None:
+    torch.manual_seed(0)
+    maps = [7 + scale * torch.randn(4, 64, 16, 16) for scale in (2.0, 0.1)]
+    noisy = with_noise(maps, 0.5)
+    # 65,536 values: the deviation is known to 0.3 %, the mean to 0.4 % of it.
+    for map_, changed, deviation in zip(maps, noisy, (1.0, 0.05), strict=True):
+        assert float((changed - map_).std()) == pytest.approx(deviation, rel=0.02)
+        assert abs(float((changed - map_).mean())) < 0.02 * deviation
+    assert all(same is map_ for same, map_ in zip(with_noise(maps, 0.0), maps, strict=True))
+
+
+def test_training_with_noise_repeats_and_is_another_training(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    for name, share in (("without", 0.0), ("one", 0.5), ("two", 0.5)):
+        distill(with_changes(tiny_recipe_file, f"optim.map_noise={share}"), RunFolder(tmp_path / name), listener)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    key = "out.weight"
+    assert not torch.equal(*(tensors_of(tmp_path / name, "student.safetensors")[key] for name in ("without", "one")))
 
 
 @pytest.mark.parametrize("kind", ["fusion", "deformable"])

@@ -103,6 +103,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "schedule": {name: {"optim.schedule": name} for name in ("cosine", "two_step", "constant")},
     "rate": {f"rate-{rate}": {"optim.lr": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3)},
+    "noise": {f"noise-{share}": {"optim.map_noise": share} for share in (0.0, 0.25, 0.5, 1.0)},
     "average": {f"average-{decay}": {"optim.average": decay} for decay in (0.0, 0.95, 0.99)},
     "edge": {f"edge-{weight}": {"loss.edge.weight": weight} for weight in (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)},
     "cosine": {f"cosine-{weight}": {"loss.cosine.weight": weight} for weight in (0.0, 0.25, 0.5, 1.0, 2.0)},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -47,6 +47,11 @@ def averaged(adapter: Adapter, decay: float) -> AveragedModel:
         torch._foreach_lerp_(average, current, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
 
     return AveragedModel(adapter, multi_avg_fn=torch.no_grad()(update))
+
+
+def with_noise(maps: Sequence[Tensor], share: float) -> list[Tensor]:
+    """Maps (B, D, h, w) with Gaussian noise of `share` times the standard deviation of each."""
+    return [map_ + share * map_.std() * torch.randn_like(map_) for map_ in maps] if share else list(maps)
 
 
 class Trainer:
@@ -97,7 +102,7 @@ class Trainer:
             accelerator = self.runtime.accelerator
             with accelerator.no_sync(self.model) if part < accumulate - 1 else nullcontext():
                 with self.runtime.autocast():
-                    prediction = self.model(batch.images, batch.maps)
+                    prediction = self.model(batch.images, with_noise(batch.maps, self.recipe.optim.map_noise))
                 parts = self.loss(prediction, batch.targets, seed)
                 accelerator.backward(parts.total / accumulate)
             for name, value in {"loss": parts.total.detach(), **parts.terms}.items():
