@@ -91,16 +91,16 @@ class ViewConfig(Section):
     `fixed`: for each photograph the centre crop and `per_image - 1` random ones, the same in every epoch."""
     per_image: PositiveInt = 1
     """Views of each photograph when `kind` is `fixed`."""
-    scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] = [0.3, 1.0]
+    scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] = [0.06, 1.0]
     """Area of a random crop, as a share of the photograph's, least and most."""
     flip: bool = True
     """Mirror random crops left to right half of the time."""
-    jitter: Annotated[list[Fraction], Field(min_length=4, max_length=4)] = [0.0, 0.0, 0.0, 0.0]
+    jitter: Annotated[list[Fraction], Field(min_length=4, max_length=4)] = [0.6, 0.6, 0.6, 0.4]
     """How far brightness, contrast, saturation (of 1) and hue (of the colour circle; 0.5 at most) of random crops
     change. The teacher sees the changed picture too."""
-    grayscale: Fraction = 0.0
+    grayscale: Fraction = 0.1
     """Share of the random crops that lose their colour."""
-    perspective: Fraction = 0.0
+    perspective: Fraction = 0.4
     """Distortion of half of the random crops, as if photographed aslant: 1 moves corners up to the middle."""
 
     @model_validator(mode="after")
@@ -206,7 +206,7 @@ class OptimConfig(Section):
     """Updates over which the rate rises from zero; at most a tenth of the run is used."""
     first_epoch_lr: Rate = 1e-4
     """Rate of the first epoch when `schedule` is `two_step`."""
-    map_noise: Weight = 0.0
+    map_noise: Weight = 0.5
     """Gaussian noise on the backbone's maps in training, as a share of their standard deviation: few photographs are
     then harder to learn by heart."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.99

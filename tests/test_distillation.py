@@ -98,12 +98,17 @@ def test_the_same_recipe_gives_the_same_bits(tiny_recipe: Recipe, tmp_path: Path
 def test_noise_on_the_maps_is_a_share_of_their_deviation() -> None:
     torch.manual_seed(0)
     maps = [7 + scale * torch.randn(4, 64, 16, 16) for scale in (2.0, 0.1)]
-    noisy = with_noise(maps, 0.5)
+    before = [map_.clone() for map_ in maps]
+    noisy = with_noise(maps, 0.5, range(4))
     # 65,536 values: the deviation is known to 0.3 %, the mean to 0.4 % of it.
     for map_, changed, deviation in zip(maps, noisy, (1.0, 0.05), strict=True):
         assert float((changed - map_).std()) == pytest.approx(deviation, rel=0.02)
         assert abs(float((changed - map_).mean())) < 0.02 * deviation
-    assert all(same is map_ for same, map_ in zip(with_noise(maps, 0.0), maps, strict=True))
+    assert all(torch.equal(left, right) for left, right in zip(maps, before, strict=True))
+    assert all(same is map_ for same, map_ in zip(with_noise(maps, 0.0, range(4)), maps, strict=True))
+    # An image has its noise from its own seed, whatever else is in the batch.
+    assert torch.equal(with_noise([maps[0][2:]], 0.5, [2, 3])[0], noisy[0][2:])
+    assert not torch.equal(with_noise([maps[0][2:]], 0.5, [3, 3])[0], noisy[0][2:])
 
 
 def test_training_with_noise_repeats_and_is_another_training(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,10 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 def same(first: Image.Image, second: Image.Image) -> bool:
     return np.array_equal(np.asarray(first), np.asarray(second))
+
+
+PLAIN: dict[str, Any] = {"kind": "random", "jitter": [0.0, 0.0, 0.0, 0.0], "grayscale": 0.0, "perspective": 0.0}
+"""Random crops, without changes of colour and perspective."""
 
 
 def views_of(folder: Path, seed: int = 0, **options: object) -> Views:
@@ -97,8 +102,8 @@ def test_about_half_of_the_random_views_are_mirrored_and_none_without_flip() -> 
     image = noise(90, 120)
     mirrored = 0
     for seed in range(40):
-        plain = random_view(image, (32, 32), ViewConfig(kind="random", flip=False), seed)
-        maybe = random_view(image, (32, 32), ViewConfig(kind="random", flip=True), seed)
+        plain = random_view(image, (32, 32), ViewConfig(**PLAIN, flip=False), seed)
+        maybe = random_view(image, (32, 32), ViewConfig(**PLAIN, flip=True), seed)
         if not same(plain, maybe):
             assert same(plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT), maybe)
             mirrored += 1
@@ -111,16 +116,16 @@ def test_a_random_view_of_the_whole_area_sees_all_of_a_photograph_of_its_own_sha
     image.paste("white", (60, 0, 120, 120))
 
     def uniform(scale: list[float]) -> int:
-        config = ViewConfig(kind="random", scale=scale)
+        config = ViewConfig(**PLAIN, scale=scale)
         return sum(len(set(random_view(image, (16, 16), config, seed).get_flattened_data())) == 1 for seed in range(30))
 
     assert uniform([1.0, 1.0]) == 0
     assert uniform([0.05, 0.1]) > 5
 
 
-def changed(image: Image.Image, seed: int = 0, **options: object) -> np.ndarray:
+def changed(image: Image.Image, seed: int = 0, **options: Any) -> np.ndarray:
     """The whole image at its own size, but for the changes that the options ask for."""
-    config = ViewConfig.model_validate({"kind": "random", "scale": [1.0, 1.0], "flip": False, **options})
+    config = ViewConfig.model_validate({**PLAIN, "scale": [1.0, 1.0], "flip": False, **options})
     return np.asarray(random_view(image, (image.height, image.width), config, seed)).astype(int)
 
 
@@ -160,8 +165,8 @@ def test_perspective_moves_the_corners_of_half_of_the_views() -> None:
 
 
 def test_the_first_fixed_view_is_never_changed(photographs: Path) -> None:
-    options = {"kind": "fixed", "per_image": 2}
-    plain, altered = views_of(photographs, **options), views_of(photographs, **options, jitter=[0.5, 0.5, 0.5, 0.5])
+    fixed: dict[str, Any] = {"kind": "fixed", "per_image": 2}
+    plain, altered = views_of(photographs, **PLAIN | fixed), views_of(photographs, **fixed)
     assert torch.equal(plain[0, 4].pixels, altered[0, 4].pixels)
     assert not torch.equal(plain[0, 5].pixels, altered[0, 5].pixels)
 

@@ -101,6 +101,12 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "deformable": {"adapter.kind": "deformable"},
         "recipe": {},
     },
+    "views": {
+        "crops": {"views.jitter": [0.0, 0.0, 0.0, 0.0], "views.grayscale": 0.0, "views.perspective": 0.0},
+        "crops+colour": {"views.perspective": 0.0},
+        "crops+perspective": {"views.jitter": [0.0, 0.0, 0.0, 0.0], "views.grayscale": 0.0},
+        "recipe": {},
+    },
     "schedule": {name: {"optim.schedule": name} for name in ("cosine", "two_step", "constant")},
     "rate": {f"rate-{rate}": {"optim.lr": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3)},
     "noise": {f"noise-{share}": {"optim.map_noise": share} for share in (0.0, 0.25, 0.5, 1.0)},

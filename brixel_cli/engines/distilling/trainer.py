@@ -49,9 +49,18 @@ def averaged(adapter: Adapter, decay: float) -> AveragedModel:
     return AveragedModel(adapter, multi_avg_fn=torch.no_grad()(update))
 
 
-def with_noise(maps: Sequence[Tensor], share: float) -> list[Tensor]:
-    """Maps (B, D, h, w) with Gaussian noise of `share` times the standard deviation of each."""
-    return [map_ + share * map_.std() * torch.randn_like(map_) for map_ in maps] if share else list(maps)
+def with_noise(maps: Sequence[Tensor], share: float, seeds: Sequence[int]) -> list[Tensor]:
+    """Maps (B, D, h, w) with Gaussian noise of `share` times each image's standard deviation, an own seed for each."""
+    if not share:
+        return list(maps)
+    noisy = [map_.clone() for map_ in maps]
+    generator = torch.Generator(maps[0].device)
+    for image, seed in enumerate(seeds):
+        generator.manual_seed(seed)
+        for map_ in noisy:
+            noise = torch.randn(map_.shape[1:], generator=generator, device=map_.device, dtype=map_.dtype)
+            map_[image] += share * map_[image].std() * noise
+    return noisy
 
 
 class Trainer:
@@ -98,11 +107,15 @@ class Trainer:
             names += batch.names
             seed = seed_of(self.recipe.seed, self.step, part, self.runtime.rank)
             torch.manual_seed(seed)
+            # By an image's place in the global batch, so that it does not matter which process has it.
+            first = (part * self.runtime.world_size + self.runtime.rank) * len(batch.images)
+            seeds = [seed_of(self.recipe.seed, self.step, first + place) for place in range(len(batch.images))]
+            maps = with_noise(batch.maps, self.recipe.optim.map_noise, seeds)
             # Gradients travel between processes once, with the last pass.
             accelerator = self.runtime.accelerator
             with accelerator.no_sync(self.model) if part < accumulate - 1 else nullcontext():
                 with self.runtime.autocast():
-                    prediction = self.model(batch.images, with_noise(batch.maps, self.recipe.optim.map_noise))
+                    prediction = self.model(batch.images, maps)
                 parts = self.loss(prediction, batch.targets, seed)
                 accelerator.backward(parts.total / accumulate)
             for name, value in {"loss": parts.total.detach(), **parts.terms}.items():
