@@ -165,6 +165,16 @@ def dump_recipe(recipe: Section) -> str:
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
+def missing_keys(reference: str, schema: type[Section] = Recipe) -> list[str]:
+    """Key paths that a recipe file leaves to their defaults: in a run's own recipe those that its brixel did not know.
+
+    Raises:
+        UsageError: as `load_recipe`.
+    """
+    tree = _read(find_recipe(reference, schema))
+    return [key for key in _flatten(load_recipe(reference, [], schema).model_dump()) if key not in _flatten(tree)]
+
+
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
     """Key paths outside `run` and `cache.directory` whose values differ, as `path: old -> new`."""
     return [

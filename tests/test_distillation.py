@@ -235,6 +235,12 @@ def test_a_run_is_neither_overwritten_nor_mixed_by_accident(
     other = with_changes(tiny_recipe_file, "optim.lr=2e-3", "run.log_every=5")
     with pytest.raises(UsageError, match=r"was begun with another recipe:\n  optim.lr: 0.001 -> 0.002\n"):
         distill(other, folder, listener, resume=True)
+    text = folder.recipe.read_text()
+    folder.recipe.write_text("".join(line for line in text.splitlines(True) if "map_noise" not in line))
+    with pytest.raises(
+        UsageError, match=r"another version of brixel, which had no optim.map_noise: say in .*recipe.yaml"
+    ):
+        distill(tiny_recipe, folder, listener, resume=True)
     assert distill(other, folder, listener, overwrite=True).results["steps"] == 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import time
@@ -22,6 +23,7 @@ from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.shipped import DEFAULT_STUDENT, STUDENTS, shipped_student, shipped_students
 from brixel_cli.core.student import load_student, read_adapter, save_student
 from brixel_cli.engines.distilling.run_folder import default_student
+from brixel_cli.engines.distilling.setup import resolve_paths
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 from brixel_cli.recipe_files import load_recipe
 
@@ -76,7 +78,7 @@ def test_a_changed_file_is_refused(boxed: Path) -> None:
         load_student(DEFAULT_STUDENT)
     (boxed / "SHA256SUMS").unlink()
     with pytest.raises(WeightsError, match="SHA256SUMS, which comes with brixel, is missing: install brixel again"):
-        load_student("someone/student")
+        load_student(DEFAULT_STUDENT)
 
 
 def test_a_folder_of_that_name_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +120,47 @@ def test_runs_of_other_backbones_are_passed_over(
     assert default_student("vit_small_patch14_dinov2.lvd142m", listener) == DEFAULT_STUDENT
     assert default_student("test_vit.mine", listener) == "runs/tiny"
     assert default_student(None, listener) == "runs/tiny"
+
+
+def test_a_damaged_run_is_passed_over_when_a_student_of_a_backbone_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: Listener
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("broken", "dangling"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / "broken" / "student.safetensors").write_bytes(b"cut short")
+    (tmp_path / "runs" / "dangling" / "student.safetensors").symlink_to(tmp_path / "nowhere")
+    assert default_student("vit_small_patch14_dinov2", listener) == DEFAULT_STUDENT
+    assert [warning.partition(": ")[0] for warning in listener.warned] == ["passed over"]
+    assert "broken" in listener.warned[0]
+
+
+def test_runs_load_where_the_list_of_shipped_students_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(shipped, "STUDENTS", tmp_path)
+    assert read_adapter(model[0]).card.backbone == "test_vit"
+    with pytest.raises(WeightsError, match=r"SHA256SUMS, which comes with brixel, is missing: install brixel again"):
+        read_adapter(DEFAULT_STUDENT)
+
+
+def test_a_shipped_name_stays_one_when_a_run_begins_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (DEFAULT_STUDENT, "mine"):
+        (tmp_path / name).mkdir()
+    recipe = load_recipe("dinov2_vits")
+    inits = [
+        resolve_paths(recipe.model_copy(update={"init": name})).init for name in (DEFAULT_STUDENT, "mine", "no/such")
+    ]
+    assert inits == [DEFAULT_STUDENT, str(tmp_path / "mine"), "no/such"]
+
+
+def test_a_student_of_random_backbone_weights_is_not_packed(model: tuple[str, str], tmp_path: Path) -> None:
+    stored = read_adapter(model[0])
+    for changes in ({"backbone_weights": "random"}, {"backbone_signature": ()}):
+        save_student(tmp_path / "student.safetensors", stored.tensors, dataclasses.replace(stored.card, **changes))
+        with pytest.raises(BrixelError, match=r"nobody could have the backbone's weights that it was trained on"):
+            pack(tmp_path, "mine", tmp_path / "packed")
 
 
 def test_without_a_hub_the_command_says_what_to_do(

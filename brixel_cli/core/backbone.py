@@ -36,6 +36,11 @@ def quarter_indices(depth: int) -> list[int]:
     return [min(quarter * depth // 4, depth - 5 + quarter) for quarter in (1, 2, 3)] + [depth - 1]
 
 
+def same_model(one: str, other: str) -> bool:
+    """Whether two timm names mean one architecture: they may differ in the tag of the weights, after the point."""
+    return one.partition(".")[0] == other.partition(".")[0]
+
+
 def check_size(height: int, width: int, patch_size: int) -> None:
     """Raise a SizeError that names the nearest sizes that fit, unless both sides are multiples of the patch."""
     if height % patch_size == 0 and width % patch_size == 0 and height and width:

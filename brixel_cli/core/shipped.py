@@ -23,7 +23,7 @@ def shipped_students() -> dict[str, str]:
         lines = (STUDENTS / SUMS).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise WeightsError(f"{STUDENTS / SUMS}, which comes with brixel, is missing: install brixel again.") from error
-    return {Path(file).stem: digest for digest, file in (line.split() for line in lines)}
+    return {Path(file).stem: digest for digest, file in (line.split() for line in lines if line.strip())}
 
 
 def shipped_student(name: str) -> Path:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from brixel_cli.core.adapter import Adapter
-from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.backbone import Backbone, load_backbone, same_model
 from brixel_cli.core.deformable import DeformableAdapter
 from brixel_cli.core.fusion import FusionAdapter
 from brixel_cli.core.shipped import shipped_student, shipped_students
@@ -144,7 +144,7 @@ class StoredAdapter:
     def check_name(self, backbone: str) -> None:
         """Raise a WeightsError unless it was trained on this timm model; of released weights nobody knows."""
         known = "" if self.released else self.card.backbone
-        if known and known.partition(".")[0] != backbone.partition(".")[0]:
+        if known and not same_model(known, backbone):
             raise WeightsError(
                 f"{self.path} was trained on {known}, not on {backbone}: leave that out, or name another student."
             )
@@ -160,7 +160,8 @@ class StoredAdapter:
             raise WeightsError(f"{self.path} was trained on random backbone weights, which are gone with that run.")
         raise WeightsError(
             f"The weights of {trunk.name} ({trunk.weights}) are not those that {self.path} was trained on: "
-            f"SHA-256 {trunk.sha256[:16]}..., expected {card.backbone_sha256[:16]}.... Give backbone_weights=."
+            f"SHA-256 {trunk.sha256[:16]}..., expected {card.backbone_sha256[:16]}.... "
+            "Give backbone_weights= (--backbone-weights)."
         )
 
 
@@ -183,9 +184,9 @@ def read_adapter(reference: str) -> StoredAdapter:
 
 
 def _locate(reference: str) -> Path:
-    if reference in shipped_students():
-        return shipped_student(reference)
     path = Path(reference).expanduser()
+    if path.name == reference and reference in shipped_students():
+        return shipped_student(reference)
     if path.is_dir():
         if not (path / FILE_NAME).is_file():
             raise WeightsError(f"{path} holds no {FILE_NAME}: no validation has taken place in that run yet.")

@@ -21,6 +21,8 @@ from brixel_cli.errors import BrixelError
 def pack(run: Path, name: str, folder: Path = STUDENTS) -> Path:
     """Write a student's file and the sums of all students of the folder; returns the file."""
     stored = read_adapter(str(run))
+    if stored.card.backbone_weights == "random" or not stored.card.backbone_signature:
+        raise BrixelError(f"{stored.path}: nobody could have the backbone's weights that it was trained on.")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
     card = dataclasses.replace(stored.card, backbone_weights="pretrained")

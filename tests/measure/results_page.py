@@ -22,7 +22,8 @@ from brixel_cli.engines.benchmarking.report import markdown_block, write_figure
 from brixel_cli.engines.benchmarking.report_blocks import Block, Chart, Photo, Section
 from brixel_cli.engines.benchmarking.results import read_results
 from brixel_cli.engines.distilling.run_folder import RunFolder
-from brixel_cli.recipe_files import load_recipe
+from brixel_cli.errors import BrixelError
+from brixel_cli.recipe_files import load_recipe, missing_keys
 
 LEAD = (
     "The student that comes with brixel: its training, its cost, how close it comes to its teacher, and what that is worth "
@@ -61,6 +62,8 @@ def write_page(given: argparse.Namespace) -> list[Path]:
     figures = given.output.parent / "results"
     figures.mkdir(parents=True, exist_ok=True)
     run = RunFolder(given.distill) if given.distill else None
+    if run and (unknown := missing_keys(str(run.recipe))):
+        raise BrixelError(f"{run.recipe} is of another version of brixel: it lacks {', '.join(unknown)}.")
     recipe = load_recipe(str(run.recipe)) if run else None
     measured = read_results(given.benchmark) if given.benchmark else None
     found: list[list[Block]] = [

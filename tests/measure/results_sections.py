@@ -209,6 +209,8 @@ def probes(folders: Sequence[Path], figures: Path) -> list[Block]:
     commands, rows, photos, students = list[str](), list[list[str]](), list[Photo](), list[str]()
     for folder in map(ProbeFolder, folders):
         results = folder.read()
+        if sum(source["kind"] == "student" for source in results["sources"].values()) > 1:
+            raise BrixelError(f"{folder.path} has several students: the page has one.")
         settings, student = results["settings"], results["sources"].get("student")
         commands.append(probe_command(results))
         rows += probe_rows(results)

@@ -18,6 +18,7 @@ from typing import Any
 
 from brixel_cli.benchmark_options import ABLATION_STEPS, AblationOptions
 from brixel_cli.core.files import write_text
+from brixel_cli.engines import malloc
 from brixel_cli.engines.benchmarking.ablation_cost import Inference, UpdateTime, UpdateTimes, measure_inference
 from brixel_cli.engines.benchmarking.ablation_probe import VariantProbes
 from brixel_cli.engines.benchmarking.ablation_results import (
@@ -69,6 +70,8 @@ def ablate(options: AblationOptions, reporter: Reporter, probe: ProbeOptions | N
     planned = plan_ablation(options)
     recipes = [item.recipe for item in planned]
     runtime = Runtime(recipes[0].run)
+    if runtime.device.type == "cpu":
+        malloc.keep_freed()  # trainings do, and images are timed alike whether one came before or not
     photographs = _find_photographs(recipes)
     times = UpdateTimes(folder / RUNS / "update_seconds.json", runtime).measure(recipes, reporter)
     inference = measure_inference(recipes, runtime, reporter)

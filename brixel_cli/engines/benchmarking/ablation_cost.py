@@ -155,7 +155,7 @@ def _student_facts(recipe: Recipe) -> list[Any]:
 
 
 def _training_facts(recipe: Recipe) -> list[Any]:
-    optim = recipe.optim.model_dump(include={"batch_size", "accumulate", "average", "clip"})
+    optim = recipe.optim.model_dump(include={"batch_size", "accumulate", "average", "clip", "map_noise"})
     return [*_student_facts(recipe), recipe.loss.model_dump(), optim]
 
 

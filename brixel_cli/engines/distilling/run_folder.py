@@ -20,16 +20,17 @@ from typing import Any
 
 from torch import Tensor
 
+from brixel_cli.core.backbone import same_model
 from brixel_cli.core.files import write_text
 from brixel_cli.core.shipped import DEFAULT_STUDENT
 from brixel_cli.core.student import FILE_NAME, read_adapter
 from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.images import Skipped
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.errors import UsageError
+from brixel_cli.errors import UsageError, WeightsError
 from brixel_cli.formatting import csv_text, to_json
 from brixel_cli.recipe import Recipe
-from brixel_cli.recipe_files import dump_recipe, load_recipe, recipe_differences
+from brixel_cli.recipe_files import dump_recipe, load_recipe, missing_keys, recipe_differences
 
 RUNS = "runs"
 """Where runs go unless --output says otherwise, and where the newest student is looked for."""
@@ -44,14 +45,15 @@ def default_student(backbone: str | None, reporter: Reporter) -> str:
 
     Raises:
         UsageError: there is no run, and the shipped student belongs to another backbone.
+        WeightsError: what comes with brixel is missing or damaged.
     """
-    students = sorted(Path(RUNS).glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for student in students:
-        if backbone is None or _model(read_adapter(str(student)).card.backbone) == _model(backbone):
+    files = [path for path in Path(RUNS).glob(f"*/{FILE_NAME}") if path.is_file()]
+    for student in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+        if backbone is None or _is_of(student, backbone, reporter):
             reporter.say(f"student: {student.parent}, the newest under {RUNS}")
             return str(student.parent)
     shipped = read_adapter(DEFAULT_STUDENT).card.backbone
-    if backbone and _model(backbone) != _model(shipped):
+    if backbone and not same_model(backbone, shipped):
         raise UsageError(
             f"No student of {backbone} under ./{RUNS}, and the one that comes with brixel is of {shipped}: train one "
             "with brixel distill, give --checkpoint RUN (a run folder, .safetensors, released .pth or hub id), or take "
@@ -61,9 +63,12 @@ def default_student(backbone: str | None, reporter: Reporter) -> str:
     return DEFAULT_STUDENT
 
 
-def _model(name: str) -> str:
-    """A timm name without the tag of its weights."""
-    return name.partition(".")[0]
+def _is_of(student: Path, backbone: str, reporter: Reporter) -> bool:
+    try:
+        return same_model(read_adapter(str(student)).card.backbone, backbone)
+    except WeightsError as error:
+        reporter.warn(f"passed over: {error}")
+        return False
 
 
 class RunFolder:
@@ -100,6 +105,12 @@ class RunFolder:
             return
         if not self.recipe.exists():
             raise UsageError(f"{self.path} holds no run to resume: {self.recipe.name} is missing.")
+        unknown = missing_keys(str(self.recipe))
+        if unknown:
+            raise UsageError(
+                f"{self.path} was begun with another version of brixel, which had no {', '.join(unknown)}: "
+                f"say in {self.recipe} what they shall be, or use another folder."
+            )
         differences = recipe_differences(load_recipe(str(self.recipe)), recipe)
         if differences:
             raise UsageError(

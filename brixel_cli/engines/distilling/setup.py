@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from brixel_cli.core.adapter import Adapter
-from brixel_cli.core.backbone import Backbone, check_size
+from brixel_cli.core.backbone import Backbone, check_size, same_model
+from brixel_cli.core.shipped import shipped_students
 from brixel_cli.core.student import build_adapter, read_adapter
 from brixel_cli.data.images import Photograph, Skipped, scan_folder
 from brixel_cli.data.views import Views, split_photographs
@@ -50,7 +51,9 @@ def resolve_paths(recipe: Recipe) -> Recipe:
                 update={"images": absolute(recipe.data.images), "val_images": absolute(recipe.data.val_images)}
             ),
             "cache": recipe.cache.model_copy(update={"directory": absolute(recipe.cache.directory)}),
-            "init": absolute(init) if init and Path(init).expanduser().exists() else init,
+            "init": absolute(init)
+            if init and init not in shipped_students() and Path(init).expanduser().exists()
+            else init,
         }
     )
 
@@ -134,7 +137,7 @@ def make_adapter(recipe: Recipe, backbone: Backbone, reporter: Reporter | None =
         raise UsageError(f"init: {stored.path} does not fit the recipe:\n  " + "\n  ".join(different))
     if reporter and stored.released:
         reporter.say(f"init: {stored.path}: {stored.released.summary}")
-    if reporter and card.backbone and card.backbone.partition(".")[0] != backbone.name.partition(".")[0]:
+    if reporter and card.backbone and not same_model(card.backbone, backbone.name):
         reporter.warn(f"init: {stored.path} belongs to {card.backbone}, not to {backbone.name}")
     return stored.build(recipe.adapter)
 

@@ -19,6 +19,9 @@ from brixel_cli.engines.distilling.batches import Batch
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.recipe import OptimConfig, Recipe
 
+NOISE = 1
+"""Tells the noise's seeds from the others of a step."""
+
 
 def num_steps(optim: OptimConfig, num_views: int) -> int:
     """Updates in the whole run."""
@@ -109,7 +112,9 @@ class Trainer:
             torch.manual_seed(seed)
             # By an image's place in the global batch, so that it does not matter which process has it.
             first = (part * self.runtime.world_size + self.runtime.rank) * len(batch.images)
-            seeds = [seed_of(self.recipe.seed, self.step, first + place) for place in range(len(batch.images))]
+            seeds = [
+                seed_of(self.recipe.seed, self.step, first + place, 0, NOISE) for place in range(len(batch.images))
+            ]
             maps = with_noise(batch.maps, self.recipe.optim.map_noise, seeds)
             # Gradients travel between processes once, with the last pass.
             accelerator = self.runtime.accelerator

@@ -119,7 +119,7 @@ def resolve_sources(options: ProbeOptions, reporter: Reporter) -> list[Source]:
     """
     names = list(options.sources) or list(MODELS)
     checkpoints = list(options.checkpoints)
-    if "student" in names and not checkpoints:
+    if not checkpoints and ("student" in names or (not options.backbone and any(name in MODELS for name in names))):
         checkpoints = [default_student(options.backbone, reporter)]
     hashes: dict[tuple[str, str], str] = {}
     sources: list[Source] = []
