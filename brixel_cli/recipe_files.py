@@ -171,8 +171,8 @@ def missing_keys(reference: str, schema: type[Section] = Recipe) -> list[str]:
     Raises:
         UsageError: as `load_recipe`.
     """
-    tree = _read(find_recipe(reference, schema))
-    return [key for key in _flatten(load_recipe(reference, [], schema).model_dump()) if key not in _flatten(tree)]
+    whole, given = load_recipe(reference, [], schema), _flatten(_read(find_recipe(reference, schema)))
+    return [key for key in _flatten(whole.model_dump()) if key not in given]
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:

@@ -35,10 +35,10 @@ def shipped_student(name: str) -> Path:
     path = STUDENTS / f"{name}.safetensors"
     if not path.is_file():
         raise WeightsError(f"{path}, which comes with brixel, is missing: install brixel again.")
-    found = file_sha256(path)
-    if found != shipped_students()[name]:
+    found, expected = file_sha256(path), shipped_students()[name]
+    if found != expected:
         raise WeightsError(
             f"{path} is not the file that came with brixel: SHA-256 {found[:16]}..., expected "
-            f"{shipped_students()[name][:16]}.... Install brixel again."
+            f"{expected[:16]}.... Install brixel again."
         )
     return path
