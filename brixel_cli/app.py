@@ -345,8 +345,8 @@ def benchmark(
         str | None,
         typer.Option(
             metavar="GROUPS",
-            help="Train variants of a recipe instead: losses, spectral, residual, adapter, views, schedule, rate, "
-            "noise, average, edge, cosine, seed, or a YAML file of your own, by commas.",
+            help="Train variants of a recipe instead: losses, spectral, residual, adapter, context, linear, views, "
+            "schedule, rate, noise, average, edge, cosine, seed, or a YAML file of your own, by commas.",
             show_default=False,
         ),
     ] = None,

@@ -28,13 +28,24 @@ class BackboneConfig(Section):
 
 class FusionConfig(Section):
     width: PositiveInt = 192
-    """Channels on the token grid and on the middle grid."""
-    fine_width: PositiveInt = 128
+    """Channels on the token grid."""
+    middle_width: PositiveInt = 128
+    """Channels on the middle grid, twice as fine as the token grid or, with factor 8, four times."""
+    fine_width: PositiveInt = 64
     """Channels on the output grid."""
-    blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)] = [2, 3, 3]
+    blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)] = [4, 2, 1]
     """Number of convolutional blocks on the token, middle and output grid."""
-    kernel_size: Literal[3, 5, 7] = 3
-    """Side of the depthwise convolutions."""
+    kernel_sizes: Annotated[list[Literal[1, 3, 5, 7]], Field(min_length=3, max_length=3)] = [1, 3, 3]
+    """Side of the depthwise convolutions on the three grids; 1: each location by itself."""
+    norm: Literal["location", "map"] = "location"
+    """What is normalised together: the channels of each location, or the whole map."""
+    linear: bool = True
+    """A linear part from the four backbone maps straight to the output's channels, on the token grid."""
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Channels on the token, middle and output grid."""
+        return self.width, self.middle_width, self.fine_width
 
 
 class DeformableConfig(Section):
@@ -206,6 +217,9 @@ class OptimConfig(Section):
     """Updates over which the rate rises from zero; at most a tenth of the run is used."""
     first_epoch_lr: Rate = 1e-4
     """Rate of the first epoch when `schedule` is `two_step`."""
+    linear_views: Annotated[int, Field(ge=0)] = 2048
+    """Before the first step the adapter's linear part is fitted on so many training views, by ridge regression; 0:
+    it is not. Without one, or with `init`, there is nothing to fit."""
     map_noise: Weight = 0.5
     """Gaussian noise on the backbone's maps in training, as a share of their standard deviation: few photographs are
     then harder to learn by heart."""

@@ -81,7 +81,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     save_file(backbone.vit.state_dict(), folder / "vit.safetensors")
     config = AdapterConfig(fusion=FusionConfig(width=16, fine_width=16, blocks=[1, 1, 1]))
     adapter = build_adapter(backbone.embed_dim, 4, config)
-    torch.nn.init.normal_(adapter.out.weight, std=0.1)
+    torch.nn.init.normal_(adapter.out[1].weight, std=0.1)
     trained = load_backbone("test_vit", str(folder / "vit.safetensors"))
     card = StudentCard("test_vit", str(folder / "vit.safetensors"), trained.sha256, backbone.embed_dim, 4, config, 7, (64, 64),
                        trained.signature())  # fmt: skip

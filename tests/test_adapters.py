@@ -186,9 +186,12 @@ def test_widths_and_depths_are_options() -> None:
         for width, blocks in ((16, [0, 1, 1]), (32, [2, 3, 3]))
     )
     assert count_parameters(build_adapter(64, 4, small)) < count_parameters(build_adapter(64, 4, large))
-    # Two blocks of 16 channels: the depthwise weights go from 9 to 25 a channel, 2 * 16 * (25 - 9) = 512 more.
-    wide = AdapterConfig(fusion=FusionConfig(width=16, fine_width=16, blocks=[0, 1, 1], kernel_size=5))
-    assert count_parameters(build_adapter(64, 4, wide)) - count_parameters(build_adapter(64, 4, small)) == 512
+    # One block of 16 channels: the depthwise weights go from 9 to 25 a channel, 16 * (25 - 9) = 256 more.
+    wide = AdapterConfig(fusion=FusionConfig(width=16, fine_width=16, blocks=[0, 1, 1], kernel_sizes=[1, 3, 5]))
+    assert count_parameters(build_adapter(64, 4, wide)) - count_parameters(build_adapter(64, 4, small)) == 256
+    # The linear part: four times 64 channels to 64, and a bias.
+    plain = AdapterConfig(fusion=FusionConfig(width=16, fine_width=16, blocks=[0, 1, 1], linear=False))
+    assert count_parameters(build_adapter(64, 4, small)) - count_parameters(build_adapter(64, 4, plain)) == 16_448
     images, maps = inputs_for(16, (3, 4), 1)
     assert build_adapter(64, 4, wide)(images, maps).shape == (1, 64, 12, 16)
     few = AdapterConfig(

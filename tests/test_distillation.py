@@ -14,6 +14,7 @@ import torch
 from conftest import Listener, with_changes
 from PIL import Image
 
+from brixel_cli.core.linear_fit import LinearFit
 from brixel_cli.core.student import load_student
 from brixel_cli.core.weights import load_tensors
 from brixel_cli.engines.distilling.batches import batch_keys
@@ -117,8 +118,38 @@ def test_training_with_noise_repeats_and_is_another_training(
     for name, share in (("without", 0.0), ("one", 0.5), ("two", 0.5)):
         distill(with_changes(tiny_recipe_file, f"optim.map_noise={share}"), RunFolder(tmp_path / name), listener)
     assert_same_run(tmp_path / "one", tmp_path / "two")
-    key = "out.weight"
+    key = "out.1.weight"
     assert not torch.equal(*(tensors_of(tmp_path / name, "student.safetensors")[key] for name in ("without", "one")))
+
+
+def test_the_linear_part_is_fitted_before_the_first_step(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    still = ("optim.steps=1", "optim.lr=1e-12", "optim.average=0.0", "optim.weight_decay=0.0", "run.validate_every=1")
+    results = {}
+    for name, views in (("fitted", 2048), ("two", 2), ("zero", 0)):
+        recipe = with_changes(tiny_recipe_file, *still, f"optim.linear_views={views}")
+        results[name] = distill(recipe, RunFolder(tmp_path / name), listener).results["best"]
+    said = [line for line in listener.said if line.startswith("linear part fitted")]
+    assert [line.split(",")[0] for line in said] == ["linear part fitted on 6 views", "linear part fitted on 2 views"]
+    fitted, zero = (tensors_of(tmp_path / name, "student.safetensors")["linear.weight"] for name in ("fitted", "zero"))
+    assert fitted.abs().max() > 1e-4
+    assert zero.abs().max() < 1e-10
+    assert results["fitted"]["student"]["cosine"] > results["fitted"]["backbone"]["cosine"] + 0.01
+    assert results["zero"]["student"]["cosine"] == pytest.approx(results["zero"]["backbone"]["cosine"], abs=1e-4)
+    # A student to begin with keeps its own.
+    again = with_changes(tiny_recipe_file, *still, f"init={tmp_path / 'fitted'}", "seed=5", "backbone.weights=random")
+    distill(again, RunFolder(tmp_path / "again"), listener)
+    assert torch.allclose(tensors_of(tmp_path / "again", "student.safetensors")["linear.weight"], fitted, atol=1e-9)
+
+
+def test_a_linear_part_that_cannot_be_fitted_starts_at_zero(
+    tiny_recipe: Recipe, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LinearFit, "solve", lambda fit: (torch.full((64, 256), math.nan), torch.zeros(64), 0.1))
+    distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    assert listener.warned == ["the linear part could not be fitted: its sums are not finite; it starts at zero"]
+    assert tensors_of(tmp_path / "run", "student.safetensors")["linear.weight"].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["fusion", "deformable"])

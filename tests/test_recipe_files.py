@@ -255,7 +255,7 @@ def test_sizes_are_height_then_width(tmp_path: Path) -> None:
 def test_overrides_reach_into_sections_that_the_file_does_not_name(tmp_path: Path) -> None:
     recipe = least(tmp_path, "adapter.fusion.width=32", "views.teacher_size=[448, 896]", "init=null", "optim.lr=3e-4")
     assert recipe.adapter.fusion.width == 32
-    assert recipe.adapter.fusion.fine_width == 128
+    assert recipe.adapter.fusion.fine_width == 64
     assert recipe.views.teacher_size == [448, 896]
     assert recipe.init is None
     assert recipe.optim.lr == 0.0003

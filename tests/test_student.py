@@ -30,7 +30,7 @@ def student_file(tmp_path: Path, backbone_file: Path) -> Path:
     card = StudentCard("test_vit", str(backbone_file), trunk.sha256, 64, 4, SMALL, step=7)
     torch.manual_seed(1)
     adapter = build_adapter(64, 4, SMALL)
-    torch.nn.init.normal_(adapter.out.weight)
+    torch.nn.init.normal_(adapter.out[1].weight)
     save_student(tmp_path / "mine.safetensors", adapter.state_dict(), card)
     return tmp_path / "mine.safetensors"
 
@@ -130,7 +130,7 @@ def test_files_that_are_no_students(tmp_path: Path, student_file: Path, backbone
     with pytest.raises(WeightsError, match="its description of the student cannot be read"):
         read_adapter(str(tmp_path / "x.safetensors"))
     stored = read_adapter(str(student_file))
-    save_student(tmp_path / "short.safetensors", {"out.bias": stored.tensors["out.bias"]}, stored.card)
+    save_student(tmp_path / "short.safetensors", {"fuse.bias": stored.tensors["fuse.bias"]}, stored.card)
     with pytest.raises(
         WeightsError, match=r"short.safetensors does not fit its own description: \d+ of its keys are wrong"
     ):

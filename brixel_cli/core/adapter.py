@@ -35,6 +35,9 @@ class Adapter(nn.Module):
         embed_dim: channels D of the backbone's maps.
         factor: output grid over token grid: 2, 4 or 8.
         config: options of the recipe's `adapter` section.
+
+    Attributes:
+        linear: 1x1 from the four maps to the output's channels, to be fitted before the first step; None: has none.
     """
 
     def __init__(self, embed_dim: int, factor: int, config: AdapterConfig):
@@ -42,6 +45,7 @@ class Adapter(nn.Module):
         self.embed_dim = embed_dim
         self.factor = factor
         self.config = config
+        self.linear: nn.Conv2d | None = None
 
     def difference(
         self, images: Tensor, maps: Sequence[Tensor], middle: tuple[int, int], fine: tuple[int, int]
@@ -78,6 +82,14 @@ class Adapter(nn.Module):
             h, w = last_map.shape[-2:]
             last_map = resize(last_map, (max(h // 2, 1), max(w // 2, 1)))
         return resize(last_map, fine)
+
+    @torch.no_grad()
+    def set_linear(self, weight: Tensor, bias: Tensor) -> None:
+        """Give the linear part its weight (D, 4 D) and bias (D)."""
+        assert self.linear is not None
+        assert self.linear.bias is not None
+        self.linear.weight.copy_(weight[..., None, None])
+        self.linear.bias.copy_(bias)
 
     def run(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """Call a block, recomputing its activations in the backward pass where the recipe says so."""

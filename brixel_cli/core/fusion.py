@@ -1,4 +1,9 @@
-"""The convolutional adapter: backbone maps and image features fused on three grids, coarse to fine."""
+"""The fusion adapter: what the backbone missed on its token grid is corrected there, and sharpened on finer grids.
+
+Nearly all of the difference between the backbone's map and the teacher's is not blur: pooled to the token grid, the
+teacher's map still differs. So the correction is made where it arises, mostly location by location (a wider view of few
+photographs is learnt by heart), with a linear part that is fitted in closed form. Image features serve all three grids.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +17,29 @@ from brixel_cli.core.adapter import Adapter, resize
 from brixel_cli.recipe import AdapterConfig
 
 
-class ConvBlock(nn.Module):
-    """Residual block (B, C, H, W) -> (B, C, H, W): depthwise, norm, two 1x1 with GELU between, layer scale."""
+class LocationNorm(nn.LayerNorm):
+    """Layer normalisation of the channels of each location of (B, C, H, W)."""
 
-    def __init__(self, channels: int, kernel_size: int, expansion: int = 2, layer_scale: float = 0.1):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    return LocationNorm(channels) if kind == "location" else nn.GroupNorm(1, channels)
+
+
+class ConvBlock(nn.Module):
+    """Residual block (B, C, H, W) -> (B, C, H, W): depthwise, norm, two 1x1 with GELU between, layer scale.
+
+    With `kernel_size` 1 there is no depthwise convolution: each location by itself.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, norm: str, expansion: int = 2, layer_scale: float = 0.1):
         super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
-        self.norm = nn.GroupNorm(1, channels)
+        self.depthwise: nn.Module = nn.Identity()
+        if kernel_size > 1:
+            self.depthwise = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.norm = _norm(norm, channels)
         self.expand = nn.Conv2d(channels, expansion * channels, 1)
         self.project = nn.Conv2d(expansion * channels, channels, 1)
         self.scale = nn.Parameter(torch.full((channels, 1, 1), layer_scale))
@@ -34,17 +55,30 @@ def _gelu(x: Tensor) -> Tensor:
     return activated
 
 
-class FusionAdapter(Adapter):
-    """Four maps and the image -> difference on the output grid; the last projection starts at zero.
+def _zero_output(channels: int, norm: str, embed_dim: int) -> nn.Sequential:
+    """Norm and 1x1 to the map's channels, zero at first."""
+    project = nn.Conv2d(channels, embed_dim, 1)
+    nn.init.zeros_(project.weight)
+    nn.init.zeros_(project.bias)  # type: ignore[arg-type]
+    return nn.Sequential(_norm(norm, channels), project)
 
-    Widths and depths are the recipe's `adapter.fusion`; arguments as for `Adapter`.
+
+class FusionAdapter(Adapter):
+    """Four maps and the image -> difference on the output grid, the sum of one part for each of three grids.
+
+    Every part starts at zero, until `linear` is fitted. Widths and depths are the recipe's `adapter.fusion`; arguments
+    as for `Adapter`.
     """
 
     def __init__(self, embed_dim: int, factor: int, config: AdapterConfig):
         super().__init__(embed_dim, factor, config)
-        width, fine_width = config.fusion.width, config.fusion.fine_width
-        coarse_blocks, middle_blocks, fine_blocks = config.fusion.blocks
-        kernel_size = config.fusion.kernel_size
+        fusion = config.fusion
+        width, middle_width, fine_width = fusion.widths
+
+        def blocks(grid: int) -> nn.ModuleList:
+            size = fusion.kernel_sizes[grid]
+            return nn.ModuleList(ConvBlock(fusion.widths[grid], size, fusion.norm) for _ in range(fusion.blocks[grid]))
+
         self.image_stem = nn.Sequential(
             nn.Conv2d(3, 32, 3, stride=2, padding=1),
             nn.GELU(),
@@ -52,33 +86,45 @@ class FusionAdapter(Adapter):
             nn.GELU(),
             nn.Conv2d(32, fine_width, 3, stride=2, padding=1),
         )
-        self.image_to_middle = nn.Conv2d(fine_width, width, 3, stride=2, padding=1)
+        self.image_to_middle = nn.Conv2d(fine_width, middle_width, 3, stride=2, padding=1)
+        self.image_to_coarse = nn.Conv2d(middle_width, width, 1)
         self.fuse = nn.Conv2d(4 * embed_dim, width, 1)
-        self.fuse_norm = nn.GroupNorm(1, width)
-        self.coarse = nn.ModuleList(ConvBlock(width, kernel_size) for _ in range(coarse_blocks))
-        self.middle = nn.ModuleList(ConvBlock(width, kernel_size) for _ in range(middle_blocks))
-        self.to_fine = nn.Conv2d(width, fine_width, 1)
-        self.fine = nn.ModuleList(ConvBlock(fine_width, kernel_size) for _ in range(fine_blocks))
-        self.out_norm = nn.GroupNorm(1, fine_width)
-        self.out = nn.Conv2d(fine_width, embed_dim, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
+        self.fuse_norm = _norm(fusion.norm, width)
+        self.coarse = blocks(0)
+        self.to_middle = nn.Conv2d(width, middle_width, 1)
+        self.middle = blocks(1)
+        self.to_fine = nn.Conv2d(middle_width, fine_width, 1)
+        self.fine = blocks(2)
+        self.coarse_out, self.middle_out, self.out = (
+            _zero_output(channels, fusion.norm, embed_dim) for channels in fusion.widths
+        )
+        if fusion.linear:
+            self.linear = nn.Conv2d(4 * embed_dim, embed_dim, 1)
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)  # type: ignore[arg-type]
 
     def difference(
         self, images: Tensor, maps: Sequence[Tensor], middle: tuple[int, int], fine: tuple[int, int]
     ) -> Tensor:
         fine_image = resize(self.run(self.image_stem, images), fine)
         middle_image = resize(self.image_to_middle(fine_image), middle)
-        x = self.fuse_norm(self.fuse(torch.cat(list(maps), dim=1)))
+        coarse_image = F.adaptive_avg_pool2d(middle_image, (maps[-1].shape[-2], maps[-1].shape[-1]))
+        stacked = torch.cat(list(maps), dim=1)
+
+        x = self.fuse_norm(self.fuse(stacked)) + self.image_to_coarse(coarse_image)
         for block in self.coarse:
             x = self.run(block, x)
-        x = resize(x, middle) + middle_image
+        correction = self.coarse_out(x)
+        if self.linear is not None:
+            correction = correction + self.linear(stacked)
+        x = resize(self.to_middle(x), middle) + middle_image
         for block in self.middle:
             x = self.run(block, x)
+        correction = resize(correction, middle) + self.middle_out(x)
         x = resize(self.to_fine(x), fine) + fine_image
-        del fine_image, middle_image  # without gradients, memory that the widest blocks can use
+        del fine_image, middle_image, coarse_image, stacked  # without gradients, memory that the widest maps can use
         for block in self.fine:
             x = self.run(block, x)
-        x = self.out_norm(x)
         output: Tensor = self.out(x)
+        output += resize(correction, fine)
         return output

@@ -57,8 +57,8 @@ def _terms(edge: bool = False, spectral: float = 0.0, cosine: bool = False) -> d
     return {key: 0.0 for key, there in absent.items() if not there} | {"loss.spectral.weight": spectral}
 
 
-def _fusion(width: int, fine_width: int, *blocks: int) -> dict[str, Any]:
-    sizes = {"width": width, "fine_width": fine_width, "blocks": list(blocks)}
+def _fusion(width: int, middle_width: int, fine_width: int, *blocks: int) -> dict[str, Any]:
+    sizes = {"width": width, "middle_width": middle_width, "fine_width": fine_width, "blocks": list(blocks)}
     return {"adapter.kind": "fusion"} | {f"adapter.fusion.{key}": value for key, value in sizes.items()}
 
 
@@ -92,14 +92,25 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "half_grid": {"adapter.residual": "half_grid"},
     },
     "adapter": {
-        "fusion-96-48": _fusion(96, 48, 1, 1, 1),
-        "fusion-128-64": _fusion(128, 64, 1, 2, 2),
-        "fusion-192-128-shallow": _fusion(192, 128, 1, 1, 1),
-        "fusion-192-128": _fusion(192, 128, 2, 3, 3),
-        "fusion-192-128-kernel-5": _fusion(192, 128, 2, 3, 3) | {"adapter.fusion.kernel_size": 5},
-        "fusion-256-160": _fusion(256, 160, 2, 3, 4),
+        "fusion-96-64-32": _fusion(96, 64, 32, 2, 1, 1),
+        "fusion-192-128-64-shallow": _fusion(192, 128, 64, 1, 1, 1),
+        "fusion-192-128-64": _fusion(192, 128, 64, 4, 2, 1),
+        "fusion-192-192-128": _fusion(192, 192, 128, 4, 3, 3),
+        "fusion-320-128-64": _fusion(320, 128, 64, 4, 2, 1),
         "deformable": {"adapter.kind": "deformable"},
         "recipe": {},
+    },
+    "context": {
+        "location": {},
+        "neighbours": {"adapter.fusion.kernel_sizes": [3, 3, 3]},
+        "wide": {"adapter.fusion.kernel_sizes": [5, 5, 3]},
+        "map-norm": {"adapter.fusion.norm": "map"},
+        "neighbours+map-norm": {"adapter.fusion.kernel_sizes": [3, 3, 3], "adapter.fusion.norm": "map"},
+    },
+    "linear": {
+        "fitted": {},
+        "learnt": {"optim.linear_views": 0},
+        "none": {"adapter.fusion.linear": False},
     },
     "views": {
         "crops": {"views.jitter": [0.0, 0.0, 0.0, 0.0], "views.grayscale": 0.0, "views.perspective": 0.0},

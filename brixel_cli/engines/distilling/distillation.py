@@ -12,6 +12,7 @@ import torch
 
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.files import save_picture, write_text
+from brixel_cli.core.linear_fit import LinearFit
 from brixel_cli.core.losses import Basis, fit_basis
 from brixel_cli.core.student import StudentCard, save_student
 from brixel_cli.data.images import Skipped, describe_skipped
@@ -37,6 +38,8 @@ from brixel_cli.recipe_files import dump_recipe
 
 MOST_REFUSED = 3
 BASIS_VIEWS = 16
+LEFT_OUT = 5
+"""Every fifth photograph serves to choose the ridge."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def distill(
     runtime.wait()
 
     _fit_fixed_basis(trainer, training, training_views)
+    if not stored and recipe.init is None:
+        _fit_linear_part(trainer, training, training_views, reporter)
     total = num_steps(recipe.optim, len(training_views))
     writer = _tensorboard(recipe, folder, runtime, trainer.step)
 
@@ -184,6 +189,37 @@ def _fit_fixed_basis(trainer: Trainer, training: Batches, views: Views) -> None:
         basis = fit_basis(targets, edge.components, trainer.recipe.seed)
         from_first = trainer.runtime.from_first
         trainer.loss.basis = Basis(from_first(basis.components), from_first(basis.mean))
+
+
+def _fit_linear_part(trainer: Trainer, training: Batches, views: Views, reporter: Reporter) -> None:
+    """Fit the adapter's linear part on views spread over the training set, a fifth of its photographs left out."""
+    optim, runtime, linear = trainer.recipe.optim, trainer.runtime, trainer.adapter.linear
+    if linear is None or not optim.linear_views:
+        return
+    spread = range(0, len(views), max(math.ceil(len(views) / optim.linear_views), 1))
+    of_size: dict[int, list[int]] = {}
+    for number in spread:
+        of_size.setdefault(views.size_number(0, number), []).append(number)
+    at_once = optim.images_per_pass(runtime.world_size)
+    chunks = [
+        numbers[at : at + at_once] for _, numbers in sorted(of_size.items()) for at in range(0, len(numbers), at_once)
+    ]
+    mine = chunks[runtime.rank :: runtime.world_size]
+    fit = LinearFit(linear.out_channels, runtime.device)
+    with reporter.bar("linear fit", len(spread), 0, "view") as bar:
+        batches = training.iterate([[(0, number) for number in chunk] for chunk in mine])
+        for chunk, batch in zip(mine, batches, strict=True):
+            photographs = torch.tensor([number // views.config.per_image for number in chunk])
+            fit.add(batch.maps, batch.targets, left_out=photographs % LEFT_OUT == LEFT_OUT - 1)
+            bar.update(len(chunk) * runtime.world_size)
+    fit.sums = (runtime.mean(fit.sums[0]), runtime.mean(fit.sums[1]))
+    weight, bias, strength = fit.solve()
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        reporter.warn("the linear part could not be fitted: its sums are not finite; it starts at zero")
+        return
+    for adapter in (trainer.adapter, trainer.deployed):
+        adapter.set_linear(runtime.from_first(weight.to(runtime.device)), runtime.from_first(bias.to(runtime.device)))
+    reporter.say(f"linear part fitted on {len(spread)} views, ridge {strength:g} of the mean variance")
 
 
 def _skipped(damaged: dict[str, str]) -> list[Skipped]:

@@ -1,0 +1,73 @@
+"""Ridge regression from the backbone's four maps to what the teacher's map adds, on the token grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STRENGTHS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+"""Of the ridge, as a share of the inputs' mean variance."""
+
+
+class LinearFit:
+    """Sums over many views, from which the regression is solved; the best ridge is chosen on views left out.
+
+    Attributes:
+        sums: for the two parts of the views (fitted on, left out), and to be added up over processes:
+            inputs by inputs (2, 4 D + 1, 4 D + 1) and inputs by outputs (2, 4 D + 1, D), float64; the last input is 1.
+    """
+
+    def __init__(self, embed_dim: int, device: torch.device):
+        place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        size = 4 * embed_dim + 1
+        self.sums = (
+            torch.zeros(2, size, size, dtype=torch.float64, device=place),
+            torch.zeros(2, size, embed_dim, dtype=torch.float64, device=place),
+        )
+
+    @torch.no_grad()
+    def add(self, maps: Sequence[Tensor], targets: Tensor, left_out: Tensor) -> None:
+        """Take in views.
+
+        Args:
+            maps: four backbone maps (B, D, h, w), the last block's last.
+            targets: the teacher's maps (B, D, H, W).
+            left_out: which of the B views are left out of the choice's fit, bool.
+        """
+        grid = (maps[-1].shape[-2], maps[-1].shape[-1])
+        inputs = torch.cat([*(map_.float() for map_ in maps), torch.ones_like(maps[0][:, :1]).float()], dim=1)
+        outputs = F.adaptive_avg_pool2d(targets.float(), grid) - maps[-1].float()
+        for part in (False, True):
+            chosen = left_out.to(inputs.device) == part
+            x, y = (t[chosen].permute(0, 2, 3, 1).flatten(0, 2) for t in (inputs, outputs))
+            for total, right in zip(self.sums, (x, y), strict=True):
+                total[int(part)] += (x.T @ right).to(total)
+
+    def solve(self) -> tuple[Tensor, Tensor, float]:
+        """Weight (D, 4 D), bias (D) and the ridge's strength, chosen by the squared error on the views left out.
+
+        The weights are those of all views; with none left out the strongest ridge is taken.
+        """
+        (fitted, held), (fitted_out, held_out) = (tuple(total.cpu()) for total in self.sums)
+
+        def error(strength: float) -> float:
+            weights = _ridge(fitted, fitted_out, strength)
+            return float((weights * (held @ weights)).sum() - 2 * (weights * held_out).sum())
+
+        least = min(STRENGTHS, key=error) if held[-1, -1] and fitted[-1, -1] else STRENGTHS[-1]
+        weights = _ridge(fitted + held, fitted_out + held_out, least)
+        return weights[:-1].T.float(), weights[-1].float(), least
+
+
+def _ridge(inputs: Tensor, outputs: Tensor, strength: float) -> Tensor:
+    """Weights (4 D + 1, D), the last row the intercept, which is not penalised."""
+    count = inputs[-1, -1]
+    mean_in, mean_out = inputs[-1, :-1] / count, outputs[-1] / count
+    covariance = inputs[:-1, :-1] / count - torch.outer(mean_in, mean_in)
+    joint = outputs[:-1] / count - torch.outer(mean_in, mean_out)
+    ridge = (strength * covariance.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)
+    weights = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance), dtype=inputs.dtype), joint)
+    return torch.cat([weights, (mean_out - mean_in @ weights)[None]])

@@ -1,0 +1,104 @@
+"""The closed-form fit of the adapter's linear part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from brixel_cli.core.linear_fit import STRENGTHS, LinearFit
+from brixel_cli.core.student import build_adapter
+from brixel_cli.recipe import AdapterConfig, FusionConfig
+
+CPU = torch.device("cpu")
+
+
+def views(count: int, weight: Tensor, bias: Tensor, noise: float = 0.0, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    """Maps (count, 2, 2, 3), and targets four times as fine whose means over cells are the last map plus the rule."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = [torch.randn(count, 2, 2, 3, generator=generator) for _ in range(4)]
+    added = torch.einsum("oi,bihw->bohw", weight, torch.cat(maps, dim=1)) + bias[:, None, None]
+    coarse = maps[-1] + added + noise * torch.randn(count, 2, 2, 3, generator=generator)
+    detail = torch.randn(count, 2, 8, 12, generator=generator)
+    detail -= torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(detail, 4), scale_factor=4)
+    return maps, torch.nn.functional.interpolate(coarse, scale_factor=4) + detail
+
+
+def test_it_finds_the_rule_behind_the_maps() -> None:
+    weight, bias = torch.randn(2, 8, generator=torch.Generator().manual_seed(5)), torch.tensor([3.0, -2.0])
+    fit = LinearFit(2, CPU)
+    maps, targets = views(200, weight, bias)
+    fit.add(maps, targets, torch.arange(200) % 5 == 4)
+    found_weight, found_bias, strength = fit.solve()
+    assert strength == STRENGTHS[0]  # nothing but the rule: the weakest ridge is best
+    # The ridge of 0.001 draws the weights of inputs of variance about 1 to zero by about a thousandth.
+    assert torch.allclose(found_weight, weight / (1 + STRENGTHS[0]), atol=1e-3)
+    assert torch.allclose(found_bias, bias, atol=1e-3)
+
+
+def test_one_input_by_hand() -> None:
+    """Two locations, the last map 1 and 3, the others zero; the target adds 2 and 6: slope 2, less the ridge's share."""
+    fit = LinearFit(1, CPU)
+    last = torch.tensor([[[[1.0, 3.0]]]])
+    zeros = torch.zeros_like(last)
+    fit.add([zeros, zeros, zeros, last], torch.tensor([[[[3.0, 9.0]]]]), torch.tensor([False]))
+    weight, bias, strength = fit.solve()
+    assert strength == STRENGTHS[-1]  # no view was left out to choose by: the strongest
+    # Variance of the input 1, of all four on average 1/4; covariance with what is added 2: 2 / (1 + 10 / 4).
+    slope = 2 / (1 + 10 / 4)
+    assert weight.tolist() == [[0.0, 0.0, 0.0, pytest.approx(slope)]]
+    assert bias.tolist() == [pytest.approx(4 - slope * 2)]
+
+
+def test_noise_asks_for_a_stronger_ridge() -> None:
+    weight, bias = torch.full((2, 8), 0.1), torch.zeros(2)
+    chosen = []
+    for noise in (0.0, 5.0):
+        fit = LinearFit(2, CPU)
+        maps, targets = views(15, weight, bias, noise)
+        fit.add(maps, targets, torch.arange(15) % 5 == 4)
+        chosen.append(fit.solve()[2])
+    assert chosen[0] == STRENGTHS[0]
+    assert chosen[1] > 0.1
+
+
+def test_views_taken_in_one_by_one_give_the_same() -> None:
+    weight, bias = torch.randn(2, 8, generator=torch.Generator().manual_seed(5)), torch.ones(2)
+    maps, targets = views(12, weight, bias, noise=1.0)
+    left_out = torch.arange(12) % 4 == 0
+    at_once, apart = LinearFit(2, CPU), LinearFit(2, CPU)
+    at_once.add(maps, targets, left_out)
+    for number in range(12):
+        one = slice(number, number + 1)
+        apart.add([map_[one] for map_ in maps], targets[one], left_out[one])
+    for first, second in zip(at_once.solve(), apart.solve(), strict=True):
+        assert torch.allclose(torch.as_tensor(first), torch.as_tensor(second), atol=1e-6)
+
+
+def test_constant_maps_give_finite_weights() -> None:
+    fit = LinearFit(1, CPU)
+    fit.add([torch.ones(2, 1, 2, 2)] * 4, torch.full((2, 1, 4, 4), 3.0), torch.tensor([False, True]))
+    weight, bias, _ = fit.solve()
+    assert weight.tolist() == [[0.0, 0.0, 0.0, 0.0]]
+    assert bias.tolist() == [2.0]
+
+
+def test_an_adapter_takes_it_over() -> None:
+    """A fresh adapter with the fitted linear part gives the last map plus what the rule adds, enlarged."""
+    adapter = build_adapter(2, 4, AdapterConfig(fusion=FusionConfig(width=8, middle_width=8, fine_width=8))).eval()
+    weight, bias = torch.randn(2, 8, generator=torch.Generator().manual_seed(5)), torch.ones(2)
+    adapter.set_linear(weight, bias)
+    maps, targets = views(3, weight, bias)
+    with torch.inference_mode():
+        prediction = adapter(torch.zeros(3, 3, 28, 42), maps)
+    coarse = torch.nn.functional.avg_pool2d(targets, 4)
+    # Enlarging goes by way of the middle grid for what is added, straight for the last map.
+    added = coarse - maps[-1]
+    expected = sum(
+        torch.nn.functional.interpolate(part, size=size, mode="bilinear")
+        for part, size in (
+            (torch.nn.functional.interpolate(added, size=(4, 6), mode="bilinear"), (8, 12)),
+            (maps[-1], (8, 12)),
+        )
+    )
+    assert torch.allclose(prediction, expected, atol=1e-5)
