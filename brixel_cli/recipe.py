@@ -30,7 +30,7 @@ class FusionConfig(Section):
     width: PositiveInt = 192
     """Channels on the token grid."""
     middle_width: PositiveInt = 128
-    """Channels on the middle grid, twice as fine as the token grid or, with factor 8, four times."""
+    """Channels on the middle grid, half as fine as the output grid."""
     fine_width: PositiveInt = 64
     """Channels on the output grid."""
     blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)] = [4, 2, 1]
@@ -218,8 +218,8 @@ class OptimConfig(Section):
     first_epoch_lr: Rate = 1e-4
     """Rate of the first epoch when `schedule` is `two_step`."""
     linear_views: Annotated[int, Field(ge=0)] = 2048
-    """Before the first step the adapter's linear part is fitted on so many training views, by ridge regression; 0:
-    it is not. Without one, or with `init`, there is nothing to fit."""
+    """Before the first step the adapter's linear part is fitted on so many training views at most, by ridge
+    regression; 0: it is not. Without one, or with `init`, there is nothing to fit."""
     map_noise: Weight = 0.5
     """Gaussian noise on the backbone's maps in training, as a share of their standard deviation: few photographs are
     then harder to learn by heart."""

@@ -201,6 +201,21 @@ def test_widths_and_depths_are_options() -> None:
     assert count_parameters(build_adapter(64, 4, few)) < count_parameters(build_adapter(64, 4, many))
 
 
+def test_a_location_sees_as_much_as_the_recipe_says() -> None:
+    """On the token grid: by itself, its neighbours, or through normalisation the whole map."""
+    images, maps = inputs_for(16, (6, 6), 1)
+    changed = [map_.clone() for map_ in maps]
+    for map_ in changed:
+        map_[..., 0, 0] += 1
+    # Two bilinear steps and the middle grid's 3x3 blur a change over 3 token cells at most.
+    for options, far in ((([1, 3, 1], "location"), False), (([7, 3, 1], "location"), True), (([1, 3, 1], "map"), True)):
+        fusion = FusionConfig(width=16, middle_width=16, fine_width=16, blocks=[2, 1, 1], kernel_sizes=options[0],
+                              norm=options[1])  # fmt: skip
+        adapter = awake(build_adapter(64, 4, AdapterConfig(fusion=fusion)))
+        moved = (adapter(images, changed) - adapter(images, maps)).abs().amax(dim=1)[0]
+        assert bool(moved[-8:, -8:].any()) == far
+
+
 def test_drop_path_drops_whole_samples_in_training_only() -> None:
     adapter = awake(build_adapter(64, 4, config_of("deformable")))
     images, maps = inputs_for(16, (2, 2), 1)

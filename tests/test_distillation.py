@@ -143,12 +143,38 @@ def test_the_linear_part_is_fitted_before_the_first_step(
     assert torch.allclose(tensors_of(tmp_path / "again", "student.safetensors")["linear.weight"], fitted, atol=1e-9)
 
 
+def test_the_linear_fit_draws_views_of_every_size_and_photograph(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six photographs of four views in two sizes: of twelve views drawn, both sizes are there and both parts."""
+    seen: list[tuple[tuple[int, ...], list[bool]]] = []
+    add = LinearFit.add
+
+    def watched(fit: LinearFit, maps, residual, targets, left_out) -> None:
+        seen.append((tuple(targets.shape[-2:]), left_out.tolist()))
+        add(fit, maps, residual, targets, left_out)
+
+    monkeypatch.setattr(LinearFit, "add", watched)
+    recipe = with_changes(tiny_recipe_file, "optim.linear_views=12", "views.kind=fixed", "views.per_image=4",
+                          "views.other_sizes=[64]", "optim.steps=1", "run.validate_every=1")  # fmt: skip
+    distill(recipe, RunFolder(tmp_path / "run"), listener)
+    assert {grid for grid, _ in seen} == {(8, 8), (4, 4)}
+    marks = [mark for _, left_out in seen for mark in left_out]
+    assert len(marks) == 12
+    assert 0 < sum(marks) < 6
+
+
 def test_a_linear_part_that_cannot_be_fitted_starts_at_zero(
     tiny_recipe: Recipe, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LinearFit, "solve", lambda fit: (torch.full((64, 256), math.nan), torch.zeros(64), 0.1))
+    add = LinearFit.add
+
+    def add_infinity(fit: LinearFit, maps, residual, targets, left_out) -> None:
+        add(fit, maps, residual, targets + math.inf, left_out)
+
+    monkeypatch.setattr(LinearFit, "add", add_infinity)
     distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
-    assert listener.warned == ["the linear part could not be fitted: its sums are not finite; it starts at zero"]
+    assert listener.warned == ["the linear part starts at zero: the sums of the linear fit are not finite"]
     assert tensors_of(tmp_path / "run", "student.safetensors")["linear.weight"].isfinite().all()
 
 

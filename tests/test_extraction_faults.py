@@ -52,7 +52,7 @@ def test_another_model_size_or_folder_is_refused_by_name(
     assert "fit: file short, now stretch" in refused(fit="stretch")
     other = Path(shutil.copytree(model[0], tmp_path / "other"))
     state = load_student(other).adapter.state_dict()
-    state["out.bias"] += 1
+    state["out.1.bias"] += 1
     from brixel_cli.core.student import read_adapter
 
     save_student(other / "student.safetensors", state, read_adapter(str(other)).card)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from brixel_cli.core.linear_fit import STRENGTHS, LinearFit
 from brixel_cli.core.student import build_adapter
+from brixel_cli.errors import BrixelError
 from brixel_cli.recipe import AdapterConfig, FusionConfig
 
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ def test_it_finds_the_rule_behind_the_maps() -> None:
     weight, bias = torch.randn(2, 8, generator=torch.Generator().manual_seed(5)), torch.tensor([3.0, -2.0])
     fit = LinearFit(2, CPU)
     maps, targets = views(200, weight, bias)
-    fit.add(maps, targets, torch.arange(200) % 5 == 4)
+    fit.add(maps, maps[-1], targets, torch.arange(200) % 5 == 4)
     found_weight, found_bias, strength = fit.solve()
     assert strength == STRENGTHS[0]  # nothing but the rule: the weakest ridge is best
     # The ridge of 0.001 draws the weights of inputs of variance about 1 to zero by about a thousandth.
@@ -41,7 +42,7 @@ def test_one_input_by_hand() -> None:
     fit = LinearFit(1, CPU)
     last = torch.tensor([[[[1.0, 3.0]]]])
     zeros = torch.zeros_like(last)
-    fit.add([zeros, zeros, zeros, last], torch.tensor([[[[3.0, 9.0]]]]), torch.tensor([False]))
+    fit.add([zeros, zeros, zeros, last], last, torch.tensor([[[[3.0, 9.0]]]]), torch.tensor([False]))
     weight, bias, strength = fit.solve()
     assert strength == STRENGTHS[-1]  # no view was left out to choose by: the strongest
     # Variance of the input 1, of all four on average 1/4; covariance with what is added 2: 2 / (1 + 10 / 4).
@@ -56,7 +57,7 @@ def test_noise_asks_for_a_stronger_ridge() -> None:
     for noise in (0.0, 5.0):
         fit = LinearFit(2, CPU)
         maps, targets = views(15, weight, bias, noise)
-        fit.add(maps, targets, torch.arange(15) % 5 == 4)
+        fit.add(maps, maps[-1], targets, torch.arange(15) % 5 == 4)
         chosen.append(fit.solve()[2])
     assert chosen[0] == STRENGTHS[0]
     assert chosen[1] > 0.1
@@ -67,17 +68,19 @@ def test_views_taken_in_one_by_one_give_the_same() -> None:
     maps, targets = views(12, weight, bias, noise=1.0)
     left_out = torch.arange(12) % 4 == 0
     at_once, apart = LinearFit(2, CPU), LinearFit(2, CPU)
-    at_once.add(maps, targets, left_out)
+    at_once.add(maps, maps[-1], targets, left_out)
     for number in range(12):
         one = slice(number, number + 1)
-        apart.add([map_[one] for map_ in maps], targets[one], left_out[one])
+        apart.add([map_[one] for map_ in maps], maps[-1][one], targets[one], left_out[one])
     for first, second in zip(at_once.solve(), apart.solve(), strict=True):
         assert torch.allclose(torch.as_tensor(first), torch.as_tensor(second), atol=1e-6)
 
 
 def test_constant_maps_give_finite_weights() -> None:
     fit = LinearFit(1, CPU)
-    fit.add([torch.ones(2, 1, 2, 2)] * 4, torch.full((2, 1, 4, 4), 3.0), torch.tensor([False, True]))
+    fit.add(
+        [torch.ones(2, 1, 2, 2)] * 4, torch.ones(2, 1, 2, 2), torch.full((2, 1, 4, 4), 3.0), torch.tensor([False, True])
+    )
     weight, bias, _ = fit.solve()
     assert weight.tolist() == [[0.0, 0.0, 0.0, 0.0]]
     assert bias.tolist() == [2.0]
@@ -102,3 +105,11 @@ def test_an_adapter_takes_it_over() -> None:
         )
     )
     assert torch.allclose(prediction, expected, atol=1e-5)
+
+
+def test_sums_that_are_not_finite_are_named() -> None:
+    fit = LinearFit(1, CPU)
+    maps = [torch.ones(1, 1, 2, 2)] * 4
+    fit.add(maps, maps[-1], torch.full((1, 1, 4, 4), torch.inf), torch.tensor([False]))
+    with pytest.raises(BrixelError, match="the sums of the linear fit are not finite"):
+        fit.solve()

@@ -152,7 +152,7 @@ def test_other_weights_are_refused(root: Path, probed: Path, tmp_path: Path, mod
     images = [str(root / "images/val")]
     other = Path(shutil.copytree(model[0], tmp_path / "other"))
     state = load_student(other).adapter.state_dict()
-    state["out.bias"] += 1
+    state["out.1.bias"] += 1
     save_student(other / "student.safetensors", state, read_adapter(str(other)).card)
     with pytest.raises(
         WeightsError, match=r"The weights of the student are not those that .* Name them with --checkpoint"

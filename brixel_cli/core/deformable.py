@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brixel_cli.core.adapter import Adapter, resize
+from brixel_cli.core.adapter import NORM_EPS, Adapter, ChannelNorm, resize
 from brixel_cli.errors import UsageError
 from brixel_cli.recipe import AdapterConfig
-
-NORM_EPS = 1e-6
 
 
 class DeformableAttention(nn.Module):
@@ -116,16 +114,6 @@ class Extractor(nn.Module):
             keep = torch.rand(len(update), 1, 1, device=update.device) >= self.drop_path
             update = update * keep / (1 - self.drop_path)
         return tokens + update
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, H, W), at each location."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, eps=NORM_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class HeadBlock(nn.Module):

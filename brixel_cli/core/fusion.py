@@ -13,19 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brixel_cli.core.adapter import Adapter, resize
+from brixel_cli.core.adapter import Adapter, ChannelNorm, resize
 from brixel_cli.recipe import AdapterConfig
 
 
-class LocationNorm(nn.LayerNorm):
-    """Layer normalisation of the channels of each location of (B, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 def _norm(kind: str, channels: int) -> nn.Module:
-    return LocationNorm(channels) if kind == "location" else nn.GroupNorm(1, channels)
+    return ChannelNorm(channels) if kind == "location" else nn.GroupNorm(1, channels)
 
 
 class ConvBlock(nn.Module):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brixel_cli.errors import BrixelError
+
 STRENGTHS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """Of the ridge, as a share of the inputs' mean variance."""
 
@@ -29,28 +31,34 @@ class LinearFit:
         )
 
     @torch.no_grad()
-    def add(self, maps: Sequence[Tensor], targets: Tensor, left_out: Tensor) -> None:
+    def add(self, maps: Sequence[Tensor], residual: Tensor, targets: Tensor, left_out: Tensor) -> None:
         """Take in views.
 
         Args:
             maps: four backbone maps (B, D, h, w), the last block's last.
+            residual: what the adapter adds to its learned part, on the token grid: (B, D, h, w).
             targets: the teacher's maps (B, D, H, W).
             left_out: which of the B views are left out of the choice's fit, bool.
         """
-        grid = (maps[-1].shape[-2], maps[-1].shape[-1])
+        grid = (residual.shape[-2], residual.shape[-1])
         inputs = torch.cat([*(map_.float() for map_ in maps), torch.ones_like(maps[0][:, :1]).float()], dim=1)
-        outputs = F.adaptive_avg_pool2d(targets.float(), grid) - maps[-1].float()
+        outputs = F.adaptive_avg_pool2d(targets.float(), grid) - residual.float()
         for part in (False, True):
             chosen = left_out.to(inputs.device) == part
             x, y = (t[chosen].permute(0, 2, 3, 1).flatten(0, 2) for t in (inputs, outputs))
             for total, right in zip(self.sums, (x, y), strict=True):
-                total[int(part)] += (x.T @ right).to(total)
+                total[int(part)] += (x.T @ right).to(total.device).to(total.dtype)  # device first: MPS has no float64
 
     def solve(self) -> tuple[Tensor, Tensor, float]:
         """Weight (D, 4 D), bias (D) and the ridge's strength, chosen by the squared error on the views left out.
 
         The weights are those of all views; with none left out the strongest ridge is taken.
+
+        Raises:
+            BrixelError: the sums are not finite.
         """
+        if not all(total.isfinite().all() for total in self.sums):
+            raise BrixelError("the sums of the linear fit are not finite")
         (fitted, held), (fitted_out, held_out) = (tuple(total.cpu()) for total in self.sums)
 
         def error(strength: float) -> float:

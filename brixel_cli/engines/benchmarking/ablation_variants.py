@@ -62,6 +62,14 @@ def _fusion(width: int, middle_width: int, fine_width: int, *blocks: int) -> dic
     return {"adapter.kind": "fusion"} | {f"adapter.fusion.{key}": value for key, value in sizes.items()}
 
 
+def _context(kernel_size: int, norm: str = "location") -> dict[str, Any]:
+    return {"adapter.kind": "fusion", "adapter.fusion.kernel_sizes": [kernel_size, 3, 3], "adapter.fusion.norm": norm}
+
+
+def _linear(there: bool) -> dict[str, Any]:
+    return {"adapter.kind": "fusion", "adapter.fusion.linear": there}
+
+
 RELEASED_LOSS = {
     "loss.l1.weight": 1.0, "loss.l1.form": "raw",
     "loss.edge.weight": 1.0, "loss.edge.form": "raw", "loss.edge.basis": "batch",
@@ -101,16 +109,16 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "recipe": {},
     },
     "context": {
-        "location": {},
-        "neighbours": {"adapter.fusion.kernel_sizes": [3, 3, 3]},
-        "wide": {"adapter.fusion.kernel_sizes": [5, 5, 3]},
-        "map-norm": {"adapter.fusion.norm": "map"},
-        "neighbours+map-norm": {"adapter.fusion.kernel_sizes": [3, 3, 3], "adapter.fusion.norm": "map"},
+        "location": _context(1),
+        "neighbours": _context(3),
+        "wide": _context(5),
+        "map-norm": _context(1, "map"),
+        "neighbours+map-norm": _context(3, "map"),
     },
     "linear": {
-        "fitted": {},
-        "learnt": {"optim.linear_views": 0},
-        "none": {"adapter.fusion.linear": False},
+        "fitted": _linear(True),
+        "learnt": _linear(True) | {"optim.linear_views": 0},
+        "none": _linear(False),
     },
     "views": {
         "crops": {"views.jitter": [0.0, 0.0, 0.0, 0.0], "views.grayscale": 0.0, "views.perspective": 0.0},

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from brixel_cli.core.backbone import Backbone, load_backbone
@@ -16,7 +17,7 @@ from brixel_cli.core.linear_fit import LinearFit
 from brixel_cli.core.losses import Basis, fit_basis
 from brixel_cli.core.student import StudentCard, save_student
 from brixel_cli.data.images import Skipped, describe_skipped
-from brixel_cli.data.views import Views
+from brixel_cli.data.views import Views, seed_of
 from brixel_cli.engines.distilling.batches import Batches, OnlineBatches, batch_keys
 from brixel_cli.engines.distilling.cache import open_cache
 from brixel_cli.engines.distilling.run_folder import RunFolder
@@ -39,7 +40,9 @@ from brixel_cli.recipe_files import dump_recipe
 MOST_REFUSED = 3
 BASIS_VIEWS = 16
 LEFT_OUT = 5
-"""Every fifth photograph serves to choose the ridge."""
+"""Every fifth photograph serves to choose the ridge; of fewer, one."""
+LINEAR = 2
+"""Tells the seed of the linear fit's views from others."""
 
 
 @dataclass(frozen=True)
@@ -192,34 +195,46 @@ def _fit_fixed_basis(trainer: Trainer, training: Batches, views: Views) -> None:
 
 
 def _fit_linear_part(trainer: Trainer, training: Batches, views: Views, reporter: Reporter) -> None:
-    """Fit the adapter's linear part on views spread over the training set, a fifth of its photographs left out."""
+    """Fit the adapter's linear part on views drawn from the training set, some of their photographs left out."""
     optim, runtime, linear = trainer.recipe.optim, trainer.runtime, trainer.adapter.linear
     if linear is None or not optim.linear_views:
         return
-    spread = range(0, len(views), max(math.ceil(len(views) / optim.linear_views), 1))
+    numbers = linear_fit_views(views, optim.linear_views)
+    photographs = sorted({number // views.config.per_image for number in numbers})
+    left_out = set(photographs[1 :: min(LEFT_OUT, max(len(photographs), 2))])
     of_size: dict[int, list[int]] = {}
-    for number in spread:
+    for number in numbers:
         of_size.setdefault(views.size_number(0, number), []).append(number)
     at_once = optim.images_per_pass(runtime.world_size)
-    chunks = [
-        numbers[at : at + at_once] for _, numbers in sorted(of_size.items()) for at in range(0, len(numbers), at_once)
-    ]
+    chunks = [same[at : at + at_once] for _, same in sorted(of_size.items()) for at in range(0, len(same), at_once)]
     mine = chunks[runtime.rank :: runtime.world_size]
     fit = LinearFit(linear.out_channels, runtime.device)
-    with reporter.bar("linear fit", len(spread), 0, "view") as bar:
+    with reporter.bar("linear fit", len(numbers), 0, "view") as bar:
         batches = training.iterate([[(0, number) for number in chunk] for chunk in mine])
         for chunk, batch in zip(mine, batches, strict=True):
-            photographs = torch.tensor([number // views.config.per_image for number in chunk])
-            fit.add(batch.maps, batch.targets, left_out=photographs % LEFT_OUT == LEFT_OUT - 1)
+            # What stands in for a damaged photograph has its own turn.
+            good = [place for place, replaced in enumerate(batch.replaced) if not replaced]
+            maps = [map_[good] for map_ in batch.maps]
+            residual = trainer.adapter.residual(maps[-1], (maps[-1].shape[-2], maps[-1].shape[-1]))
+            held = torch.tensor([chunk[place] // views.config.per_image in left_out for place in good])
+            fit.add(maps, residual, batch.targets[good], held)
             bar.update(len(chunk) * runtime.world_size)
     fit.sums = (runtime.mean(fit.sums[0]), runtime.mean(fit.sums[1]))
-    weight, bias, strength = fit.solve()
-    if not (weight.isfinite().all() and bias.isfinite().all()):
-        reporter.warn("the linear part could not be fitted: its sums are not finite; it starts at zero")
+    try:
+        weight, bias, strength = fit.solve()
+    except BrixelError as error:
+        reporter.warn(f"the linear part starts at zero: {error}")
         return
+    weight, bias = (runtime.from_first(tensor.to(runtime.device)) for tensor in (weight, bias))
     for adapter in (trainer.adapter, trainer.deployed):
-        adapter.set_linear(runtime.from_first(weight.to(runtime.device)), runtime.from_first(bias.to(runtime.device)))
-    reporter.say(f"linear part fitted on {len(spread)} views, ridge {strength:g} of the mean variance")
+        adapter.set_linear(weight, bias)
+    reporter.say(f"linear part fitted on {len(numbers)} views, ridge {strength:g} of the mean variance")
+
+
+def linear_fit_views(views: Views, most: int) -> list[int]:
+    """Which views the linear part is fitted on: all, or `most` of them at random, the same for the same seed."""
+    drawn = np.random.default_rng(seed_of(views.seed, LINEAR)).permutation(len(views))[:most]
+    return sorted(int(number) for number in drawn)
 
 
 def _skipped(damaged: dict[str, str]) -> list[Skipped]:
