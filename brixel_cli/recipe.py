@@ -287,6 +287,12 @@ class Recipe(Section):
         return self
 
     @property
+    def fits_linear_part(self) -> bool:
+        """Whether the adapter's linear part is fitted before the first step."""
+        linear = self.adapter.kind == "fusion" and self.adapter.fusion.linear
+        return linear and self.optim.linear_views > 0 and self.init is None
+
+    @property
     def student_hw(self) -> tuple[int, int]:
         """Student input (height, width) in pixels, of `views.teacher_size`."""
         height, width = self.views.teacher_hw

@@ -113,3 +113,8 @@ def test_sums_that_are_not_finite_are_named() -> None:
     fit.add(maps, maps[-1], torch.full((1, 1, 4, 4), torch.inf), torch.tensor([False]))
     with pytest.raises(BrixelError, match="the sums of the linear fit are not finite"):
         fit.solve()
+
+
+def test_the_memory_of_the_sums_is_known_before() -> None:
+    fit = LinearFit(6, CPU)
+    assert sum(total.numel() * total.element_size() for total in fit.sums) == LinearFit.num_bytes(6)

@@ -30,6 +30,11 @@ class LinearFit:
             torch.zeros(2, size, embed_dim, dtype=torch.float64, device=place),
         )
 
+    @staticmethod
+    def num_bytes(embed_dim: int) -> int:
+        """Memory of the sums."""
+        return 8 * 2 * (4 * embed_dim + 1) * (5 * embed_dim + 1)
+
     @torch.no_grad()
     def add(self, maps: Sequence[Tensor], residual: Tensor, targets: Tensor, left_out: Tensor) -> None:
         """Take in views.

@@ -125,7 +125,7 @@ def distill(
     runtime.wait()
 
     _fit_fixed_basis(trainer, training, training_views)
-    if not stored and recipe.init is None:
+    if recipe.fits_linear_part and not stored:
         _fit_linear_part(trainer, training, training_views, reporter)
     total = num_steps(recipe.optim, len(training_views))
     writer = _tensorboard(recipe, folder, runtime, trainer.step)
@@ -197,8 +197,7 @@ def _fit_fixed_basis(trainer: Trainer, training: Batches, views: Views) -> None:
 def _fit_linear_part(trainer: Trainer, training: Batches, views: Views, reporter: Reporter) -> None:
     """Fit the adapter's linear part on views drawn from the training set, some of their photographs left out."""
     optim, runtime, linear = trainer.recipe.optim, trainer.runtime, trainer.adapter.linear
-    if linear is None or not optim.linear_views:
-        return
+    assert linear is not None
     numbers = linear_fit_views(views, optim.linear_views)
     photographs = sorted({number // views.config.per_image for number in numbers})
     left_out = set(photographs[1 :: min(LEFT_OUT, max(len(photographs), 2))])

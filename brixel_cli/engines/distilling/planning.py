@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from brixel_cli.core.backbone import load_backbone
+from brixel_cli.core.linear_fit import LinearFit
 from brixel_cli.data.features import bytes_needed
 from brixel_cli.engines.distilling.cache import CACHE_BATCH, CacheLayout
 from brixel_cli.engines.distilling.setup import Photographs, find_photographs, resolve_paths
@@ -43,7 +44,7 @@ class Plan:
         how_timed: how the times were obtained.
         num_steps: updates in the run, or None where they depend on photographs that are not there.
         num_views: training views in an epoch, or None.
-        total_seconds: of the whole run, caching included, without validations; None where a part is unknown.
+        total_seconds: of the whole run with caching and the linear fit, without validations; None where unknown.
         disk_bytes: of checkpoints, and of the cache where the number of views is known.
         cache_bytes_per_view: of the cache, the mean over the sizes; 0 without one.
     """
@@ -92,7 +93,8 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
     cached = recipe.cache.enabled
     device_bytes = _device_memory(runtime)
     teacher_at_once = min(CACHE_BATCH, per_pass) if cached else per_pass
-    working = max(counts.adapter.peak_bytes, counts.teacher.peak_bytes * teacher_at_once)
+    fit_bytes = LinearFit.num_bytes(counts.embed_dim) if recipe.fits_linear_part else 0
+    working = max(counts.adapter.peak_bytes, counts.teacher.peak_bytes * teacher_at_once + fit_bytes)
     memory_bytes = counts.frozen_bytes + counts.state_bytes + counts.batch_bytes + working
 
     times, how = _time(recipe, runtime, counts, memory_bytes, device_bytes, reporter)
@@ -104,7 +106,8 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
     steps = recipe.optim.steps or (num_steps(recipe.optim, num_views) if num_views else None)
     total = None
     if times and steps:
-        total = times[0] * steps + times[1] * num_cached
+        num_fitted = min(recipe.optim.linear_views, num_views or 0) if recipe.fits_linear_part and not cached else 0
+        total = times[0] * steps + times[1] * (num_cached + num_fitted)
     per_view = (counts.teacher.flop + counts.backbone.flop) / 1e9
     per_step = {"adapter, forward and backward": counts.adapter.flop * passes / 1e9}
     if not cached:
