@@ -83,6 +83,14 @@ def test_a_runs_own_figures_stand_in_the_page(tiny_recipe: Recipe, tmp_path: Pat
     assert (tmp_path / "docs" / "results" / "training_maps.jpg").is_file()
 
 
+def test_photographs_can_stay_out(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:
+    distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    text = write(tmp_path, "--distill", tmp_path / "run", "--no-photographs")
+    assert not list((tmp_path / "docs").rglob("*.jpg"))
+    assert "results/training.svg" in text
+    assert "results/training_maps.jpg" in write(tmp_path, "--distill", tmp_path / "run")
+
+
 def test_a_run_that_has_not_ended_is_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:
     RunFolder(tmp_path / "run").begin(tiny_recipe)
     with pytest.raises(BrixelError, match=r"run/results\.json is missing: give --distill a run that has reached its"):

@@ -2,7 +2,8 @@
 
     python tests/measure/results_page.py --distill RUN --benchmark DIR --sizes DIR --probes DIR DIR --ablations DIR
 
-An input that is not given leaves its section out. Pictures go to results/ beside the page. Remarks are kept by hand in
+An input that is not given leaves its section out, --no-photographs all pictures of photographs, which not everybody may
+pass on. Pictures go to results/ beside the page. Remarks are kept by hand in
 results/notes.md: what stands there under `## Probes` stands in the page below the tables of that section.
 """
 
@@ -61,17 +62,18 @@ def write_page(given: argparse.Namespace) -> list[Path]:
     """Write the page and its pictures; returns the files."""
     figures = given.output.parent / "results"
     figures.mkdir(parents=True, exist_ok=True)
+    photos = None if given.no_photographs else figures
     run = RunFolder(given.distill) if given.distill else None
     if run and (unknown := missing_keys(str(run.recipe))):
         raise BrixelError(f"{run.recipe} is of another version of brixel: it lacks {', '.join(unknown)}.")
     recipe = load_recipe(str(run.recipe)) if run else None
     measured = read_results(given.benchmark) if given.benchmark else None
     found: list[list[Block]] = [
-        training(run, recipe, figures) if run and recipe else [],
+        training(run, recipe, photos) if run and recipe else [],
         cost(measured) if measured else [],
         fidelity(measured) if measured else [],
         generalisation(read_results(given.sizes), recipe) if given.sizes else [],
-        probes(given.probes, figures) if given.probes else [],
+        probes(given.probes, photos) if given.probes else [],
         ablations(read_ablations(given.ablations)) if given.ablations else [],
     ]
     sections = [Section(title, blocks) for title, blocks in zip(SECTIONS, found, strict=True) if blocks]
@@ -92,6 +94,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=Path, help="output of brixel benchmark --sizes")
     parser.add_argument("--probes", type=Path, nargs="+", default=[], help="outputs of brixel probe")
     parser.add_argument("--ablations", type=Path, help="output of brixel benchmark --ablate")
+    parser.add_argument("--no-photographs", action="store_true", help="charts only")
     parser.add_argument("--output", type=Path, default=Path("docs/RESULTS.md"))
     return parser.parse_args(arguments)
 

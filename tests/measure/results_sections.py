@@ -70,9 +70,9 @@ def title_of(model: Model, size: tuple[int, int] | None = None) -> str:
     return f"{model.name}{weights}{where}: {model.backbone}, adapter {model.adapter}"
 
 
-def picture(source: Path, name: str, caption: str, folder: Path) -> list[Photo]:
-    """A copy of a picture for the page, as a JPEG that is neither wide nor large; none where there is no picture."""
-    if not source.is_file():
+def picture(source: Path, name: str, caption: str, folder: Path | None) -> list[Photo]:
+    """A copy of a picture for the page, as a JPEG that is neither wide nor large; none where there is no picture or no folder."""
+    if folder is None or not source.is_file():
         return []
     with Image.open(source) as opened:
         image = opened.convert("RGB")
@@ -90,7 +90,7 @@ def picture(source: Path, name: str, caption: str, folder: Path) -> list[Photo]:
 # Sections
 
 
-def training(folder: RunFolder, recipe: Recipe, figures: Path) -> list[Block]:
+def training(folder: RunFolder, recipe: Recipe, figures: Path | None) -> list[Block]:
     """How the student was trained, and what its held-out photographs say of it; figures: the folder of pictures."""
     if not folder.results.is_file():
         raise BrixelError(f"{folder.results} is missing: give --distill a run that has reached its end.")
@@ -204,7 +204,7 @@ def probe_rows(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def probes(folders: Sequence[Path], figures: Path) -> list[Block]:
+def probes(folders: Sequence[Path], figures: Path | None) -> list[Block]:
     """What the maps are worth on labelled sets, all in one table; figures: the folder of pictures."""
     commands, rows, photos, students = list[str](), list[list[str]](), list[Photo](), list[str]()
     for folder in map(ProbeFolder, folders):
