@@ -14,7 +14,6 @@ import torch
 from conftest import Listener, with_changes
 from PIL import Image
 
-from brixel_cli.core.linear_fit import LinearFit
 from brixel_cli.core.student import load_student
 from brixel_cli.core.weights import load_tensors
 from brixel_cli.engines.distilling.batches import batch_keys
@@ -120,62 +119,6 @@ def test_training_with_noise_repeats_and_is_another_training(
     assert_same_run(tmp_path / "one", tmp_path / "two")
     key = "out.1.weight"
     assert not torch.equal(*(tensors_of(tmp_path / name, "student.safetensors")[key] for name in ("without", "one")))
-
-
-def test_the_linear_part_is_fitted_before_the_first_step(
-    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
-) -> None:
-    still = ("optim.steps=1", "optim.lr=1e-12", "optim.average=0.0", "optim.weight_decay=0.0", "run.validate_every=1")
-    results = {}
-    for name, views in (("fitted", 2048), ("two", 2), ("zero", 0)):
-        recipe = with_changes(tiny_recipe_file, *still, f"optim.linear_views={views}")
-        results[name] = distill(recipe, RunFolder(tmp_path / name), listener).results["best"]
-    said = [line for line in listener.said if line.startswith("linear part fitted")]
-    assert [line.split(",")[0] for line in said] == ["linear part fitted on 6 views", "linear part fitted on 2 views"]
-    fitted, zero = (tensors_of(tmp_path / name, "student.safetensors")["linear.weight"] for name in ("fitted", "zero"))
-    assert fitted.abs().max() > 1e-4
-    assert zero.abs().max() < 1e-10
-    assert results["fitted"]["student"]["cosine"] > results["fitted"]["backbone"]["cosine"] + 0.01
-    assert results["zero"]["student"]["cosine"] == pytest.approx(results["zero"]["backbone"]["cosine"], abs=1e-4)
-    # A student to begin with keeps its own.
-    again = with_changes(tiny_recipe_file, *still, f"init={tmp_path / 'fitted'}", "seed=5", "backbone.weights=random")
-    distill(again, RunFolder(tmp_path / "again"), listener)
-    assert torch.allclose(tensors_of(tmp_path / "again", "student.safetensors")["linear.weight"], fitted, atol=1e-9)
-
-
-def test_the_linear_fit_draws_views_of_every_size_and_photograph(
-    tiny_recipe_file: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Six photographs of four views in two sizes: of twelve views drawn, both sizes are there and both parts."""
-    seen: list[tuple[tuple[int, ...], list[bool]]] = []
-    add = LinearFit.add
-
-    def watched(fit: LinearFit, maps, residual, targets, left_out) -> None:
-        seen.append((tuple(targets.shape[-2:]), left_out.tolist()))
-        add(fit, maps, residual, targets, left_out)
-
-    monkeypatch.setattr(LinearFit, "add", watched)
-    recipe = with_changes(tiny_recipe_file, "optim.linear_views=12", "views.kind=fixed", "views.per_image=4",
-                          "views.other_sizes=[64]", "optim.steps=1", "run.validate_every=1")  # fmt: skip
-    distill(recipe, RunFolder(tmp_path / "run"), listener)
-    assert {grid for grid, _ in seen} == {(8, 8), (4, 4)}
-    marks = [mark for _, left_out in seen for mark in left_out]
-    assert len(marks) == 12
-    assert 0 < sum(marks) < 6
-
-
-def test_a_linear_part_that_cannot_be_fitted_starts_at_zero(
-    tiny_recipe: Recipe, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add = LinearFit.add
-
-    def add_infinity(fit: LinearFit, maps, residual, targets, left_out) -> None:
-        add(fit, maps, residual, targets + math.inf, left_out)
-
-    monkeypatch.setattr(LinearFit, "add", add_infinity)
-    distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
-    assert listener.warned == ["the linear part starts at zero: the sums of the linear fit are not finite"]
-    assert tensors_of(tmp_path / "run", "student.safetensors")["linear.weight"].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["fusion", "deformable"])

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import Listener, with_changes
 from torch import Tensor
 
 from brixel_cli.core.linear_fit import STRENGTHS, LinearFit
 from brixel_cli.core.student import build_adapter
+from brixel_cli.core.weights import load_tensors
+from brixel_cli.engines.distilling.distillation import distill
+from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError
-from brixel_cli.recipe import AdapterConfig, FusionConfig
+from brixel_cli.recipe import AdapterConfig, FusionConfig, Recipe
 
 CPU = torch.device("cpu")
 
@@ -118,3 +125,66 @@ def test_sums_that_are_not_finite_are_named() -> None:
 def test_the_memory_of_the_sums_is_known_before() -> None:
     fit = LinearFit(6, CPU)
     assert sum(total.numel() * total.element_size() for total in fit.sums) == LinearFit.num_bytes(6)
+
+
+# In a run
+
+
+def linear_weight(folder: Path) -> Tensor:
+    return load_tensors(folder / "student.safetensors")[0]["linear.weight"]
+
+
+def test_the_linear_part_is_fitted_before_the_first_step(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    still = ("optim.steps=1", "optim.lr=1e-12", "optim.average=0.0", "optim.weight_decay=0.0", "run.validate_every=1")
+    results = {}
+    for name, views in (("fitted", 2048), ("two", 2), ("zero", 0)):
+        recipe = with_changes(tiny_recipe_file, *still, f"optim.linear_views={views}")
+        results[name] = distill(recipe, RunFolder(tmp_path / name), listener).results["best"]
+    said = [line for line in listener.said if line.startswith("linear part fitted")]
+    assert [line.split(",")[0] for line in said] == ["linear part fitted on 6 views", "linear part fitted on 2 views"]
+    fitted, zero = (linear_weight(tmp_path / name) for name in ("fitted", "zero"))
+    assert fitted.abs().max() > 1e-4
+    assert zero.abs().max() < 1e-10
+    assert results["fitted"]["student"]["cosine"] > results["fitted"]["backbone"]["cosine"] + 0.01
+    assert results["zero"]["student"]["cosine"] == pytest.approx(results["zero"]["backbone"]["cosine"], abs=1e-4)
+    # A student to begin with keeps its own.
+    again = with_changes(tiny_recipe_file, *still, f"init={tmp_path / 'fitted'}", "seed=5", "backbone.weights=random")
+    distill(again, RunFolder(tmp_path / "again"), listener)
+    assert torch.allclose(linear_weight(tmp_path / "again"), fitted, atol=1e-9)
+
+
+def test_the_linear_fit_draws_views_of_every_size_and_photograph(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six photographs of four views in two sizes: of twelve views drawn, both sizes are there and both parts."""
+    seen: list[tuple[tuple[int, ...], list[bool]]] = []
+    add = LinearFit.add
+
+    def watched(fit: LinearFit, maps, residual, targets, left_out) -> None:
+        seen.append((tuple(targets.shape[-2:]), left_out.tolist()))
+        add(fit, maps, residual, targets, left_out)
+
+    monkeypatch.setattr(LinearFit, "add", watched)
+    recipe = with_changes(tiny_recipe_file, "optim.linear_views=12", "views.kind=fixed", "views.per_image=4",
+                          "views.other_sizes=[64]", "optim.steps=1", "run.validate_every=1")  # fmt: skip
+    distill(recipe, RunFolder(tmp_path / "run"), listener)
+    assert {grid for grid, _ in seen} == {(8, 8), (4, 4)}
+    marks = [mark for _, left_out in seen for mark in left_out]
+    assert len(marks) == 12
+    assert 0 < sum(marks) < 6
+
+
+def test_a_linear_part_that_cannot_be_fitted_starts_at_zero(
+    tiny_recipe: Recipe, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = LinearFit.add
+
+    def add_infinity(fit: LinearFit, maps, residual, targets, left_out) -> None:
+        add(fit, maps, residual, targets + math.inf, left_out)
+
+    monkeypatch.setattr(LinearFit, "add", add_infinity)
+    distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    assert listener.warned == ["the linear part starts at zero: the sums of the linear fit are not finite"]
+    assert linear_weight(tmp_path / "run").isfinite().all()
