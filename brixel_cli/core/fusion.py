@@ -48,12 +48,12 @@ def _gelu(x: Tensor) -> Tensor:
     return activated
 
 
-def _zero_output(channels: int, norm: str, embed_dim: int) -> nn.Sequential:
-    """Norm and 1x1 to the map's channels, zero at first."""
-    project = nn.Conv2d(channels, embed_dim, 1)
-    nn.init.zeros_(project.weight)
-    nn.init.zeros_(project.bias)  # type: ignore[arg-type]
-    return nn.Sequential(_norm(norm, channels), project)
+def _zero_conv(channels: int, out_channels: int) -> nn.Conv2d:
+    """1x1, zero at first."""
+    conv = nn.Conv2d(channels, out_channels, 1)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv
 
 
 class FusionAdapter(Adapter):
@@ -89,12 +89,10 @@ class FusionAdapter(Adapter):
         self.to_fine = nn.Conv2d(middle_width, fine_width, 1)
         self.fine = blocks(2)
         self.coarse_out, self.middle_out, self.out = (
-            _zero_output(channels, fusion.norm, embed_dim) for channels in fusion.widths
+            nn.Sequential(_norm(fusion.norm, channels), _zero_conv(channels, embed_dim)) for channels in fusion.widths
         )
         if fusion.linear:
-            self.linear = nn.Conv2d(4 * embed_dim, embed_dim, 1)
-            nn.init.zeros_(self.linear.weight)
-            nn.init.zeros_(self.linear.bias)  # type: ignore[arg-type]
+            self.linear = _zero_conv(4 * embed_dim, embed_dim)
 
     def difference(
         self, images: Tensor, maps: Sequence[Tensor], middle: tuple[int, int], fine: tuple[int, int]

@@ -71,7 +71,7 @@ def title_of(model: Model, size: tuple[int, int] | None = None) -> str:
 
 
 def picture(source: Path, name: str, caption: str, folder: Path | None) -> list[Photo]:
-    """A copy of a picture for the page, as a JPEG that is neither wide nor large; none where there is no picture or no folder."""
+    """A copy of a picture for the page, as a JPEG that is neither wide nor large; none where either is missing."""
     if folder is None or not source.is_file():
         return []
     with Image.open(source) as opened:

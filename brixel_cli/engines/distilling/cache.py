@@ -18,7 +18,7 @@ from brixel_cli.core.backbone import Backbone
 from brixel_cli.data.features import Column, Store, bytes_needed, create_store
 from brixel_cli.data.images import Skipped, load_image
 from brixel_cli.data.views import Views
-from brixel_cli.engines.distilling.batches import Batch, Key, OnlineBatches
+from brixel_cli.engines.distilling.batches import Batch, Key, OnlineBatches, of_one_size
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
@@ -166,7 +166,7 @@ def open_cache(
         for views, first_row in zip(parts, starts, strict=True):
             rows = [row for row in range(first_row, first_row + len(views)) if row in missing]
             at_once = min(CACHE_BATCH, recipe.optim.images_per_pass(runtime.world_size))
-            chunks = _chunks(rows[runtime.rank :: runtime.world_size], layout, at_once)
+            chunks = of_one_size(rows[runtime.rank :: runtime.world_size], lambda row: layout.sizes[row], at_once)
             numbers = {photograph.name: number for number, photograph in enumerate(views.photographs)}
             online = OnlineBatches(views, backbone, runtime, recipe.run.workers)
             batches = online.iterate([(0, row - first_row) for row in chunk] for chunk in chunks)
@@ -179,14 +179,6 @@ def open_cache(
                 bar.update(len(chunk) * runtime.world_size)
     runtime.wait()
     return [CachedBatches(store, layout, views, row, runtime.device) for views, row in zip(parts, starts, strict=True)]
-
-
-def _chunks(rows: Sequence[int], layout: CacheLayout, at_once: int) -> list[list[int]]:
-    """Rows in batches of one size."""
-    of_size: dict[tuple[int, int], list[int]] = {}
-    for row in rows:
-        of_size.setdefault(layout.sizes[row], []).append(row)
-    return [same[at : at + at_once] for same in of_size.values() for at in range(0, len(same), at_once)]
 
 
 def _damage(path: Path) -> str:

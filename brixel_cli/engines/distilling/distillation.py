@@ -18,7 +18,7 @@ from brixel_cli.core.losses import Basis, fit_basis
 from brixel_cli.core.student import StudentCard, save_student
 from brixel_cli.data.images import Skipped, describe_skipped
 from brixel_cli.data.views import Views, seed_of
-from brixel_cli.engines.distilling.batches import Batches, OnlineBatches, batch_keys
+from brixel_cli.engines.distilling.batches import Batches, OnlineBatches, batch_keys, of_one_size
 from brixel_cli.engines.distilling.cache import open_cache
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.distilling.setup import (
@@ -198,14 +198,11 @@ def _fit_linear_part(trainer: Trainer, training: Batches, views: Views, reporter
     """Fit the adapter's linear part on views drawn from the training set, some of their photographs left out."""
     optim, runtime, linear = trainer.recipe.optim, trainer.runtime, trainer.adapter.linear
     assert linear is not None
-    numbers = linear_fit_views(views, optim.linear_views)
+    numbers = _linear_fit_views(views, optim.linear_views)
     photographs = sorted({number // views.config.per_image for number in numbers})
     left_out = set(photographs[1 :: min(LEFT_OUT, max(len(photographs), 2))])
-    of_size: dict[int, list[int]] = {}
-    for number in numbers:
-        of_size.setdefault(views.size_number(0, number), []).append(number)
     at_once = optim.images_per_pass(runtime.world_size)
-    chunks = [same[at : at + at_once] for _, same in sorted(of_size.items()) for at in range(0, len(same), at_once)]
+    chunks = of_one_size(numbers, lambda number: views.size_number(0, number), at_once)
     mine = chunks[runtime.rank :: runtime.world_size]
     fit = LinearFit(linear.out_channels, runtime.device)
     with reporter.bar("linear fit", len(numbers), 0, "view") as bar:
@@ -230,7 +227,7 @@ def _fit_linear_part(trainer: Trainer, training: Batches, views: Views, reporter
     reporter.say(f"linear part fitted on {len(numbers)} views, ridge {strength:g} of the mean variance")
 
 
-def linear_fit_views(views: Views, most: int) -> list[int]:
+def _linear_fit_views(views: Views, most: int) -> list[int]:
     """Which views the linear part is fitted on: all, or `most` of them at random, the same for the same seed."""
     drawn = np.random.default_rng(seed_of(views.seed, LINEAR)).permutation(len(views))[:most]
     return sorted(int(number) for number in drawn)
