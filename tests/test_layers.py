@@ -27,7 +27,7 @@ BELOW = {
     "formatting": set(),
     "examples": set(),
     "probe_figures": set(),
-    "core": {"recipe", "recipe_files", "extract_options", "errors"},
+    "core": {"recipe", "probe_recipe", "recipe_files", "extract_options", "errors"},
     "data": {"recipe", "probe_recipe", "recipe_files", "extract_options", "formatting", "errors"},
     "engines": {
         "core",

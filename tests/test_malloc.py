@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 FAULTS = """
 import resource, sys
@@ -13,7 +14,7 @@ import torch
 from brixel_cli.engines import malloc
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
-    malloc.keep_freed()
+    malloc.keep_freed(torch.device("cpu"))
 def step():
     for _ in range(20):
         torch.ones(12_000_000)  # 48 MB: beyond what glibc keeps of itself
@@ -37,7 +38,7 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     from brixel_cli.engines import malloc
 
     monkeypatch.setattr("ctypes.CDLL", lambda _: object())
-    malloc.keep_freed()
+    malloc.keep_freed(torch.device("cpu"))
     malloc.give_back()
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr("ctypes.CDLL", lambda _: pytest.fail("asked for glibc"))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = 255
+from brixel_cli.probe_recipe import IGNORE
+
 EPSILON = 1e-3
 """Added to depths in metres before the logarithm, as in DINOv2's depth code."""
 GRADIENT_STRIDES = (1, 2, 4, 6)

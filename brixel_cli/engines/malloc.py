@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
 LARGEST_INT = 2**31 - 1
@@ -21,13 +23,14 @@ def share_pools() -> None:
     _call("mallopt", M_ARENA_MAX, 2)
 
 
-def keep_freed() -> None:
-    """Keep freed memory for the next step of a training, whose tensors have the same sizes.
+def keep_freed(device: torch.device) -> None:
+    """Keep freed memory for the next step of a training on a CPU, whose tensors have the same sizes.
 
     Otherwise each large tensor is mapped from the system anew, page by page, and returned when it is freed.
     """
-    _call("mallopt", M_MMAP_MAX, 0)
-    _call("mallopt", M_TRIM_THRESHOLD, LARGEST_INT)
+    if device.type == "cpu":
+        _call("mallopt", M_MMAP_MAX, 0)
+        _call("mallopt", M_TRIM_THRESHOLD, LARGEST_INT)
 
 
 def map_every_tensor() -> None:

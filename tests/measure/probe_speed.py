@@ -93,8 +93,8 @@ def main() -> None:
         output=given.output, features=None, sources=given.source, checkpoints=[given.checkpoint], backbone=None,
         backbone_weights=given.backbone_weights, seeds=1, device="auto", precision="auto", overwrite=False,
     )  # fmt: skip
-    malloc.keep_freed()  # as a probe does
     runtime = Runtime(RunConfig(device=options.device, precision=options.precision))
+    malloc.keep_freed(runtime.device)  # as a probe does
     plan = plan_only(options, Progress())
     prepare(plan, runtime, Progress())
     result = {}

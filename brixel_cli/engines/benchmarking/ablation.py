@@ -70,8 +70,7 @@ def ablate(options: AblationOptions, reporter: Reporter, probe: ProbeOptions | N
     planned = plan_ablation(options)
     recipes = [item.recipe for item in planned]
     runtime = Runtime(recipes[0].run)
-    if runtime.device.type == "cpu":
-        malloc.keep_freed()  # trainings do, and images are timed alike whether one came before or not
+    malloc.keep_freed(runtime.device)  # trainings do, and images are timed alike whether one came before or not
     photographs = _find_photographs(recipes)
     times = UpdateTimes(folder / RUNS / "update_seconds.json", runtime).measure(recipes, reporter)
     inference = measure_inference(recipes, runtime, reporter)

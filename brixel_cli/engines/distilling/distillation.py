@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.files import save_picture, write_text
-from brixel_cli.core.linear_fit import LinearFit
-from brixel_cli.core.losses import Basis, fit_basis
 from brixel_cli.core.student import StudentCard, save_student
 from brixel_cli.data.images import Skipped, describe_skipped
-from brixel_cli.data.views import Views, seed_of
-from brixel_cli.engines.distilling.batches import Batches, OnlineBatches, batch_keys, of_one_size
+from brixel_cli.engines.distilling.batches import Batches, OnlineBatches, batch_keys
 from brixel_cli.engines.distilling.cache import open_cache
+from brixel_cli.engines.distilling.initial_fits import fit_edge_basis, fit_linear_part
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.distilling.setup import (
     check_view_sizes,
@@ -38,11 +35,6 @@ from brixel_cli.recipe import Recipe
 from brixel_cli.recipe_files import dump_recipe
 
 MOST_REFUSED = 3
-BASIS_VIEWS = 16
-LEFT_OUT = 5
-"""Every fifth photograph serves to choose the ridge; of fewer, one."""
-LINEAR = 2
-"""Tells the seed of the linear fit's views from others."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +116,9 @@ def distill(
         folder.rewind_metrics(trainer.step)
     runtime.wait()
 
-    _fit_fixed_basis(trainer, training, training_views)
+    fit_edge_basis(trainer, training, training_views)
     if recipe.fits_linear_part and not stored:
-        _fit_linear_part(trainer, training, training_views, reporter)
+        fit_linear_part(trainer, training, training_views, reporter)
     total = num_steps(recipe.optim, len(training_views))
     writer = _tensorboard(recipe, folder, runtime, trainer.step)
 
@@ -180,57 +172,6 @@ def distill(
     if writer:
         writer.close()
     return _finish(trainer, folder, photographs.skipped + _skipped(trainer.damaged))
-
-
-def _fit_fixed_basis(trainer: Trainer, training: Batches, views: Views) -> None:
-    """Fit the edge term's PCA on the first views' targets, the same on every process, unless it is fitted per batch."""
-    edge = trainer.recipe.loss.edge
-    if edge.weight and edge.basis == "fixed" and trainer.loss.basis is None:
-        numbers = [number for number in range(len(views)) if views.size_number(0, number) == 0]
-        spread = numbers[:: max(len(numbers) // BASIS_VIEWS, 1)][:BASIS_VIEWS]
-        targets = torch.cat([batch.targets for batch in training.iterate([[(0, number)] for number in spread])])
-        basis = fit_basis(targets, edge.components, trainer.recipe.seed)
-        from_first = trainer.runtime.from_first
-        trainer.loss.basis = Basis(from_first(basis.components), from_first(basis.mean))
-
-
-def _fit_linear_part(trainer: Trainer, training: Batches, views: Views, reporter: Reporter) -> None:
-    """Fit the adapter's linear part on views drawn from the training set, some of their photographs left out."""
-    optim, runtime, linear = trainer.recipe.optim, trainer.runtime, trainer.adapter.linear
-    assert linear is not None
-    numbers = _linear_fit_views(views, optim.linear_views)
-    photographs = sorted({number // views.config.per_image for number in numbers})
-    left_out = set(photographs[1 :: min(LEFT_OUT, max(len(photographs), 2))])
-    at_once = optim.images_per_pass(runtime.world_size)
-    chunks = of_one_size(numbers, lambda number: views.size_number(0, number), at_once)
-    mine = chunks[runtime.rank :: runtime.world_size]
-    fit = LinearFit(linear.out_channels, runtime.device)
-    with reporter.bar("linear fit", len(numbers), 0, "view") as bar:
-        batches = training.iterate([[(0, number) for number in chunk] for chunk in mine])
-        for chunk, batch in zip(mine, batches, strict=True):
-            # What stands in for a damaged photograph has its own turn.
-            good = [place for place, replaced in enumerate(batch.replaced) if not replaced]
-            maps = [map_[good] for map_ in batch.maps]
-            residual = trainer.adapter.residual(maps[-1], (maps[-1].shape[-2], maps[-1].shape[-1]))
-            held = torch.tensor([chunk[place] // views.config.per_image in left_out for place in good])
-            fit.add(maps, residual, batch.targets[good], held)
-            bar.update(len(chunk) * runtime.world_size)
-    fit.sums = (runtime.mean(fit.sums[0]), runtime.mean(fit.sums[1]))
-    try:
-        weight, bias, strength = fit.solve()
-    except BrixelError as error:
-        reporter.warn(f"the linear part starts at zero: {error}")
-        return
-    weight, bias = (runtime.from_first(tensor.to(runtime.device)) for tensor in (weight, bias))
-    for adapter in (trainer.adapter, trainer.deployed):
-        adapter.set_linear(weight, bias)
-    reporter.say(f"linear part fitted on {len(numbers)} views, ridge {strength:g} of the mean variance")
-
-
-def _linear_fit_views(views: Views, most: int) -> list[int]:
-    """Which views the linear part is fitted on: all, or `most` of them at random, the same for the same seed."""
-    drawn = np.random.default_rng(seed_of(views.seed, LINEAR)).permutation(len(views))[:most]
-    return sorted(int(number) for number in drawn)
 
 
 def _skipped(damaged: dict[str, str]) -> list[Skipped]:

@@ -70,8 +70,7 @@ class Trainer:
     """Adapter, optimiser and average of a run, and all that a checkpoint holds of them."""
 
     def __init__(self, recipe: Recipe, adapter: Adapter, runtime: Runtime):
-        if runtime.device.type == "cpu":
-            malloc.keep_freed()
+        malloc.keep_freed(runtime.device)
         self.recipe, self.runtime, self.adapter = recipe, runtime, adapter.to(runtime.device)
         if runtime.world_size > 1 and runtime.device.type == "cuda":
             self.adapter = nn.SyncBatchNorm.convert_sync_batchnorm(self.adapter)

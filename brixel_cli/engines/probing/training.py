@@ -110,8 +110,7 @@ def train_head(
     Raises:
         BrixelError: the loss is no finite number.
     """
-    if device.type == "cpu":
-        malloc.keep_freed()
+    malloc.keep_freed(device)
     head = build_head(spec, seed_of(seed, _WEIGHTS)).to(device).train()
     optimiser = torch.optim.AdamW(head.parameters(), lr=protocol.lr, weight_decay=protocol.weight_decay)
     total = protocol.num_steps(len(positions))
