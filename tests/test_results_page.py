@@ -97,6 +97,16 @@ def test_a_run_that_has_not_ended_is_refused(tiny_recipe: Recipe, tmp_path: Path
         write(tmp_path, "--distill", tmp_path / "run")
 
 
+def test_the_stages_of_a_training_follow_each_other(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:
+    distill(tiny_recipe, RunFolder(tmp_path / "first"), listener)
+    later = tiny_recipe.model_copy(update={"init": str(tmp_path / "first")})
+    distill(later, RunFolder(tmp_path / "second"), listener)
+    text = write(tmp_path, "--distill", tmp_path / "first", tmp_path / "second")
+    assert text.count("| updates |") == 2
+    assert text.index("results/training.svg") < text.index("results/training_2.svg")
+    assert text.index("results/training_maps.jpg") < text.index("results/training_maps_2.jpg")
+
+
 # Cost, fidelity, sizes
 
 
@@ -118,6 +128,14 @@ def test_cost_and_fidelity_are_those_of_the_benchmark(tmp_path: Path) -> None:
     assert "vits: Fidelity to the teacher at 112x112 px: 4 photographs**" in text
     assert line(text, "student", "0.1200")[2] == "0.8800"
     assert line(text, "student", "20.0%") == ["student", "20.0%", "40.0%", "30.0%", "-"]  # (0.88 - 0.8) / (1 - 0.8)
+
+
+def test_the_cost_of_several_benchmarks_has_the_fidelity_of_the_first(tmp_path: Path) -> None:
+    results = make_results(tmp_path / "b", sides=(112,))
+    folders = [saved(results, tmp_path / name) for name in ("one", "eight")]
+    text = write(tmp_path, "--benchmark", *folders)
+    assert text.count("How many times what the backbone takes") == 2
+    assert text.count("Fidelity to the teacher at 112x112 px") == 1
 
 
 def test_memory_that_was_obtained_in_another_way_has_no_ratio(tmp_path: Path) -> None:

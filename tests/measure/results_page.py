@@ -2,7 +2,8 @@
 
     python tests/measure/results_page.py --distill RUN --benchmark DIR --sizes DIR --probes DIR DIR --ablations DIR
 
-An input that is not given leaves its section out, --no-photographs all pictures of photographs, which not everybody may
+Several runs are the stages of a training, first to last; several benchmarks are of one student, such as two sizes of batch:
+the fidelity is that of the first. An input that is not given leaves its section out, --no-photographs all pictures of photographs, which not everybody may
 pass on. Pictures go to results/ beside the page. Remarks are kept by hand in
 results/notes.md: what stands there under `## Probes` stands in the page below the tables of that section.
 """
@@ -63,16 +64,17 @@ def write_page(given: argparse.Namespace) -> list[Path]:
     figures = given.output.parent / "results"
     figures.mkdir(parents=True, exist_ok=True)
     photos = None if given.no_photographs else figures
-    run = RunFolder(given.distill) if given.distill else None
-    if run and (unknown := missing_keys(str(run.recipe))):
-        raise BrixelError(f"{run.recipe} is of another version of brixel: it lacks {', '.join(unknown)}.")
-    recipe = load_recipe(str(run.recipe)) if run else None
-    measured = read_results(given.benchmark) if given.benchmark else None
+    runs = [RunFolder(path) for path in given.distill]
+    for run in runs:
+        if unknown := missing_keys(str(run.recipe)):
+            raise BrixelError(f"{run.recipe} is of another version of brixel: it lacks {', '.join(unknown)}.")
+    stages = [(run, load_recipe(str(run.recipe))) for run in runs]
+    measured = [read_results(path) for path in given.benchmark]
     found: list[list[Block]] = [
-        training(run, recipe, photos) if run and recipe else [],
-        cost(measured) if measured else [],
-        fidelity(measured) if measured else [],
-        generalisation(read_results(given.sizes), recipe) if given.sizes else [],
+        [block for number, stage in enumerate(stages, 1) for block in training(*stage, photos, number)],
+        [block for results in measured for block in cost(results)],
+        fidelity(measured[0]) if measured else [],
+        generalisation(read_results(given.sizes), [recipe for _, recipe in stages]) if given.sizes else [],
         probes(given.probes, photos) if given.probes else [],
         ablations(read_ablations(given.ablations)) if given.ablations else [],
     ]
@@ -89,8 +91,10 @@ def write_page(given: argparse.Namespace) -> list[Path]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--distill", type=Path, help="run folder of brixel distill")
-    parser.add_argument("--benchmark", type=Path, help="output of brixel benchmark at the size of the training")
+    parser.add_argument("--distill", type=Path, nargs="+", default=[], help="run folders of brixel distill")
+    parser.add_argument(
+        "--benchmark", type=Path, nargs="+", default=[], help="outputs of brixel benchmark at the size of the training"
+    )
     parser.add_argument("--sizes", type=Path, help="output of brixel benchmark --sizes")
     parser.add_argument("--probes", type=Path, nargs="+", default=[], help="outputs of brixel probe")
     parser.add_argument("--ablations", type=Path, help="output of brixel benchmark --ablate")

@@ -90,8 +90,15 @@ def picture(source: Path, name: str, caption: str, folder: Path | None) -> list[
 # Sections
 
 
-def training(folder: RunFolder, recipe: Recipe, figures: Path | None) -> list[Block]:
-    """How the student was trained, and what its held-out photographs say of it; figures: the folder of pictures."""
+def training(folder: RunFolder, recipe: Recipe, figures: Path | None, stage: int = 1) -> list[Block]:
+    """How the student was trained, and what its held-out photographs say of it.
+
+    Args:
+        folder, recipe: of the run.
+        figures: the folder of pictures; None: without any.
+        stage: of the training, from 1: tells the pictures of one run from those of another.
+    """
+    suffix = "" if stage == 1 else f"_{stage}"
     if not folder.results.is_file():
         raise BrixelError(f"{folder.results} is missing: give --distill a run that has reached its end.")
     results = json.loads(folder.results.read_text(encoding="utf-8"))
@@ -109,9 +116,9 @@ def training(folder: RunFolder, recipe: Recipe, figures: Path | None) -> list[Bl
     lines = [Line(kind, kind, tuple(points)) for kind, points in curves.items() if points]
     if lines:
         chart = line_chart("Cosine to the teacher in the course of training", lines, "updates", "best 1")
-        blocks.append(Chart("training", chart, f"{held_out}; backbone: its map, enlarged bilinearly."))
+        blocks.append(Chart(f"training{suffix}", chart, f"{held_out}; backbone: its map, enlarged bilinearly."))
     caption = "Held-out photographs: the student's input, and the maps of backbone, student and teacher."
-    return [*blocks, *picture(folder.picture(best["step"]), "training_maps", caption, figures)]
+    return [*blocks, *picture(folder.picture(best["step"]), f"training_maps{suffix}", caption, figures)]
 
 
 def training_facts(
@@ -167,10 +174,11 @@ def fidelity(results: Results) -> list[Block]:
     return blocks
 
 
-def generalisation(results: Results, recipe: Recipe | None) -> list[Block]:
-    """The same at several sizes; recipe: of the training, whose sizes are named."""
+def generalisation(results: Results, recipes: Sequence[Recipe]) -> list[Block]:
+    """The same at several sizes; recipes: of the training, whose sizes are named."""
     blocks: list[Block] = []
-    seen = [f"Inputs of the training: {inputs_of(recipe)} px."] if recipe else []
+    inputs = ", ".join(dict.fromkeys(", ".join(map(inputs_of, recipes)).split(", ")))
+    seen = [f"Inputs of the training: {inputs} px."] if recipes else []
     for model in results.models:
         rows = []
         for size in tables.sizes_of(results, model):
