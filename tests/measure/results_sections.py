@@ -141,10 +141,10 @@ def training_facts(
     return facts
 
 
-def inputs_of(recipe: Recipe) -> str:
+def inputs_of(*recipes: Recipe) -> str:
     """The student's inputs (height x width) in training."""
-    factor = recipe.views.factor
-    return ", ".join(dict.fromkeys(f"{size[0] // factor}x{size[1] // factor}" for size in recipe.views.teacher_sizes))
+    views = [(size, recipe.views.factor) for recipe in recipes for size in recipe.views.teacher_sizes]
+    return ", ".join(dict.fromkeys(f"{size[0] // factor}x{size[1] // factor}" for size, factor in views))
 
 
 def cost(results: Results) -> list[Block]:
@@ -177,8 +177,7 @@ def fidelity(results: Results) -> list[Block]:
 def generalisation(results: Results, recipes: Sequence[Recipe]) -> list[Block]:
     """The same at several sizes; recipes: of the training, whose sizes are named."""
     blocks: list[Block] = []
-    inputs = ", ".join(dict.fromkeys(", ".join(map(inputs_of, recipes)).split(", ")))
-    seen = [f"Inputs of the training: {inputs} px."] if recipes else []
+    seen = [f"Inputs of the training: {inputs_of(*recipes)} px."] if recipes else []
     for model in results.models:
         rows = []
         for size in tables.sizes_of(results, model):
