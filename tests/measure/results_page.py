@@ -3,8 +3,8 @@
     python tests/measure/results_page.py --distill RUN --benchmark DIR --sizes DIR --probes DIR DIR --ablations DIR
 
 Several runs are the stages of a training, first to last; several benchmarks are of one student, such as two sizes of batch:
-the fidelity is that of the first. An input that is not given leaves its section out, --no-photographs all pictures of photographs, which not everybody may
-pass on. Pictures go to results/ beside the page. Remarks are kept by hand in
+the fidelity is that of the first. An input that is not given leaves its section out, --no-photographs all pictures of
+photographs, which not everybody may pass on. Pictures go to results/ beside the page. Remarks are kept by hand in
 results/notes.md: what stands there under `## Probes` stands in the page below the tables of that section.
 """
 
