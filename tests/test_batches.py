@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,37 @@ def test_a_cache_is_never_read_for_other_views_or_weights(
     assert fill(recipe.model_copy(update={"seed": 1}), backbone) == 3
     make_photograph(folder / "1.png", 77)
     assert fill(recipe, backbone) == 4
+
+
+def test_a_cache_is_found_again_by_what_the_photographs_hold(
+    recipe: Recipe, backbone: Backbone, tmp_path: Path, listener: Listener
+) -> None:
+    def fill(folder: Path) -> int:
+        found, _ = scan_folder(folder, 100)
+        views = Views(found, recipe.views, recipe.seed, backbone.mean, backbone.std)
+        open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run), listener)
+        return len(list((tmp_path / "cache").glob("*.h5")))
+
+    photographs, moved = tmp_path / "photographs", tmp_path / "moved"
+    photographs.mkdir()
+    for number in range(2):
+        make_photograph(photographs / f"{number}.png", number)
+    assert fill(photographs) == 1
+    photographs.rename(moved)
+    for path in moved.iterdir():
+        os.utime(path, (0, 0))
+    assert fill(moved) == 1
+
+
+def test_a_photograph_that_has_gone_is_named(
+    recipe: Recipe, backbone: Backbone, tmp_path: Path, listener: Listener
+) -> None:
+    make_photograph(tmp_path / "0.png", 0)
+    found, _ = scan_folder(tmp_path, 100)
+    views = Views(found, recipe.views, recipe.seed, backbone.mean, backbone.std)
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(BrixelError) as caught:
+        open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run), listener)
+    assert str(caught.value) == (
+        f"{tmp_path}/0.png cannot be read: No such file or directory. Make it readable, or take it away."
+    )

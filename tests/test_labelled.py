@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +155,18 @@ def test_a_fingerprint_changes_with_files_task_split_and_description_and_with_no
     save(root / "labels/train/b.png", np.ones((HEIGHT, WIDTH), np.uint8))
     others.add(opened(root).fingerprint())
     assert len(others) == 5
+
+
+def test_a_set_that_was_moved_or_copied_is_the_same_set(root: Path, tmp_path: Path) -> None:
+    before = opened(root)
+    copy = shutil.copytree(root, tmp_path / "elsewhere")
+    for path in copy.rglob("*.png"):
+        os.utime(path, (0, 0))
+    assert opened(copy).fingerprint() == before.fingerprint()
+    assert opened(copy).image_fingerprint() == before.image_fingerprint()
+    save(copy / "labels/train/b.png", np.ones((HEIGHT, WIDTH), np.uint8))
+    assert (
+        opened(copy).image_fingerprint()
+        == before.image_fingerprint()
+        != opened(root, split="evaluate").image_fingerprint()
+    )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from brixel_cli.data import targets
 from brixel_cli.data.dataset_files import Entry, find_entries
+from brixel_cli.data.fingerprints import files_sha256
 from brixel_cli.data.images import load_image, read_size
 from brixel_cli.errors import BrixelError
 from brixel_cli.probe_recipe import ProbeRecipe, Split
@@ -59,6 +60,7 @@ class LabelledSet:
         self.root = root or Path(recipe.data.root)
         self._entries = find_entries(recipe, split, self.root, _patterns(recipe))
         self.names = [entry.name for entry in self._entries]
+        self._sha256: dict[Path, str] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -103,22 +105,27 @@ class LabelledSet:
         return Sample(entry.name, image, labels, None if task == "normals" else depth, normals, valid)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of task, description and split, and the names, sizes and times of all files; for resuming."""
-        about = f"{self.recipe.task} {self.split} {self.recipe.data.model_dump_json()}"
+        """SHA-256 (hex) of task, description and split, and of the names and contents of all files.
+
+        Raises:
+            BrixelError: a file cannot be read.
+        """
+        about = f"{self.recipe.task} {self.split} {self.recipe.data.model_dump_json(exclude={'root', 'download'})}"
         return self._digest(about, [path for entry in self._entries for path in (entry.image, *entry.files.values())])
 
     def image_fingerprint(self) -> str:
-        """SHA-256 (hex) of the folder, and the names, sizes and times of the images alone: their maps depend on them.
+        """SHA-256 (hex) of the names and contents of the images alone: their maps depend on them.
 
-        What the targets mean, and which of them the task needs, does not change it.
+        What the targets mean, and which of them the task needs, does not change it; errors as for `fingerprint`.
         """
-        return self._digest(str(self.root.absolute()), [entry.image for entry in self._entries])
+        return self._digest("", [entry.image for entry in self._entries])
 
     def _digest(self, about: str, paths: Sequence[Path]) -> str:
+        unknown = [path for path in paths if path not in self._sha256]
+        self._sha256.update(zip(unknown, files_sha256(unknown), strict=True))
         digest = hashlib.sha256(about.encode())
         for path in paths:
-            status = path.stat()
-            digest.update(f"\n{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}".encode())
+            digest.update(f"\n{path.relative_to(self.root)} {self._sha256[path]}".encode())
         return digest.hexdigest()
 
 

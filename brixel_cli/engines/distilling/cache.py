@@ -16,6 +16,7 @@ from torch import Tensor
 
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.data.features import Column, Store, bytes_needed, create_store
+from brixel_cli.data.fingerprints import files_sha256
 from brixel_cli.data.images import Skipped, load_image
 from brixel_cli.data.views import Views
 from brixel_cli.engines.distilling.batches import Batch, Key, OnlineBatches, of_one_size
@@ -129,19 +130,17 @@ def open_cache(
     An interrupted filling goes on where it stopped; several processes fill disjoint rows.
 
     Raises:
-        BrixelError: it does not fit on the disk.
+        BrixelError: it does not fit on the disk, or a photograph cannot be read.
     """
+    photographs = [photograph for views in parts for photograph in views.photographs]
     description = {
         "format": CACHE_FORMAT,
         "backbone": [backbone.name, backbone.sha256, str(backbone.dtype)],
         "precision": runtime.precision,
         "views": recipe.views.model_dump(),
         "seed": recipe.seed,
-        "photographs": [
-            [str(p.path.resolve()), p.path.stat().st_size, p.path.stat().st_mtime_ns]
-            for v in parts
-            for p in v.photographs
-        ],
+        "photographs": [photograph.name for photograph in photographs],
+        "sha256": files_sha256([photograph.path for photograph in photographs]),
         "parts": [len(views) for views in parts],
     }
     fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
