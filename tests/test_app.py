@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,14 +27,16 @@ def invoke(*arguments: str) -> tuple[int, str, str]:
 def test_help_comes_at_once() -> None:
     times = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = os.times()
         done = subprocess.run(
             [sys.executable, "-m", "brixel_cli", "--help"], capture_output=True, text=True, check=True
         )
-        times.append(time.perf_counter() - began)
+        ended = os.times()
+        # Of the processor, not of the clock: what else the machine does counts little.
+        times.append(sum(ended[2:4]) - sum(began[2:4]))
     assert "distill" in done.stdout
     # Half a second is the aim on a quiet machine; a busy one gets some slack.
-    assert min(times) < 1.0
+    assert 0 < min(times) < 1.0
 
 
 def test_the_version() -> None:
@@ -194,6 +196,7 @@ def test_every_shipped_recipe_costs_and_trains_on_tiny_settings(name: str, photo
         "views.other_sizes=[128]",
         "backbone.name=test_vit",
         "backbone.weights=random",
+        "init=null",
     ]
     changes = [*factor_and_patch, "optim.steps=2", f"data.images={photographs}", "data.val_images=null", "data.min_side=100",
                "run.workers=0", "run.tensorboard=false"]  # fmt: skip
@@ -206,7 +209,18 @@ def test_every_shipped_recipe_costs_and_trains_on_tiny_settings(name: str, photo
 
 
 def test_the_recipes_that_are_promised_are_there() -> None:
-    promised = {"vits", "vitsplus", "vitb", "vitl", "vithplus", "vit7b", "siglip2_vitb", "dinov2_vits", "demo"}
+    promised = {
+        "vits",
+        "vitsplus",
+        "vitb",
+        "vitl",
+        "vithplus",
+        "vit7b",
+        "siglip2_vitb",
+        "dinov2_vits",
+        "dinov2_vits_tuned",
+        "demo",
+    }
     assert promised <= set(shipped_recipes())
     for name in promised:
         head = (ROOT / "recipes" / f"{name}.yaml").read_text().splitlines()[:4]

@@ -93,7 +93,7 @@ def test_photographs_can_stay_out(tiny_recipe: Recipe, tmp_path: Path, listener:
 
 def test_a_run_that_has_not_ended_is_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:
     RunFolder(tmp_path / "run").begin(tiny_recipe)
-    with pytest.raises(BrixelError, match=r"run/results\.json is missing: give --distill a run that has reached its"):
+    with pytest.raises(BrixelError, match=r"run/results\.json is missing: give a run that has reached its end"):
         write(tmp_path, "--distill", tmp_path / "run")
 
 
@@ -265,6 +265,20 @@ def test_a_set_that_was_probed_twice_has_two_pictures(camvid: Path, tmp_path: Pa
     text = write(tmp_path, "--probes", camvid, camvid)
     assert "](results/camvid_quick_112.jpg)" in text
     assert "](results/camvid_quick_112_1.jpg)" in text
+
+
+def test_tuned_students_stand_in_a_section_of_their_own(
+    tiny_recipe: Recipe, camvid: Path, tmp_path: Path, listener: Listener
+) -> None:
+    best = distill(tiny_recipe, RunFolder(tmp_path / "street"), listener).results["best"]
+    text = write(tmp_path, "--tuned-runs", tmp_path / "street", "--tuned-probes", camvid)
+    assert headings(text) == ["Tuned to one kind of photograph"]
+    cosines = [f"{best[kind]['cosine']:.4f}" for kind in ("backbone", "student")]
+    assert line(text, "street")[2:] == ["1", "4", *cosines, f"{best['gap_closed']['cosine']:.1%}"]
+    assert line(text, "street")[1].startswith("6 training and 2 held-out (")
+    assert line(text, "camvid", "mIoU (%)")[5] == "40.0%"
+    assert "brixel distill --recipe tiny.yaml --images photos" in text
+    assert "](results/" not in text
 
 
 def test_sources_that_were_not_probed_are_dashes(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Write the study page, docs/RESULTS.md, from result files of brixel's own commands; no figure in it is set by hand.
 
-    python tests/measure/results_page.py --distill RUN --benchmark DIR --sizes DIR --probes DIR DIR --ablations DIR
+    python tests/measure/results_page.py --distill RUN --benchmark DIR --sizes DIR --probes DIR DIR --ablations DIR \
+        --tuned-runs RUN RUN --tuned-probes DIR DIR
 
 Several runs are the stages of a training, first to last; several benchmarks are of one student, such as two sizes of batch:
-the fidelity is that of the first. An input that is not given leaves its section out, --no-photographs all pictures of
+the fidelity is that of the first. Runs of tuned students are named by their folders. An input that is not given leaves its section out, --no-photographs all pictures of
 photographs, which not everybody may pass on. Pictures go to results/ beside the page. Remarks are kept by hand in
 results/notes.md: what stands there under `## Probes` stands in the page below the tables of that section.
 """
@@ -15,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from results_sections import ablations, cost, fidelity, generalisation, probes, training
+from results_sections import ablations, cost, fidelity, generalisation, probes, training, tuned
 
 from brixel_cli.console import error_boundary, print_files, warn
 from brixel_cli.core.files import write_text
@@ -25,6 +26,7 @@ from brixel_cli.engines.benchmarking.report_blocks import Block, Chart, Photo, S
 from brixel_cli.engines.benchmarking.results import read_results
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError
+from brixel_cli.recipe import Recipe
 from brixel_cli.recipe_files import load_recipe, missing_keys
 
 LEAD = (
@@ -33,7 +35,9 @@ LEAD = (
     "are kept by hand in `results/notes.md`. Gap closed: (student - backbone) / (teacher - backbone). How each figure is "
     "measured: [BENCHMARK.md](BENCHMARK.md), [PROBE.md](PROBE.md)."
 )
-SECTIONS = ("Training", "Cost", "Fidelity", "Generalisation over input sizes", "Probes", "Ablations")
+SECTIONS = (
+    "Training", "Cost", "Fidelity", "Generalisation over input sizes", "Probes", "Tuned to one kind of photograph", "Ablations",
+)  # fmt: skip
 
 
 def read_notes(path: Path) -> dict[str, str]:
@@ -59,16 +63,21 @@ def page(sections: Sequence[Section], notes: Mapping[str, str], figures: str) ->
     return "\n".join([*lines, ""])
 
 
+def read_runs(paths: Sequence[Path]) -> list[tuple[RunFolder, Recipe]]:
+    """Run folders with their recipes."""
+    runs = [RunFolder(path) for path in paths]
+    for run in runs:
+        if unknown := missing_keys(str(run.recipe)):
+            raise BrixelError(f"{run.recipe} is of another version of brixel: it lacks {', '.join(unknown)}.")
+    return [(run, load_recipe(str(run.recipe))) for run in runs]
+
+
 def write_page(given: argparse.Namespace) -> list[Path]:
     """Write the page and its pictures; returns the files."""
     figures = given.output.parent / "results"
     figures.mkdir(parents=True, exist_ok=True)
     photos = None if given.no_photographs else figures
-    runs = [RunFolder(path) for path in given.distill]
-    for run in runs:
-        if unknown := missing_keys(str(run.recipe)):
-            raise BrixelError(f"{run.recipe} is of another version of brixel: it lacks {', '.join(unknown)}.")
-    stages = [(run, load_recipe(str(run.recipe))) for run in runs]
+    stages, tunings = read_runs(given.distill), read_runs(given.tuned_runs)
     measured = [read_results(path) for path in given.benchmark]
     found: list[list[Block]] = [
         [block for number, stage in enumerate(stages, 1) for block in training(*stage, photos, number)],
@@ -76,6 +85,7 @@ def write_page(given: argparse.Namespace) -> list[Path]:
         fidelity(measured[0]) if measured else [],
         generalisation(read_results(given.sizes), [recipe for _, recipe in stages]) if given.sizes else [],
         probes(given.probes, photos) if given.probes else [],
+        tuned(tunings, given.tuned_probes),
         ablations(read_ablations(given.ablations)) if given.ablations else [],
     ]
     sections = [Section(title, blocks) for title, blocks in zip(SECTIONS, found, strict=True) if blocks]
@@ -97,6 +107,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--sizes", type=Path, help="output of brixel benchmark --sizes")
     parser.add_argument("--probes", type=Path, nargs="+", default=[], help="outputs of brixel probe")
+    parser.add_argument("--tuned-runs", type=Path, nargs="+", default=[], help="run folders of tuned students")
+    parser.add_argument("--tuned-probes", type=Path, nargs="+", default=[], help="outputs of brixel probe of theirs")
     parser.add_argument("--ablations", type=Path, help="output of brixel benchmark --ablate")
     parser.add_argument("--no-photographs", action="store_true", help="charts only")
     parser.add_argument("--output", type=Path, default=Path("docs/RESULTS.md"))

@@ -38,6 +38,7 @@ PROBED = {
 }
 SOURCES = ("backbone", "student", "teacher")
 SIZE_COLUMNS = ("bilinear", "student", "gap closed")
+TUNED_COLUMNS = ("set", "photographs", "views of each", "updates", "cosine, bilinear", "cosine, student", "gap closed")
 PROBE_COLUMNS = ("set", "figure", *SOURCES, "gap closed", "seeds", "protocol", "input", "images: training / test")
 ABLATION_COLUMNS = ("variant", "changes", "steps", *FAITHFUL.values(), "parameters", "image, ms")
 ABSENT: dict[str, dict[str, float]] = {"mean": {}, "spread": {}}
@@ -99,9 +100,7 @@ def training(folder: RunFolder, recipe: Recipe, figures: Path | None, stage: int
         stage: of the training, from 1: tells the pictures of one run from those of another.
     """
     suffix = "" if stage == 1 else f"_{stage}"
-    if not folder.results.is_file():
-        raise BrixelError(f"{folder.results} is missing: give --distill a run that has reached its end.")
-    results = json.loads(folder.results.read_text(encoding="utf-8"))
+    results = results_of(folder)
     best, held_out = results["best"], f"{results['best']['num_images']} held-out photographs"
     entries = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     rows = [[name, *faithful(best[kind])] for name, kind in (("bilinear backbone", "backbone"), ("student", "student"))]
@@ -119,6 +118,14 @@ def training(folder: RunFolder, recipe: Recipe, figures: Path | None, stage: int
         blocks.append(Chart(f"training{suffix}", chart, f"{held_out}; backbone: its map, enlarged bilinearly."))
     caption = "Held-out photographs: the student's input, and the maps of backbone, student and teacher."
     return [*blocks, *picture(folder.picture(best["step"]), f"training_maps{suffix}", caption, figures)]
+
+
+def results_of(folder: RunFolder) -> dict[str, Any]:
+    """The results of a run that has ended."""
+    if not folder.results.is_file():
+        raise BrixelError(f"{folder.results} is missing: give a run that has reached its end.")
+    results: dict[str, Any] = json.loads(folder.results.read_text(encoding="utf-8"))
+    return results
 
 
 def training_facts(
@@ -193,6 +200,20 @@ def generalisation(results: Results, recipes: Sequence[Recipe]) -> list[Block]:
         title = f"{title_of(model)}; {model.num_images} photographs"
         blocks += [Commands([portable(results.command)]), Table(title, columns, rows, [*seen, *notes])]
     return blocks
+
+
+def tuned(stages: Sequence[tuple[RunFolder, Recipe]], probed: Sequence[Path]) -> list[Block]:
+    """Students tuned to one kind of photograph each: runs, named by their folders, and what their maps are worth."""
+    rows, commands = list[list[str]](), list[str]()
+    for folder, recipe in stages:
+        results, state = results_of(folder), folder.load_state()
+        best = results["best"]
+        cosines = [f"{best[kind]['cosine']:.4f}" for kind in ("backbone", "student")]
+        counts = [state[1]["photographs"] if state else "-", str(recipe.views.per_image), f"{results['steps']:,}"]
+        rows.append([folder.path.name, *counts, *cosines, percent(best["gap_closed"]["cosine"])])
+        commands.append(distill_command(recipe))
+    found: list[Block] = [Commands(list(dict.fromkeys(commands))), Table("", TUNED_COLUMNS, rows)] if rows else []
+    return [*found, *(probes(probed, None) if probed else [])]
 
 
 def probe_rows(results: Mapping[str, Any]) -> list[list[str]]:
