@@ -319,6 +319,8 @@ def test_the_best_cosine_of_each_group_is_bold(tmp_path: Path) -> None:
     assert line(text, "released")[1:6] == ["seed=1; failed: o keeps its last checkpoint.", "40", "-", "-", "-"]
     assert line(text, "**deformable**")[4] == "**0.8500**"  # better than the bilinear map's 0.8
     assert text.count("**0.") == 2
+    twice = write(tmp_path, "--ablations", tmp_path / "a", tmp_path / "a")
+    assert (headings(twice), twice.count("**0.")) == (["Ablations"], 4)
     assert (
         "```\nbrixel benchmark --ablate losses --recipe demo --set data.images=photos --steps 40\n```\n\n**losses: "
         in text

@@ -86,7 +86,7 @@ def write_page(given: argparse.Namespace) -> list[Path]:
         generalisation(read_results(given.sizes), [recipe for _, recipe in stages]) if given.sizes else [],
         probes(given.probes, photos) if given.probes else [],
         tuned(tunings, given.tuned_probes),
-        ablations(read_ablations(given.ablations)) if given.ablations else [],
+        [block for path in given.ablations for block in ablations(read_ablations(path))],
     ]
     sections = [Section(title, blocks) for title, blocks in zip(SECTIONS, found, strict=True) if blocks]
     files = [given.output]
@@ -109,7 +109,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--probes", type=Path, nargs="+", default=[], help="outputs of brixel probe")
     parser.add_argument("--tuned-runs", type=Path, nargs="+", default=[], help="run folders of tuned students")
     parser.add_argument("--tuned-probes", type=Path, nargs="+", default=[], help="outputs of brixel probe of theirs")
-    parser.add_argument("--ablations", type=Path, help="output of brixel benchmark --ablate")
+    parser.add_argument(
+        "--ablations", type=Path, nargs="+", default=[], help="outputs of brixel benchmark --ablate, group after group"
+    )
     parser.add_argument("--no-photographs", action="store_true", help="charts only")
     parser.add_argument("--output", type=Path, default=Path("docs/RESULTS.md"))
     return parser.parse_args(arguments)
