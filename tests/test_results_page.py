@@ -328,6 +328,15 @@ def test_the_best_cosine_of_each_group_is_bold(tmp_path: Path) -> None:
     assert "```\nbrixel benchmark --ablate adapter,mine.yaml --recipe demo --steps 40\n```\n\n**adapter: " in text
 
 
+def test_an_ablation_that_has_not_ended_is_refused(tmp_path: Path) -> None:
+    made = make_ablations()
+    variants = (dataclasses.replace(made.variants[0], curve=()), *made.variants[1:])
+    unfinished = saved(dataclasses.replace(made, variants=variants), tmp_path / "a", "ablations.json")
+    told = rf"Not trained yet: {variants[0].group}, {variants[0].name}\. Give an ablation that has reached its end\."
+    with pytest.raises(BrixelError, match=told):
+        write(tmp_path, "--ablations", unfinished)
+
+
 # Commands
 
 

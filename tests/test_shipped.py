@@ -64,6 +64,9 @@ def test_the_default_recipe_makes_students_like_the_shipped_one() -> None:
     recipe, card = load_recipe("dinov2_vits"), read_adapter(DEFAULT_STUDENT).card
     assert recipe.adapter == card.adapter
     assert recipe.student_hw == tuple(card.student_size)
+    tuned = load_recipe("dinov2_vits_tuned")
+    assert tuned.init == DEFAULT_STUDENT
+    assert (tuned.adapter, tuned.views.factor, tuned.backbone.name) == (card.adapter, card.factor, card.backbone)
 
 
 def test_a_changed_file_is_refused(boxed: Path) -> None:

@@ -121,7 +121,7 @@ class LabelledSet:
         return self._digest("", [entry.image for entry in self._entries])
 
     def _digest(self, about: str, paths: Sequence[Path]) -> str:
-        unknown = [path for path in paths if path not in self._sha256]
+        unknown = [path for path in dict.fromkeys(paths) if path not in self._sha256]
         self._sha256.update(zip(unknown, files_sha256(unknown), strict=True))
         digest = hashlib.sha256(about.encode())
         for path in paths:

@@ -266,6 +266,8 @@ def names_of(figures: Sequence[ProbeResult], known: bool) -> str:
 
 def ablations(results: Ablations) -> list[Block]:
     """What each choice in the recipe is worth, a table for each group of variants."""
+    if waiting := [f"{item.group}, {item.name}" for item in results.variants if not (item.fidelity or item.failed)]:
+        raise BrixelError(f"Not trained yet: {'; '.join(waiting)}. Give an ablation that has reached its end.")
     blocks: list[Block] = []
     cosine = ABLATION_COLUMNS.index("cosine")
     for group, variants in results.groups().items():
