@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from brixel_cli.errors import BrixelError
 
 
-def files_sha256(paths: Sequence[Path]) -> list[str]:
+def files_sha256(paths: Sequence[Path], progress: Callable[[int], object] = lambda _: None) -> list[str]:
     """SHA-256 (hex) of the bytes of each file, in order; several are read at once.
+
+    Args:
+        paths: of the files.
+        progress: told 1 after each file.
 
     Raises:
         BrixelError: one of them cannot be read.
     """
+    found = []
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(_sha256, paths))
+        for digest in pool.map(_sha256, paths):
+            found.append(digest)
+            progress(1)
+    return found
 
 
 def _sha256(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +104,20 @@ class LabelledSet:
                 normals = targets.derive_normals(entry.files["depth"], depth, camera, data.normals)
         return Sample(entry.name, image, labels, None if task == "normals" else depth, normals, valid)
 
+    def files(self) -> list[Path]:
+        """Every image and every file that the task needs, each once."""
+        paths = [path for entry in self._entries for path in (entry.image, *entry.files.values())]
+        return list(dict.fromkeys(paths))
+
+    def read_contents(self, progress: Callable[[int], object] = lambda _: None) -> None:
+        """Take the SHA-256 of every file, which fingerprints need; `progress` is told 1 after each.
+
+        Raises:
+            BrixelError: a file cannot be read.
+        """
+        paths = self.files()
+        self._sha256 = dict(zip(paths, files_sha256(paths, progress), strict=True))
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) of task, description and split, and of the names and contents of all files.
 
@@ -121,8 +135,8 @@ class LabelledSet:
         return self._digest("", [entry.image for entry in self._entries])
 
     def _digest(self, about: str, paths: Sequence[Path]) -> str:
-        unknown = [path for path in dict.fromkeys(paths) if path not in self._sha256]
-        self._sha256.update(zip(unknown, files_sha256(unknown), strict=True))
+        if not self._sha256:
+            self.read_contents()
         digest = hashlib.sha256(about.encode())
         for path in paths:
             digest.update(f"\n{path.relative_to(self.root)} {self._sha256[path]}".encode())

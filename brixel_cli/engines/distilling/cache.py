@@ -133,6 +133,8 @@ def open_cache(
         BrixelError: it does not fit on the disk, or a photograph cannot be read.
     """
     photographs = [photograph for views in parts for photograph in views.photographs]
+    with reporter.bar("check photographs", len(photographs), unit="photograph") as bar:
+        sha256 = files_sha256([photograph.path for photograph in photographs], bar.update)
     description = {
         "format": CACHE_FORMAT,
         "backbone": [backbone.name, backbone.sha256, str(backbone.dtype)],
@@ -140,7 +142,7 @@ def open_cache(
         "views": recipe.views.model_dump(),
         "seed": recipe.seed,
         "photographs": [photograph.name for photograph in photographs],
-        "sha256": files_sha256([photograph.path for photograph in photographs]),
+        "sha256": sha256,
         "parts": [len(views) for views in parts],
     }
     fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

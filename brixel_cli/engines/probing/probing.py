@@ -86,6 +86,9 @@ def probe(options: ProbeOptions, reporter: Reporter) -> Probed:
 
 def _plan(options: ProbeOptions, runtime: Runtime, reporter: Reporter) -> ProbePlan:
     train, evaluate = LabelledSet(options.recipe, "train"), LabelledSet(options.recipe, "evaluate")
+    with reporter.bar("check files", len(train.files()) + len(evaluate.files()), unit="file") as bar:
+        for labelled in (train, evaluate):
+            labelled.read_contents(bar.update)
     return make_plan(options, resolve_sources(options, reporter), train, evaluate, runtime.precision)
 
 
