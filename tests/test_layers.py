@@ -25,11 +25,13 @@ BELOW = {
     "benchmark_options": {"extract_options", "errors"},
     "probe_options": {"probe_recipe", "probe_protocols", "extract_options", "errors"},
     "formatting": set(),
+    "fingerprints": {"errors"},
     "examples": set(),
     "probe_figures": set(),
-    "core": {"recipe", "probe_recipe", "recipe_files", "extract_options", "errors"},
-    "data": {"recipe", "probe_recipe", "recipe_files", "extract_options", "formatting", "errors"},
+    "core": {"recipe", "probe_recipe", "recipe_files", "extract_options", "fingerprints", "errors"},
+    "data": {"recipe", "probe_recipe", "recipe_files", "extract_options", "formatting", "fingerprints", "errors"},
     "engines": {
+        "fingerprints",
         "core",
         "data",
         "recipe",
@@ -71,7 +73,7 @@ BELOW = {
         "benchmark_options",
         "errors",
     },
-    "demo": {"console", "core", "errors"},  # prepares files for `make demo`; beside the commands
+    "demo": {"console", "core", "fingerprints", "errors"},  # prepares files for `make demo`; beside the commands
     "__main__": {"app"},
     "": {"core", "data"},  # the public Python API, in __init__.py
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,12 +27,6 @@ def replacing(path: Path) -> Iterator[Path]:
         raise BrixelError(
             f"{path} cannot be written: {error.strerror}. Make room, or choose another folder."
         ) from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

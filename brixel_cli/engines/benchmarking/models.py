@@ -12,7 +12,6 @@ import torch
 
 from brixel_cli.benchmark_options import BenchmarkOptions
 from brixel_cli.core.backbone import Backbone, load_backbone
-from brixel_cli.core.files import file_sha256
 from brixel_cli.core.shipped import shipped_students
 from brixel_cli.core.student import FILE_NAME, StoredAdapter, Student, build_adapter, load_student, read_adapter
 from brixel_cli.core.weights import tensors_sha256
@@ -23,6 +22,7 @@ from brixel_cli.engines.distilling.run_folder import default_student
 from brixel_cli.engines.distilling.setup import find_photographs
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
+from brixel_cli.fingerprints import file_sha256
 from brixel_cli.recipe import AdapterConfig, Recipe, ViewConfig
 from brixel_cli.recipe_files import find_recipe, load_recipe
 
@@ -94,12 +94,12 @@ class Candidate:
             trained_size=self.trained_size,
             images=photos.folder if photos else None,
             num_images=len(photos.photographs) if photos else 0,
-            weights_sha256=files_sha256([("", Path(self.weights))]) if Path(self.weights).is_file() else "",
-            images_sha256=files_sha256((photo.name, photo.path) for photo in photos.photographs) if photos else "",
+            weights_sha256=joint_sha256([("", Path(self.weights))]) if Path(self.weights).is_file() else "",
+            images_sha256=joint_sha256((photo.name, photo.path) for photo in photos.photographs) if photos else "",
         )
 
 
-def files_sha256(files: Iterable[tuple[str, Path]]) -> str:
+def joint_sha256(files: Iterable[tuple[str, Path]]) -> str:
     """SHA-256 over the names and contents of files, in their order; a file that cannot be read counts by its name."""
     whole = hashlib.sha256()
     for name, path in files:

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.data.features import Column, Store, bytes_needed, create_store
-from brixel_cli.data.fingerprints import files_sha256
 from brixel_cli.data.images import Skipped, load_image
 from brixel_cli.data.views import Views
 from brixel_cli.engines.distilling.batches import Batch, Key, OnlineBatches, of_one_size
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
+from brixel_cli.fingerprints import files_sha256
 from brixel_cli.formatting import human_bytes
 from brixel_cli.recipe import Recipe
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from brixel_cli.core.files import file_sha256, save_picture, write_text
+from brixel_cli.core.files import save_picture, write_text
 from brixel_cli.core.heads import Head, load_head
 from brixel_cli.core.prediction_pictures import (
     class_colours,
@@ -38,6 +38,7 @@ from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 from brixel_cli.extract_options import ExtractOptions
+from brixel_cli.fingerprints import file_sha256
 from brixel_cli.formatting import to_json
 from brixel_cli.probe_options import ApplyOptions
 from brixel_cli.probe_protocols import Side

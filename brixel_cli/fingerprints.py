@@ -10,6 +10,12 @@ from pathlib import Path
 from brixel_cli.errors import BrixelError
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def files_sha256(paths: Sequence[Path], progress: Callable[[int], object] = lambda _: None) -> list[str]:
     """SHA-256 (hex) of the bytes of each file, in order; several are read at once.
 
@@ -30,7 +36,6 @@ def files_sha256(paths: Sequence[Path], progress: Callable[[int], object] = lamb
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise BrixelError(f"{path} cannot be read: {error.strerror}. Make it readable, or take it away.") from error
