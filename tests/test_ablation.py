@@ -10,14 +10,15 @@ import pytest
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
-from brixel_cli.benchmark_options import AblationOptions
-from brixel_cli.engines.benchmarking import ablation, ablation_cost
-from brixel_cli.engines.benchmarking.ablation import ablate
-from brixel_cli.engines.benchmarking.ablation_results import read_ablations
-from brixel_cli.engines.benchmarking.ablation_variants import GROUPS, find_groups
+from brixel_cli.config.benchmark import AblationOptions
+from brixel_cli.config.files import load_recipe
+from brixel_cli.engines.ablating import ablation
+from brixel_cli.engines.ablating import cost as ablation_cost
+from brixel_cli.engines.ablating.ablation import ablate
+from brixel_cli.engines.ablating.results import read_ablations
+from brixel_cli.engines.ablating.variants import GROUPS, find_groups
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.recipe_files import load_recipe
 
 CACHED = ["cache.enabled=true", "views.kind=fixed"]
 COUNTED: dict[tuple[str, ...], object] = {}

@@ -13,15 +13,17 @@ from test_ablation import remembered
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
-from brixel_cli.benchmark_options import AblationOptions
-from brixel_cli.engines.benchmarking import ablation, ablation_cost, ablation_probe
-from brixel_cli.engines.benchmarking.ablation import ablate
-from brixel_cli.engines.benchmarking.ablation_results import Ablations, read_ablations
+from brixel_cli.cli.tables import ablation_tables
+from brixel_cli.config.benchmark import AblationOptions
+from brixel_cli.config.probe import ProbeOptions
+from brixel_cli.config.protocols import PROTOCOLS
+from brixel_cli.engines.ablating import ablation
+from brixel_cli.engines.ablating import cost as ablation_cost
+from brixel_cli.engines.ablating import probing as ablation_probe
+from brixel_cli.engines.ablating.ablation import ablate
+from brixel_cli.engines.ablating.results import Ablations, read_ablations
 from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
-from brixel_cli.engines.benchmarking.tables import ablation_tables
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.probe_options import ProbeOptions
-from brixel_cli.probe_protocols import PROTOCOLS
 
 CACHED = ("cache.enabled=true", "views.kind=fixed")
 FAST = ["protocol.steps=3", "protocol.points=64"]

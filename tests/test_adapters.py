@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from brixel_cli.config.distill import AdapterConfig, DeformableConfig, FusionConfig
 from brixel_cli.core.adapter import resize
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.cost import count_parameters
 from brixel_cli.core.deformable import DeformableAttention
 from brixel_cli.core.student import build_adapter
 from brixel_cli.errors import UsageError
-from brixel_cli.recipe import AdapterConfig, DeformableConfig, FusionConfig
 
 KINDS = ("fusion", "deformable")
 

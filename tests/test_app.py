@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from brixel_cli import __version__
 from brixel_cli.app import app
-from brixel_cli.recipe_files import load_recipe, shipped_recipes
+from brixel_cli.config.files import load_recipe, shipped_recipes
 
 runner = CliRunner()
 ROOT = Path(__file__).parent.parent

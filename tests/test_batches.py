@@ -9,16 +9,16 @@ import pytest
 import torch
 from conftest import Listener, make_photograph
 
+from brixel_cli.config.distill import Recipe, ViewConfig
+from brixel_cli.config.files import load_recipe
 from brixel_cli.core.backbone import Backbone, load_backbone
-from brixel_cli.data.features import Store
 from brixel_cli.data.images import Photograph, scan_folder
+from brixel_cli.data.row_store import Store
 from brixel_cli.data.views import Views, reduce_view
 from brixel_cli.engines.distilling.batches import OnlineBatches, batch_keys
 from brixel_cli.engines.distilling.cache import open_cache
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
-from brixel_cli.recipe import Recipe, ViewConfig
-from brixel_cli.recipe_files import load_recipe
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from brixel_cli.benchmark_options import BenchmarkOptions, parse_bytes, parse_sizes
+from brixel_cli.config.benchmark import BenchmarkOptions, parse_bytes, parse_sizes
 from brixel_cli.errors import UsageError
 
 

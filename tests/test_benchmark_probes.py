@@ -14,15 +14,15 @@ from test_benchmark_report import make_results
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
+from brixel_cli.cli.report_pages import write_report
+from brixel_cli.cli.tables import probe_tables
 from brixel_cli.core.student import read_adapter
 from brixel_cli.core.weights import tensors_sha256
 from brixel_cli.engines.benchmarking import benchmarking
 from brixel_cli.engines.benchmarking.peak_memory import PeakMemory
 from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
-from brixel_cli.engines.benchmarking.report import write_report
 from brixel_cli.engines.benchmarking.results import Results, read_results
 from brixel_cli.engines.benchmarking.student_probes import probes_of
-from brixel_cli.engines.benchmarking.tables import probe_tables
 from brixel_cli.engines.probing.probing import probe
 
 PROBED = ProbeResult(

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from brixel_cli.engines.benchmarking.ablation_results import Ablations, Point, VariantResult
-from brixel_cli.engines.benchmarking.report import write_report
+from brixel_cli.cli.report_pages import write_report
+from brixel_cli.engines.ablating.results import Ablations, Point, VariantResult
 from brixel_cli.engines.benchmarking.results import (
     BudgetRow,
     Environment,

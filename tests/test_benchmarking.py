@@ -17,7 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
-from brixel_cli.benchmark_options import BenchmarkOptions
+from brixel_cli.cli.tables import fidelity_tables
+from brixel_cli.config.benchmark import BenchmarkOptions
+from brixel_cli.config.files import load_recipe
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.weights import save_tensors
 from brixel_cli.engines.benchmarking import benchmarking
@@ -27,11 +29,9 @@ from brixel_cli.engines.benchmarking.counts import count_rows, largest_sizes
 from brixel_cli.engines.benchmarking.models import find_candidates
 from brixel_cli.engines.benchmarking.peak_memory import PeakMemory, can_measure, peak_in_fresh_process
 from brixel_cli.engines.benchmarking.results import Results, Row, read_results
-from brixel_cli.engines.benchmarking.tables import fidelity_tables
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError, SizeError, UsageError
-from brixel_cli.recipe_files import load_recipe
 
 BASELINE = """
 import torch.nn.functional as F

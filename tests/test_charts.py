@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from brixel_cli.engines.benchmarking.charts import (
+from brixel_cli.drawing.charts import (
     STYLE,
     Bar,
     Line,

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.cost import Cost, count_cost, count_parameters, fake_tensors, hollow
 from brixel_cli.core.student import build_adapter
-from brixel_cli.recipe import AdapterConfig
 
 FLOAT = 4
 

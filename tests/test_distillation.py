@@ -14,6 +14,8 @@ import torch
 from conftest import Listener, with_changes
 from PIL import Image
 
+from brixel_cli.config.distill import CacheConfig, OptimConfig, Recipe
+from brixel_cli.config.files import load_recipe
 from brixel_cli.core.student import load_student
 from brixel_cli.core.weights import load_tensors
 from brixel_cli.engines.distilling.batches import batch_keys
@@ -23,8 +25,6 @@ from brixel_cli.engines.distilling.setup import make_adapter
 from brixel_cli.engines.distilling.trainer import Trainer, learning_rate, num_steps, with_noise
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.recipe import CacheConfig, OptimConfig, Recipe
-from brixel_cli.recipe_files import load_recipe
 
 
 def tensors_of(folder: Path, name: str = "state.safetensors") -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from brixel_cli.app import app
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.student import load_student, read_adapter, save_student
 from brixel_cli.engines.extracting.extraction import extract
-from brixel_cli.engines.extracting.model import ExtractionModel
+from brixel_cli.engines.models import ExtractionModel
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 

@@ -13,8 +13,8 @@ import torch
 
 import brixel_cli
 from brixel_cli.data.feature_file import FORMAT, FeatureDataset, Layout, dequantise, single_file_names, text_array
-from brixel_cli.data.features import DONE, FAILED, Column, Store, bytes_needed, check_disk, create_store
-from brixel_cli.engines.extracting.model import encode
+from brixel_cli.data.row_store import DONE, FAILED, Column, Store, bytes_needed, check_disk, create_store
+from brixel_cli.engines.models import encode
 from brixel_cli.errors import BrixelError
 
 SHAPE = (4, 2, 3)

@@ -14,10 +14,10 @@ import h5py
 import numpy as np
 import pytest
 
-from brixel_cli.data import features
-from brixel_cli.data.features import Column, Store, bytes_needed, check_disk, create_store
+from brixel_cli.core.formatting import human_bytes
+from brixel_cli.data import row_store as features
+from brixel_cli.data.row_store import Column, Store, bytes_needed, check_disk, create_store
 from brixel_cli.errors import BrixelError
-from brixel_cli.formatting import human_bytes
 
 COLUMNS = {"maps": Column((4, 3, 2), "float16"), "scale": Column((), "float32"), "number": Column((2,), "int64")}
 
@@ -25,7 +25,7 @@ FILL = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from brixel_cli.data.features import Store
+from brixel_cli.data.row_store import Store
 
 store = Store(Path(sys.argv[1]), writable=True)
 for row in range(int(sys.argv[2]), len(store), int(sys.argv[3])):

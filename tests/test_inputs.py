@@ -14,9 +14,9 @@ from conftest import make_photograph
 from PIL import Image
 
 from brixel_cli.data import images as images_module
-from brixel_cli.data.fitting import Fitting
 from brixel_cli.data.images import load_image, read_size
 from brixel_cli.data.inputs import default_output, find_inputs
+from brixel_cli.data.resizing import Fitting
 from brixel_cli.errors import BrixelError, UsageError
 
 

@@ -17,63 +17,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # What a module or subpackage may import of the package, besides modules of its own subpackage.
 BELOW = {
     "errors": set(),
-    "recipe": {"errors"},
-    "probe_recipe": {"recipe", "errors"},
-    "probe_protocols": {"recipe", "probe_recipe"},
-    "recipe_files": {"recipe", "probe_recipe", "errors"},
-    "extract_options": {"errors"},
-    "benchmark_options": {"extract_options", "errors"},
-    "probe_options": {"probe_recipe", "probe_protocols", "extract_options", "errors"},
-    "formatting": set(),
-    "fingerprints": {"errors"},
-    "examples": set(),
-    "probe_figures": set(),
-    "core": {"recipe", "probe_recipe", "recipe_files", "extract_options", "fingerprints", "errors"},
-    "data": {"recipe", "probe_recipe", "recipe_files", "extract_options", "formatting", "fingerprints", "errors"},
-    "engines": {
-        "fingerprints",
-        "core",
-        "data",
-        "recipe",
-        "recipe_files",
-        "extract_options",
-        "benchmark_options",
-        "probe_recipe",
-        "probe_protocols",
-        "probe_options",
-        "probe_figures",
-        "formatting",
-        "errors",
-    },
-    "console": {"formatting", "errors"},
-    "commands": {
-        "console",
-        "engines",
-        "core",
-        "data",
-        "recipe",
-        "probe_recipe",
-        "probe_protocols",
-        "recipe_files",
-        "extract_options",
-        "benchmark_options",
-        "probe_options",
-        "probe_figures",
-        "formatting",
-        "errors",
-    },
-    "app": {
-        "examples",
-        "",
-        "console",
-        "commands",
-        "recipe",
-        "recipe_files",
-        "extract_options",
-        "benchmark_options",
-        "errors",
-    },
-    "demo": {"console", "core", "fingerprints", "errors"},  # prepares files for `make demo`; beside the commands
+    "config": {"errors"},
+    "core": {"config", "errors"},
+    "data": {"core", "config", "errors"},
+    "drawing": {"core", "config", "errors"},
+    "engines": {"core", "data", "drawing", "config", "errors"},
+    "cli": {"engines", "core", "data", "drawing", "config", "errors"},
+    "app": {"", "cli", "config", "errors"},
+    "demo": {"cli", "core", "errors"},  # prepares files for `make demo`; beside the commands
     "__main__": {"app"},
     "": {"core", "data"},  # the public Python API, in __init__.py
 }
@@ -128,6 +79,7 @@ ENGINES = {
     "extracting": {"distilling"},
     "probing": {"distilling", "extracting"},
     "benchmarking": {"distilling", "probing"},
+    "ablating": {"benchmarking", "distilling", "probing"},
 }
 
 
@@ -141,7 +93,7 @@ def test_engines_import_one_way(command: str) -> None:
 
 def test_engines_outside_the_packages_serve_all_of_them() -> None:
     shared = {path.stem: imported(path) for path in (PACKAGE / "engines").glob("*.py")}
-    assert set(shared) == {"__init__", "malloc", "reporting", "runtime", "timing"}
+    assert set(shared) == {"__init__", "malloc", "models", "reporting", "runtime", "streams", "timing"}
     packages = tuple(f"{PACKAGE.name}.engines.{command}" for command in ENGINES)
     assert not [name for names in shared.values() for name in names if name.startswith(packages)]
 
@@ -156,9 +108,9 @@ def test_the_layers_have_no_cycle() -> None:
 
 def test_the_walk_finds_imports_of_every_kind() -> None:
     # The tests above would pass on an empty walk: here is what it has to find.
-    assert {"console", "commands", ""} <= own_layers(PACKAGE / "app.py")  # one inside a function, one of the package
-    assert {"core", "data", "errors", "recipe"} <= own_layers(PACKAGE / "engines" / "distilling" / "distillation.py")
-    assert "engines" in own_layers(PACKAGE / "commands" / "distill.py")  # inside a function
+    assert {"cli", ""} <= own_layers(PACKAGE / "app.py")  # one inside a function, one of the package
+    assert {"core", "data", "errors", "config"} <= own_layers(PACKAGE / "engines" / "distilling" / "distillation.py")
+    assert "engines" in own_layers(PACKAGE / "cli" / "distill.py")  # inside a function
     assert own_layers(PACKAGE / "__init__.py") == {"core", "data"}
     assert own_layers(PACKAGE / "errors.py") == set()
 
@@ -167,12 +119,12 @@ def test_the_walk_finds_imports_of_every_kind() -> None:
     ("library", "alone"),
     [
         ("timm", "core/backbone.py"),
-        ("h5py", "data/features.py"),
+        ("h5py", "data/row_store.py"),
         ("accelerate", "engines/runtime.py"),
-        ("yaml", "recipe_files.py"),
+        ("yaml", "config/files.py"),
         ("typer", "app.py"),
-        ("rich", "console.py"),
-        ("tqdm", "console.py"),
+        ("rich", "cli/console.py"),
+        ("tqdm", "cli/console.py"),
     ],
 )
 def test_one_module_alone_imports(library: str, alone: str) -> None:
@@ -195,7 +147,7 @@ def printing(source: str) -> list[str]:
 
 def test_only_the_console_prints() -> None:
     found = {path.relative_to(PACKAGE).as_posix(): printing(path.read_text(encoding="utf-8")) for path in MODULES}
-    assert found.pop("console.py") != []
+    assert found.pop("cli/console.py") != []
     assert {path: places for path, places in found.items() if places} == {}
 
 
@@ -209,7 +161,7 @@ def test_every_way_to_print_is_noticed(source: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["app", "recipe_files", *(f"commands.{name}" for name in ("distill", "probe", "benchmark", "ablation"))],
+    ["app", "config.files", *(f"cli.{name}" for name in ("distill", "probe", "benchmark", "ablation"))],
 )
 def test_the_command_line_starts_without_the_heavy_libraries(module: str) -> None:
     heavy = {"torch", "timm", "h5py", "accelerate", "numpy", "torchmetrics", "matplotlib"}

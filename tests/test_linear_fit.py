@@ -10,13 +10,13 @@ import torch
 from conftest import Listener, with_changes
 from torch import Tensor
 
+from brixel_cli.config.distill import AdapterConfig, FusionConfig, Recipe
 from brixel_cli.core.linear_fit import STRENGTHS, LinearFit
 from brixel_cli.core.student import build_adapter
 from brixel_cli.core.weights import load_tensors
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError
-from brixel_cli.recipe import AdapterConfig, FusionConfig, Recipe
 
 CPU = torch.device("cpu")
 

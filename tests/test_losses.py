@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from brixel_cli.config.distill import CosineConfig, EdgeConfig, L1Config, LossConfig, SpectralConfig
 from brixel_cli.core import losses
 from brixel_cli.core.losses import (
     NUM_RADIAL_BINS,
@@ -22,7 +23,6 @@ from brixel_cli.core.losses import (
     sobel,
     spectral_error,
 )
-from brixel_cli.recipe import CosineConfig, EdgeConfig, L1Config, LossConfig, SpectralConfig
 
 TERMS = ("l1", "edge", "spectral", "cosine")
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from brixel_cli.core.pictures import denormalise, panel, pca_colours
 from brixel_cli.data.views import normalise
+from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from brixel_cli.core.pictures import panel
-from brixel_cli.core.prediction_pictures import (
+from brixel_cli.drawing.feature_maps import panel
+from brixel_cli.drawing.predictions import (
     class_colours,
     comparison,
     depth_range,

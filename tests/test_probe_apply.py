@@ -13,12 +13,12 @@ from conftest import Listener, make_photograph
 from PIL import Image
 from probe_sets import CLASSES, make_options, make_set, noise, write_features
 
-from brixel_cli.core.prediction_pictures import class_colours
-from brixel_cli.engines.extracting.model import ExtractionModel
+from brixel_cli.config.probe import ApplyOptions
+from brixel_cli.drawing.predictions import class_colours
+from brixel_cli.engines.models import ExtractionModel
 from brixel_cli.engines.probing.application import apply_head, encode_prediction
 from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
-from brixel_cli.probe_options import ApplyOptions
 
 FAST = ["protocol.steps=3", "protocol.points=64"]
 
@@ -187,8 +187,8 @@ def test_a_head_on_features_from_elsewhere_cannot_be_applied(root: Path, tmp_pat
 def test_a_head_on_an_extracted_file_is_applied_with_its_model(
     root: Path, tmp_path: Path, model, listener: Listener
 ) -> None:
+    from brixel_cli.config.extract import ExtractOptions
     from brixel_cli.engines.extracting.extraction import extract
-    from brixel_cli.extract_options import ExtractOptions
 
     extract(
         ExtractOptions(

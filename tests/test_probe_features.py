@@ -12,17 +12,17 @@ from conftest import Listener, make_photograph
 from PIL import Image
 from probe_sets import HEIGHT, NAMES, WIDTH, make_options, make_set, noise, stored_levels, write_features
 
+from brixel_cli.config.distill import RunConfig
 from brixel_cli.core.student import load_student
-from brixel_cli.data.features import Store
 from brixel_cli.data.fields_of_view import cut_image, cut_map, cut_target
+from brixel_cli.data.row_store import Store
 from brixel_cli.data.views import normalise
-from brixel_cli.engines.extracting.model import ExtractionModel
+from brixel_cli.engines.models import ExtractionModel
 from brixel_cli.engines.probing import features as probe_features
 from brixel_cli.engines.probing.features import Targets, open_maps, prepare
 from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.recipe import RunConfig
 
 ADE = ["protocol.train_labels=64", "protocol.train.per_image=2"]
 

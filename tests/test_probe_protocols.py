@@ -6,10 +6,10 @@ import math
 
 import pytest
 
+from brixel_cli.config.files import with_overrides
+from brixel_cli.config.protocols import PROTOCOLS, differences, printed_name, published
 from brixel_cli.engines.probing.plan import fields_of_view
 from brixel_cli.errors import UsageError
-from brixel_cli.probe_protocols import PROTOCOLS, differences, printed_name, published
-from brixel_cli.recipe_files import with_overrides
 
 # The table of docs/PROBE.md: side, head, BatchNorm, rate, weight decay, batch, steps, epochs, schedule.
 TABLE = {

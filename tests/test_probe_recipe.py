@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from brixel_cli.config.files import SHIPPED, dump_recipe, find_recipe, load_recipe, shipped_recipes
+from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.errors import UsageError
-from brixel_cli.probe_recipe import ProbeRecipe
-from brixel_cli.recipe_files import SHIPPED, dump_recipe, find_recipe, load_recipe, shipped_recipes
 
 NAMES = shipped_recipes(ProbeRecipe)
 

@@ -13,6 +13,8 @@ import torch
 from conftest import Listener
 from probe_sets import CLASSES, NAMES, make_options, make_set, noise, one_hot, results, write_features
 
+from brixel_cli.config.distill import RunConfig
+from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.heads import load_head
 from brixel_cli.core.weights import load_tensors
 from brixel_cli.engines.probing import probing
@@ -23,8 +25,6 @@ from brixel_cli.engines.probing.probing import plan_only, probe, shares_of_gap, 
 from brixel_cli.engines.probing.training import batches
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.probe_options import ProbeOptions
-from brixel_cli.recipe import RunConfig
 
 FAST = ["protocol.steps=4", "protocol.points=64"]
 

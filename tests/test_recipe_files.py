@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from brixel_cli.config.distill import Recipe
+from brixel_cli.config.files import SHIPPED, dump_recipe, find_recipe, load_recipe, recipe_differences, shipped_recipes
 from brixel_cli.errors import UsageError
-from brixel_cli.recipe import Recipe
-from brixel_cli.recipe_files import SHIPPED, dump_recipe, find_recipe, load_recipe, recipe_differences, shipped_recipes
 
 LEAST = "name: least\nbackbone: {name: test_vit}\noptim: {steps: 4}\n"
 

@@ -17,15 +17,15 @@ from results_page import parse, read_notes, write_page
 from results_sections import LARGEST, WIDEST, picture
 from test_benchmark_report import fidelity, make_ablations, make_results
 
-from brixel_cli.commands.probe import probe_options
+from brixel_cli.cli.probe import probe_options
+from brixel_cli.config.distill import Recipe
+from brixel_cli.config.files import load_recipe
+from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.probing import shares_of_gap, summarise
 from brixel_cli.errors import BrixelError
-from brixel_cli.probe_options import ProbeOptions
-from brixel_cli.recipe import Recipe
-from brixel_cli.recipe_files import load_recipe
 
 MACHINE = "/home/somebody/study"
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
+from brixel_cli.config.files import load_recipe
 from brixel_cli.core import shipped
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.shipped import DEFAULT_STUDENT, STUDENTS, shipped_student, shipped_students
@@ -25,7 +26,6 @@ from brixel_cli.core.student import load_student, read_adapter, save_student
 from brixel_cli.engines.distilling.run_folder import default_student
 from brixel_cli.engines.distilling.setup import resolve_paths
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
-from brixel_cli.recipe_files import load_recipe
 
 
 @pytest.fixture

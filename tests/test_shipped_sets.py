@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from brixel_cli.config.files import load_recipe
+from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.data.labelled import LabelledSet, Sample
-from brixel_cli.probe_recipe import ProbeRecipe
-from brixel_cli.recipe_files import load_recipe
 
 HEIGHT, WIDTH = 480, 640  # of NYU, whose evaluation crop has to fit
 

@@ -9,10 +9,10 @@ from conftest import FIXTURES, Listener
 from safetensors.torch import save_file
 
 import brixel_cli
+from brixel_cli.config.distill import AdapterConfig, FusionConfig
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.student import StudentCard, build_adapter, load_student, read_adapter, save_student
 from brixel_cli.errors import SizeError, UsageError, WeightsError
-from brixel_cli.recipe import AdapterConfig, FusionConfig
 
 SMALL = AdapterConfig(fusion=FusionConfig(width=16, fine_width=16, blocks=[1, 1, 1]))
 

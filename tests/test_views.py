@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from brixel_cli.config.distill import ViewConfig
 from brixel_cli.data.images import Photograph, Skipped, load_image, scan_folder
 from brixel_cli.data.views import (
     Views,
@@ -24,7 +25,6 @@ from brixel_cli.data.views import (
     split_photographs,
 )
 from brixel_cli.errors import BrixelError
-from brixel_cli.recipe import ViewConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from brixel_cli.recipe import AdapterConfig
+from brixel_cli.config.distill import AdapterConfig
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

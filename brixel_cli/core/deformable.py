@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.core.adapter import NORM_EPS, Adapter, ChannelNorm, resize
 from brixel_cli.errors import UsageError
-from brixel_cli.recipe import AdapterConfig
 
 
 class DeformableAttention(nn.Module):

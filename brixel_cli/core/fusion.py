@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.core.adapter import Adapter, ChannelNorm, resize
-from brixel_cli.recipe import AdapterConfig
 
 
 def _norm(kind: str, channels: int) -> nn.Module:

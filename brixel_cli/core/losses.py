@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brixel_cli.recipe import LossConfig
+from brixel_cli.config.distill import LossConfig
 
 NUM_RADIAL_BINS = 24
 HIGH_FREQUENCY_FROM = 0.3

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brixel_cli.probe_recipe import IGNORE
+from brixel_cli.config.labelled import IGNORE
 
 EPSILON = 1e-3
 """Added to depths in metres before the logarithm, as in DINOv2's depth code."""

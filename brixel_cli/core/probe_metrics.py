@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchmetrics.regression import MeanAbsolutePercentageError, MeanSquaredError
 
-from brixel_cli.probe_recipe import IGNORE
+from brixel_cli.config.labelled import IGNORE
 
 DILATION_RATIO = 0.02
 ANGLE_BINS = 18_000

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from brixel_cli.core.identity import file_sha256
 from brixel_cli.errors import WeightsError
-from brixel_cli.fingerprints import file_sha256
 
 STUDENTS = Path(__file__).resolve().parent.parent / "students"
 SUMS = "SHA256SUMS"

@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, load_backbone, same_model
 from brixel_cli.core.deformable import DeformableAdapter
@@ -20,7 +21,6 @@ from brixel_cli.core.fusion import FusionAdapter
 from brixel_cli.core.shipped import shipped_student, shipped_students
 from brixel_cli.core.weights import ReleasedStudent, check_keys, import_released, load_pth, load_tensors, save_tensors
 from brixel_cli.errors import UsageError, WeightsError
-from brixel_cli.recipe import AdapterConfig
 
 ADAPTERS: dict[str, type[Adapter]] = {"fusion": FusionAdapter, "deformable": DeformableAdapter}
 FORMAT = "brixel-student-1"

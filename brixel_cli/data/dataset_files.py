@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from brixel_cli.config.labelled import ProbeRecipe, Split
 from brixel_cli.data.images import image_files
 from brixel_cli.errors import BrixelError
-from brixel_cli.probe_recipe import ProbeRecipe, Split
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _SHOWN = 3

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from brixel_cli.data.features import DONE, FAILED, Array, Column, Store
+from brixel_cli.config.extract import Number, Storage
+from brixel_cli.data.row_store import DONE, FAILED, Array, Column, Store
 from brixel_cli.errors import BrixelError
-from brixel_cli.extract_options import Number, Storage
 
 FORMAT = "brixel-features-1"
 REASON_BYTES = 160

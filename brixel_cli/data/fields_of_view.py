@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from brixel_cli.data.fitting import snap
+from brixel_cli.config.labelled import IGNORE
+from brixel_cli.data.resizing import snap
 from brixel_cli.data.views import seed_of
-from brixel_cli.probe_recipe import IGNORE
 
 FieldKind = Literal["whole", "centre", "stretch", "random", "slide"]
 Scalar = TypeVar("Scalar", bound=np.generic)

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from brixel_cli.config.labelled import ProbeRecipe, Split
+from brixel_cli.core.identity import files_sha256
 from brixel_cli.data import targets
 from brixel_cli.data.dataset_files import Entry, find_entries
 from brixel_cli.data.images import load_image, read_size
 from brixel_cli.errors import BrixelError
-from brixel_cli.fingerprints import files_sha256
-from brixel_cli.probe_recipe import ProbeRecipe, Split
 
 
 @dataclass(frozen=True)

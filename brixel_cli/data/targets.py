@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from brixel_cli.config.labelled import IGNORE, DepthConfig, LabelsConfig, NormalsConfig
 from brixel_cli.data.images import open_image
 from brixel_cli.data.normals import normals_from_depth
 from brixel_cli.errors import BrixelError
-from brixel_cli.probe_recipe import IGNORE, DepthConfig, LabelsConfig, NormalsConfig
 
 NO_CLASS = -1
 

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+from brixel_cli.config.distill import ViewConfig
 from brixel_cli.data.images import Photograph, Skipped, load_image
 from brixel_cli.errors import BrixelError
-from brixel_cli.recipe import ViewConfig
 
 
 def seed_of(*parts: int) -> int:

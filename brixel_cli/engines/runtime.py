@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
+from brixel_cli.config.distill import RunConfig
 from brixel_cli.errors import UsageError
-from brixel_cli.recipe import RunConfig
 
 Item = TypeVar("Item")
 

@@ -75,13 +75,13 @@ def throughput(options: argparse.Namespace, scratch: Path) -> dict:
     """The command's images per second, from the first image to the last, over a bare loop's with the same batches."""
     import torch
 
-    from brixel_cli.console import Progress
+    from brixel_cli.cli.console import Progress
+    from brixel_cli.config.distill import RunConfig
+    from brixel_cli.config.extract import ExtractOptions
     from brixel_cli.data.feature_file import FeatureFile
-    from brixel_cli.engines.extracting.model import ExtractionModel
     from brixel_cli.engines.extracting.plan import model_facts
+    from brixel_cli.engines.models import ExtractionModel
     from brixel_cli.engines.runtime import Runtime
-    from brixel_cli.extract_options import ExtractOptions
-    from brixel_cli.recipe import RunConfig
 
     folder = many(options.photos, scratch / "photos", options.count)
     result = run(options, folder, scratch / "f.h5")
@@ -236,7 +236,7 @@ def writing(options: argparse.Namespace, scratch: Path) -> dict:
 
     The two take turns, in changing order, each on a disk that has settled; the median of the rounds counts.
     """
-    from brixel_cli.data.features import Column, Store, create_store
+    from brixel_cli.data.row_store import Column, Store, create_store
 
     row = np.random.default_rng(0).integers(0, 255, 12_600_000, np.uint8)
     count = options.count

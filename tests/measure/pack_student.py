@@ -11,12 +11,12 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from brixel_cli.console import say
+from brixel_cli.cli.console import say
 from brixel_cli.core.files import write_text
+from brixel_cli.core.identity import file_sha256
 from brixel_cli.core.shipped import STUDENTS, SUMS
 from brixel_cli.core.student import read_adapter, save_student
 from brixel_cli.errors import BrixelError
-from brixel_cli.fingerprints import file_sha256
 
 
 def pack(run: Path, name: str, folder: Path = STUDENTS) -> Path:

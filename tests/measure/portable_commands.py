@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from brixel_cli.config.distill import Recipe
+from brixel_cli.config.files import changed_values, load_recipe, shipped_recipes
+from brixel_cli.config.labelled import ProbeRecipe
+from brixel_cli.config.protocols import Protocol, published
 from brixel_cli.core.shipped import shipped_students
-from brixel_cli.probe_protocols import Protocol, published
-from brixel_cli.probe_recipe import ProbeRecipe
-from brixel_cli.recipe import Recipe
-from brixel_cli.recipe_files import changed_values, load_recipe, shipped_recipes
 
 PLACES = {
     "--images": "photos", "data.images": "photos", "data.val_images": "held_out", "--checkpoint": "RUN", "init": "RUN",

@@ -18,19 +18,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from brixel_cli.commands.probe import probe_options
-from brixel_cli.console import Progress
+from brixel_cli.cli.console import Progress
+from brixel_cli.cli.probe import probe_options
+from brixel_cli.config.distill import RunConfig
 from brixel_cli.core.heads import build_head
 from brixel_cli.data.fields_of_view import cut_image
 from brixel_cli.data.images import load_image
 from brixel_cli.engines import malloc
-from brixel_cli.engines.extracting.pipeline import read_ahead
 from brixel_cli.engines.probing.features import Maps, Targets, num_workers, open_maps, prepare
 from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
 from brixel_cli.engines.probing.probing import head_spec, plan_only
 from brixel_cli.engines.probing.training import batch_loss, batches
 from brixel_cli.engines.runtime import Runtime
-from brixel_cli.recipe import RunConfig
+from brixel_cli.engines.streams import read_ahead
 
 
 class GivenMaps:

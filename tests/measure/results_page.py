@@ -18,16 +18,16 @@ from pathlib import Path
 
 from results_sections import ablations, cost, fidelity, generalisation, probes, training, tuned
 
-from brixel_cli.console import error_boundary, print_files, warn
+from brixel_cli.cli.console import error_boundary, print_files, warn
+from brixel_cli.cli.report_blocks import Block, Chart, Photo, Section
+from brixel_cli.cli.report_pages import markdown_block, write_figure
+from brixel_cli.config.distill import Recipe
+from brixel_cli.config.files import load_recipe, missing_keys
 from brixel_cli.core.files import write_text
-from brixel_cli.engines.benchmarking.ablation_results import read_ablations
-from brixel_cli.engines.benchmarking.report import markdown_block, write_figure
-from brixel_cli.engines.benchmarking.report_blocks import Block, Chart, Photo, Section
+from brixel_cli.engines.ablating.results import read_ablations
 from brixel_cli.engines.benchmarking.results import read_results
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError
-from brixel_cli.recipe import Recipe
-from brixel_cli.recipe_files import load_recipe, missing_keys
 
 LEAD = (
     "The student that comes with brixel: its training, its cost, how close it comes to its teacher, and what that is worth "

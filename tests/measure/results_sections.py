@@ -13,22 +13,22 @@ from typing import Any
 from PIL import Image
 from portable_commands import distill_command, groups_of, portable, probe_command, side, without_directories
 
+from brixel_cli.cli import tables
+from brixel_cli.cli.report_blocks import Block, Chart, Commands, Photo, Text
+from brixel_cli.cli.tables import Table
+from brixel_cli.config.distill import Recipe
 from brixel_cli.core.files import replacing
+from brixel_cli.core.formatting import human_count, human_size
 from brixel_cli.core.heads import QUANTITIES
-from brixel_cli.engines.benchmarking import tables
-from brixel_cli.engines.benchmarking.ablation_results import Ablations
-from brixel_cli.engines.benchmarking.charts import Line, line_chart
+from brixel_cli.core.metric_titles import figure_text, figure_title
+from brixel_cli.drawing.charts import Line, line_chart
+from brixel_cli.engines.ablating.results import Ablations
 from brixel_cli.engines.benchmarking.probe_results import ProbeResult
-from brixel_cli.engines.benchmarking.report_blocks import Block, Chart, Commands, Photo, Text
 from brixel_cli.engines.benchmarking.results import Model, Results, Row
 from brixel_cli.engines.benchmarking.student_probes import read_probe
-from brixel_cli.engines.benchmarking.tables import Table
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.probing.folder import ProbeFolder, file_name
 from brixel_cli.errors import BrixelError
-from brixel_cli.formatting import human_count, human_size
-from brixel_cli.probe_figures import figure_text, figure_title
-from brixel_cli.recipe import Recipe
 
 FAITHFUL = {"l1": "L1", "cosine": "cosine", "edge": "edge"}
 PROBED = {

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from brixel_cli.core.identity import file_sha256
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.fingerprints import file_sha256
 
 
 @dataclass(frozen=True)

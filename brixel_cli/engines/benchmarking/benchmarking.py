@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from brixel_cli.benchmark_options import BenchmarkOptions, parse_sizes
+from brixel_cli.config.benchmark import BenchmarkOptions, parse_sizes
+from brixel_cli.config.distill import RunConfig
 from brixel_cli.core.backbone import check_size
 from brixel_cli.core.files import write_text
+from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.baselines import Baseline, load_baseline
 from brixel_cli.engines.benchmarking.contenders import Contender, Size, make_contenders
@@ -42,8 +44,6 @@ from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.engines.timing import call_seconds
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.formatting import human_bytes
-from brixel_cli.recipe import RunConfig
 
 MEMORY_MARGIN = 1.2
 """A row is run where the device has this many times what was counted for it."""

@@ -13,8 +13,8 @@ from torch import Tensor
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.files import save_picture
 from brixel_cli.core.metrics import FIDELITY, fidelity, share_of_gap_closed
-from brixel_cli.core.pictures import denormalise, panel, pca_colours
 from brixel_cli.data.views import Views, reduce_view
+from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
 from brixel_cli.engines.benchmarking.contenders import Contender
 from brixel_cli.engines.benchmarking.results import Fidelity, ImageFidelity, Picture
 from brixel_cli.engines.reporting import Reporter

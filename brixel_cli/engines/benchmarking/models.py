@@ -10,8 +10,11 @@ from pathlib import Path
 
 import torch
 
-from brixel_cli.benchmark_options import BenchmarkOptions
+from brixel_cli.config.benchmark import BenchmarkOptions
+from brixel_cli.config.distill import AdapterConfig, Recipe, ViewConfig
+from brixel_cli.config.files import find_recipe, load_recipe
 from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.identity import file_sha256
 from brixel_cli.core.shipped import shipped_students
 from brixel_cli.core.student import FILE_NAME, StoredAdapter, Student, build_adapter, load_student, read_adapter
 from brixel_cli.core.weights import tensors_sha256
@@ -22,9 +25,6 @@ from brixel_cli.engines.distilling.run_folder import default_student
 from brixel_cli.engines.distilling.setup import find_photographs
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
-from brixel_cli.fingerprints import file_sha256
-from brixel_cli.recipe import AdapterConfig, Recipe, ViewConfig
-from brixel_cli.recipe_files import find_recipe, load_recipe
 
 
 @dataclass(frozen=True)

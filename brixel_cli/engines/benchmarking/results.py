@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.engines.benchmarking.probe_results import ProbeResult
 from brixel_cli.errors import BrixelError
-from brixel_cli.formatting import csv_text, to_json
 
 FORMAT = "brixel-benchmark-1"
 FILE_NAME = "results.json"

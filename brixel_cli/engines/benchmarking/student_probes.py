@@ -6,12 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from brixel_cli.config.probe import OUTPUT
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.core.probe_metrics import LEADING
 from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.errors import BrixelError
-from brixel_cli.probe_options import OUTPUT
 
 
 def read_probe(folder: Path, student: str = "student") -> list[ProbeResult]:

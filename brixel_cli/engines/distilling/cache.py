@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from brixel_cli.config.distill import Recipe
 from brixel_cli.core.backbone import Backbone
-from brixel_cli.data.features import Column, Store, bytes_needed, create_store
+from brixel_cli.core.formatting import human_bytes
+from brixel_cli.core.identity import files_sha256
 from brixel_cli.data.images import Skipped, load_image
+from brixel_cli.data.row_store import Column, Store, bytes_needed, create_store
 from brixel_cli.data.views import Views
 from brixel_cli.engines.distilling.batches import Batch, Key, OnlineBatches, of_one_size
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
-from brixel_cli.fingerprints import files_sha256
-from brixel_cli.formatting import human_bytes
-from brixel_cli.recipe import Recipe
 
 CACHE_FORMAT = 3
 CACHE_BATCH = 8

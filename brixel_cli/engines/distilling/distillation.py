@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from brixel_cli.config.distill import Recipe
+from brixel_cli.config.files import dump_recipe
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.files import save_picture, write_text
+from brixel_cli.core.formatting import to_json
 from brixel_cli.core.student import StudentCard, save_student
 from brixel_cli.data.images import Skipped, describe_skipped
 from brixel_cli.engines.distilling.batches import Batches, OnlineBatches, batch_keys
@@ -30,9 +33,6 @@ from brixel_cli.engines.distilling.validation import Validation, validate
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.formatting import to_json
-from brixel_cli.recipe import Recipe
-from brixel_cli.recipe_files import dump_recipe
 
 MOST_REFUSED = 3
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from brixel_cli.config.distill import Recipe
 from brixel_cli.core.backbone import load_backbone
+from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.linear_fit import LinearFit
-from brixel_cli.data.features import bytes_needed
+from brixel_cli.data.row_store import bytes_needed
 from brixel_cli.engines.distilling.cache import CACHE_BATCH, CacheLayout
 from brixel_cli.engines.distilling.setup import Photographs, find_photographs, resolve_paths
 from brixel_cli.engines.distilling.trainer import num_steps
@@ -20,8 +22,6 @@ from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.engines.timing import call_seconds
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.formatting import human_bytes
-from brixel_cli.recipe import Recipe
 
 LONGEST_MEASUREMENT = 45.0
 """Seconds; what would take longer on one image is estimated from its FLOP."""

@@ -20,17 +20,17 @@ from typing import Any
 
 from torch import Tensor
 
+from brixel_cli.config.distill import Recipe
+from brixel_cli.config.files import dump_recipe, load_recipe, missing_keys, recipe_differences
 from brixel_cli.core.backbone import same_model
 from brixel_cli.core.files import write_text
+from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.shipped import DEFAULT_STUDENT
 from brixel_cli.core.student import FILE_NAME, read_adapter
 from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.images import Skipped
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import UsageError, WeightsError
-from brixel_cli.formatting import csv_text, to_json
-from brixel_cli.recipe import Recipe
-from brixel_cli.recipe_files import dump_recipe, load_recipe, missing_keys, recipe_differences
 
 RUNS = "runs"
 """Where runs go unless --output says otherwise, and where the newest student is looked for."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from brixel_cli.config.distill import AdapterConfig, Recipe, ViewConfig
 from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, check_size, same_model
 from brixel_cli.core.shipped import shipped_students
@@ -17,7 +18,6 @@ from brixel_cli.data.images import Photograph, Skipped, scan_folder
 from brixel_cli.data.views import Views, split_photographs
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, SizeError, UsageError
-from brixel_cli.recipe import AdapterConfig, Recipe, ViewConfig
 
 
 @dataclass(frozen=True)

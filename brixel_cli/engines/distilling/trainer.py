@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from brixel_cli.config.distill import OptimConfig, Recipe
 from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.losses import Basis, DistillationLoss
 from brixel_cli.data.views import seed_of
 from brixel_cli.engines import malloc
 from brixel_cli.engines.distilling.batches import Batch
 from brixel_cli.engines.runtime import Runtime
-from brixel_cli.recipe import OptimConfig, Recipe
 
 NOISE = 1
 """Tells the noise's seeds from the others of a step."""

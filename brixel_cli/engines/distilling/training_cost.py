@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from brixel_cli.config.distill import Recipe, SpectralConfig
 from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.cost import Cost, count_cost, count_parameters, fake_tensors, hollow
@@ -16,7 +17,6 @@ from brixel_cli.engines.distilling.setup import check_view_sizes, make_adapter
 from brixel_cli.engines.distilling.trainer import Trainer
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
-from brixel_cli.recipe import Recipe, SpectralConfig
 
 
 @dataclass(frozen=True)

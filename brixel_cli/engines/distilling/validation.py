@@ -10,7 +10,7 @@ from PIL import Image
 from brixel_cli.core.adapter import Adapter, resize
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.metrics import FIDELITY, fidelity, share_of_gap_closed
-from brixel_cli.core.pictures import denormalise, panel, pca_colours
+from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
 from brixel_cli.engines.distilling.batches import Batches
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError

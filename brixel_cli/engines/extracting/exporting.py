@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from brixel_cli.config.distill import RunConfig
+from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.core.backbone import check_size
-from brixel_cli.engines.extracting.model import ExtractionModel
 from brixel_cli.engines.extracting.plan import model_facts
+from brixel_cli.engines.models import ExtractionModel
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.extract_options import ExtractOptions
-from brixel_cli.recipe import RunConfig
 
 TOLERANCE = 1e-3
 OPSET = 20

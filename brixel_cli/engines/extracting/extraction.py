@@ -14,23 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from brixel_cli.config.distill import RunConfig
+from brixel_cli.config.extract import ExtractOptions
+from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
 from brixel_cli.data.feature_file import FORMAT, FeatureFile, text_array
-from brixel_cli.data.features import DONE, FAILED, MISSING, Array, Store, create_store
 from brixel_cli.data.inputs import reason_of
+from brixel_cli.data.row_store import DONE, FAILED, MISSING, Array, Store, create_store
 from brixel_cli.engines import malloc
-from brixel_cli.engines.extracting.model import ExtractionModel, encode
-from brixel_cli.engines.extracting.pipeline import WriteBehind, read_ahead
 from brixel_cli.engines.extracting.plan import ExtractPlan, make_plan, preview_folder
 from brixel_cli.engines.extracting.resuming import check_same, clear_output, describe
 from brixel_cli.engines.extracting.sinks import make_sink, writing
+from brixel_cli.engines.models import ExtractionModel, encode
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.streams import WriteBehind, read_ahead
 from brixel_cli.errors import BrixelError
-from brixel_cli.extract_options import ExtractOptions
-from brixel_cli.formatting import human_bytes
-from brixel_cli.recipe import RunConfig
 
 PCA_SAMPLE = 64
 """Images on which the components are fitted, evenly spread over the set."""

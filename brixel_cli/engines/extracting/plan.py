@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from brixel_cli.config.extract import ExtractOptions, Source
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.student import StoredAdapter, read_adapter
 from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile, Grid, Layout, text_array
-from brixel_cli.data.features import FAILED, MISSING, Array, check_disk
-from brixel_cli.data.fitting import Fitting
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
+from brixel_cli.data.resizing import Fitting
+from brixel_cli.data.row_store import FAILED, MISSING, Array, check_disk
 from brixel_cli.engines.distilling.run_folder import default_student
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.extract_options import ExtractOptions, Source
 
 DEFAULT_FACTOR = 4
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from brixel_cli.data.feature_file import FORMAT, FeatureFile
-from brixel_cli.data.features import Array, Store
-from brixel_cli.engines.extracting.model import ExtractionModel
+from brixel_cli.data.row_store import Array, Store
 from brixel_cli.engines.extracting.plan import ExtractPlan, preview_folder
+from brixel_cli.engines.models import ExtractionModel
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import UsageError
 

@@ -14,7 +14,7 @@ import torch
 
 from brixel_cli.core.weights import save_tensors
 from brixel_cli.data.feature_file import FORMAT, single_file_names
-from brixel_cli.data.features import Array, Store
+from brixel_cli.data.row_store import Array, Store
 from brixel_cli.engines.extracting.plan import ExtractPlan
 from brixel_cli.errors import BrixelError
 

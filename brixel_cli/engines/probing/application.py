@@ -14,35 +14,35 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from brixel_cli.config.distill import RunConfig
+from brixel_cli.config.extract import ExtractOptions
+from brixel_cli.config.probe import ApplyOptions
+from brixel_cli.config.protocols import Side
 from brixel_cli.core.files import save_picture, write_text
+from brixel_cli.core.formatting import to_json
 from brixel_cli.core.heads import Head, load_head
-from brixel_cli.core.prediction_pictures import (
+from brixel_cli.core.identity import file_sha256
+from brixel_cli.core.weights import tensors_sha256
+from brixel_cli.data.feature_file import picture_names
+from brixel_cli.data.fields_of_view import FieldKind, FieldOfView, cut_image, plan_fields
+from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, reason_of
+from brixel_cli.data.resizing import Fitting
+from brixel_cli.data.row_store import Array
+from brixel_cli.drawing.predictions import (
     class_colours,
     depth_range,
     paint_depth,
     paint_labels,
     paint_normals,
 )
-from brixel_cli.core.weights import tensors_sha256
-from brixel_cli.data.feature_file import picture_names
-from brixel_cli.data.features import Array
-from brixel_cli.data.fields_of_view import FieldKind, FieldOfView, cut_image, plan_fields
-from brixel_cli.data.fitting import Fitting
-from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, reason_of
-from brixel_cli.engines.extracting.model import ExtractionModel
-from brixel_cli.engines.extracting.pipeline import read_ahead
 from brixel_cli.engines.extracting.plan import ModelFacts, model_facts
+from brixel_cli.engines.models import ExtractionModel
 from brixel_cli.engines.probing.evaluation import finish
 from brixel_cli.engines.probing.features import num_workers
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.streams import read_ahead
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
-from brixel_cli.extract_options import ExtractOptions
-from brixel_cli.fingerprints import file_sha256
-from brixel_cli.formatting import to_json
-from brixel_cli.probe_options import ApplyOptions
-from brixel_cli.probe_protocols import Side
-from brixel_cli.recipe import RunConfig
 
 DESCRIPTION = "predictions.json"
 UNITS = {

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.data.feature_file import Grid
-from brixel_cli.data.features import DONE, Array, Store, create_store
 from brixel_cli.data.fields_of_view import FieldOfView, cut_image, cut_map, cut_target
 from brixel_cli.data.images import load_image
 from brixel_cli.data.labelled import LabelledSet, Sample
-from brixel_cli.engines.extracting.model import ExtractionModel, encode
-from brixel_cli.engines.extracting.pipeline import read_ahead
+from brixel_cli.data.row_store import DONE, Array, Store, create_store
+from brixel_cli.engines.models import ExtractionModel, encode
 from brixel_cli.engines.probing.plan import (
     ProbePlan,
     Size,
@@ -29,8 +29,8 @@ from brixel_cli.engines.probing.plan import (
 from brixel_cli.engines.probing.sources import FileSource, ModelSource
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.streams import read_ahead
 from brixel_cli.errors import BrixelError
-from brixel_cli.formatting import human_bytes
 
 MOST_WORKERS = 8
 

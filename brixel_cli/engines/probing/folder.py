@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from brixel_cli.core.files import write_text
+from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.formatting import csv_text, to_json
 
 FORMAT = "brixel-probe-1"
 

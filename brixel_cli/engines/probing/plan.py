@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from brixel_cli.config.labelled import Split
+from brixel_cli.config.probe import ProbeOptions
+from brixel_cli.config.protocols import FieldConfig, Side
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.data.feature_file import Grid, Layout
-from brixel_cli.data.features import Column, bytes_needed, check_disk
 from brixel_cli.data.fields_of_view import FieldOfView, cut_target, plan_fields
 from brixel_cli.data.labelled import LabelledSet
+from brixel_cli.data.row_store import Column, bytes_needed, check_disk
 from brixel_cli.engines.probing.sources import FileSource, ModelSource, Source
 from brixel_cli.errors import BrixelError
-from brixel_cli.probe_options import ProbeOptions
-from brixel_cli.probe_protocols import FieldConfig, Side
-from brixel_cli.probe_recipe import Split
 
 FORMAT = 1
 Size = tuple[int, int]

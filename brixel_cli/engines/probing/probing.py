@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from brixel_cli.config.distill import RunConfig
+from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.heads import HeadSpec, save_head
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
 from brixel_cli.data.labelled import LabelledSet
-from brixel_cli.engines.extracting.model import versions
+from brixel_cli.engines.models import versions
 from brixel_cli.engines.probing.evaluation import evaluate_head
 from brixel_cli.engines.probing.features import Maps, Targets, open_maps, prepare
 from brixel_cli.engines.probing.folder import ProbeFolder
@@ -28,8 +30,6 @@ from brixel_cli.engines.probing.training import train_head
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import UsageError
-from brixel_cli.probe_options import ProbeOptions
-from brixel_cli.recipe import RunConfig
 
 LIBRARIES = ("torchmetrics", "numpy", "h5py")
 

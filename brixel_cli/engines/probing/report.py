@@ -9,15 +9,15 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from brixel_cli.core.curves import draw_curves
 from brixel_cli.core.files import save_picture
 from brixel_cli.core.heads import QUANTITIES, load_head
-from brixel_cli.core.pictures import panel
-from brixel_cli.core.prediction_pictures import Quantity as Pictured
-from brixel_cli.core.prediction_pictures import comparison
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, LEADING
 from brixel_cli.data.fields_of_view import cut_image
 from brixel_cli.data.images import load_image
+from brixel_cli.drawing.curves import draw_curves
+from brixel_cli.drawing.feature_maps import panel
+from brixel_cli.drawing.predictions import Quantity as Pictured
+from brixel_cli.drawing.predictions import comparison
 from brixel_cli.engines.probing.evaluation import predict
 from brixel_cli.engines.probing.features import Targets, open_maps
 from brixel_cli.engines.probing.folder import ProbeFolder

@@ -8,18 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from brixel_cli.config.extract import ExtractOptions
+from brixel_cli.config.extract import Source as ModelKind
+from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.weights import tensors_sha256
 from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile, Grid
 from brixel_cli.engines.distilling.run_folder import default_student
-from brixel_cli.engines.extracting.model import ExtractionModel
 from brixel_cli.engines.extracting.plan import ModelFacts, model_facts
+from brixel_cli.engines.models import ExtractionModel
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.extract_options import ExtractOptions
-from brixel_cli.extract_options import Source as ModelKind
-from brixel_cli.probe_options import ProbeOptions
 
 MODELS: dict[str, ModelKind] = {"backbone": "backbone", "student": "student", "teacher": "teacher"}
 FILE_PREFIX = "file:"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brixel_cli.config.protocols import Protocol
 from brixel_cli.core.heads import Head, HeadSpec, build_head
 from brixel_cli.core.probe_losses import (
     at_points,
@@ -28,7 +29,6 @@ from brixel_cli.data.views import seed_of
 from brixel_cli.engines import malloc
 from brixel_cli.engines.probing.features import Maps, Targets
 from brixel_cli.errors import BrixelError
-from brixel_cli.probe_protocols import Protocol
 
 SIG_WARMUP = 100
 """First steps in which SigLoss looks at the mean alone, as in DINOv2's depth probes."""

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.engines.benchmarking.probe_results import ProbeResult
 from brixel_cli.engines.benchmarking.results import Environment, Latency
 from brixel_cli.errors import BrixelError
-from brixel_cli.formatting import csv_text, to_json
 
 FORMAT: Literal["brixel-ablations-1"] = "brixel-ablations-1"
 FILE_NAME = "ablations.json"

@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brixel_cli.console import Progress, is_first_process, print_files, print_json, print_table, say
+from brixel_cli.cli.console import Progress, is_first_process, print_files, print_json, print_table, say
+from brixel_cli.config.extract import ExtractOptions
+from brixel_cli.core.formatting import human_bytes
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.extract_options import ExtractOptions
-from brixel_cli.formatting import human_bytes
 
 if TYPE_CHECKING:
     from brixel_cli.engines.extracting.extraction import Extracted

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from brixel_cli.engines.benchmarking.ablation_results import Ablations
-from brixel_cli.engines.benchmarking.report_blocks import Block, Commands, Photo, Report, Section, Text
-from brixel_cli.engines.benchmarking.report_charts import (
+from brixel_cli.cli.report_blocks import Block, Commands, Photo, Report, Section, Text
+from brixel_cli.cli.report_charts import (
     ablation_charts,
     by_photograph,
     cost_bars,
@@ -17,8 +16,7 @@ from brixel_cli.engines.benchmarking.report_charts import (
     gap_bars,
     main_size,
 )
-from brixel_cli.engines.benchmarking.results import Environment, Results
-from brixel_cli.engines.benchmarking.tables import (
+from brixel_cli.cli.tables import (
     Table,
     ablation_tables,
     budget_table,
@@ -28,7 +26,9 @@ from brixel_cli.engines.benchmarking.tables import (
     rows_of,
     sizes_of,
 )
-from brixel_cli.formatting import human_bytes, human_seconds, human_size
+from brixel_cli.core.formatting import human_bytes, human_seconds, human_size
+from brixel_cli.engines.ablating.results import Ablations
+from brixel_cli.engines.benchmarking.results import Environment, Results
 
 
 def make_report(results: Results | None, ablations: Ablations | None, folder: Path) -> Report:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from brixel_cli.probe_recipe import IGNORE
+from brixel_cli.config.labelled import IGNORE
 
 Quantity = Literal["labels", "depth", "normals"]
 WRONG = (230, 30, 30)

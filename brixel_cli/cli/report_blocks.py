@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from brixel_cli.engines.benchmarking.tables import Table
+from brixel_cli.cli.tables import Table
 
 
 @dataclass(frozen=True)

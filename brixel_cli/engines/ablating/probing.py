@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
+from brixel_cli.config.distill import Recipe
+from brixel_cli.config.extract import Device
+from brixel_cli.config.labelled import Split
+from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.data.labelled import LabelledSet
 from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
 from brixel_cli.engines.benchmarking.student_probes import read_probe
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.probing.probing import probe
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.extract_options import Device
-from brixel_cli.probe_options import ProbeOptions
-from brixel_cli.probe_recipe import Split
-from brixel_cli.recipe import Recipe
 
 SPLITS: Sequence[Split] = ("train", "evaluate")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from brixel_cli.config.extract import Device, Precision
 from brixel_cli.errors import UsageError
-from brixel_cli.extract_options import Device, Precision
 
 MOST_SIZES = 5
 ABLATION_STEPS = 300

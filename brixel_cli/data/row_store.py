@@ -21,8 +21,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from brixel_cli.core.formatting import human_bytes
 from brixel_cli.errors import BrixelError
-from brixel_cli.formatting import human_bytes
 
 STATUS = "status"
 MISSING, DONE, FAILED = 0, 1, 2

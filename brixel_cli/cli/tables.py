@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from brixel_cli.core.formatting import human_bytes, human_count, human_seconds, human_size
+from brixel_cli.core.metric_titles import figure_text, figure_title
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER
-from brixel_cli.engines.benchmarking.ablation_results import Ablations, VariantResult
-from brixel_cli.engines.benchmarking.ablation_variants import Planned, Variant
+from brixel_cli.engines.ablating.results import Ablations, VariantResult
+from brixel_cli.engines.ablating.variants import Planned, Variant
 from brixel_cli.engines.benchmarking.probe_results import ProbeResult
 from brixel_cli.engines.benchmarking.results import Fidelity, Latency, Model, Results, Row
-from brixel_cli.formatting import human_bytes, human_count, human_seconds, human_size
-from brixel_cli.probe_figures import figure_text, figure_title
 
 COST_COLUMNS = ("row", "input", "grid", "frozen", "adapter", "GFLOP", "memory", "less FLOP", "less mem.")
 TIME_COLUMNS = ("row", "median", "10 %", "90 %", "images/s", "faster")

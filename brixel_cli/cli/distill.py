@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brixel_cli.console import Progress, print_files, print_json, print_table, say
+from brixel_cli.cli.console import Progress, print_files, print_json, print_table, say
+from brixel_cli.config.distill import Recipe
+from brixel_cli.config.files import load_recipe
+from brixel_cli.core.formatting import human_bytes
 from brixel_cli.errors import UsageError
-from brixel_cli.formatting import human_bytes
-from brixel_cli.recipe import Recipe
-from brixel_cli.recipe_files import load_recipe
 
 if TYPE_CHECKING:
     from brixel_cli.engines.distilling.planning import Plan

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from brixel_cli.cli.report_blocks import Block, Chart, Commands, Photo, Report, Text
+from brixel_cli.cli.report_content import make_report
+from brixel_cli.cli.tables import Table
 from brixel_cli.core.files import replacing, write_text
-from brixel_cli.engines.benchmarking.ablation_results import Ablations
-from brixel_cli.engines.benchmarking.charts import STYLE, standalone
-from brixel_cli.engines.benchmarking.report_blocks import Block, Chart, Commands, Photo, Report, Text
-from brixel_cli.engines.benchmarking.report_content import make_report
+from brixel_cli.drawing.charts import STYLE, standalone
+from brixel_cli.engines.ablating.results import Ablations
 from brixel_cli.engines.benchmarking.results import Results
-from brixel_cli.engines.benchmarking.tables import Table
 from brixel_cli.errors import UsageError
 
 HTML_NAME = "report.html"

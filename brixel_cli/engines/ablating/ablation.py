@@ -16,12 +16,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from brixel_cli.benchmark_options import ABLATION_STEPS, AblationOptions
+from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions
+from brixel_cli.config.distill import Recipe
+from brixel_cli.config.files import load_recipe
+from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.files import write_text
 from brixel_cli.engines import malloc
-from brixel_cli.engines.benchmarking.ablation_cost import Inference, UpdateTime, UpdateTimes, measure_inference
-from brixel_cli.engines.benchmarking.ablation_probe import VariantProbes
-from brixel_cli.engines.benchmarking.ablation_results import (
+from brixel_cli.engines.ablating.cost import Inference, UpdateTime, UpdateTimes, measure_inference
+from brixel_cli.engines.ablating.probing import VariantProbes
+from brixel_cli.engines.ablating.results import (
     FILE_NAME,
     TABLE_NAME,
     Ablations,
@@ -29,7 +32,7 @@ from brixel_cli.engines.benchmarking.ablation_results import (
     VariantResult,
     read_ablations,
 )
-from brixel_cli.engines.benchmarking.ablation_variants import Planned, Variant, find_groups
+from brixel_cli.engines.ablating.variants import Planned, Variant, find_groups
 from brixel_cli.engines.benchmarking.environment import describe_environment
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
@@ -38,9 +41,6 @@ from brixel_cli.engines.distilling.training_cost import count_training
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.probe_options import ProbeOptions
-from brixel_cli.recipe import Recipe
-from brixel_cli.recipe_files import load_recipe
 
 RUNS = "ablations"
 POINTS = 4

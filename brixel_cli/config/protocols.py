@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from brixel_cli.probe_recipe import Task
-from brixel_cli.recipe import Rate, Section, Weight
+from brixel_cli.config.distill import Rate, Section, Weight
+from brixel_cli.config.labelled import Task
 
 Side = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brixel_cli.console import Progress, print_files, print_json, print_notes, print_table, say
+from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, print_table, say
+from brixel_cli.config.extract import Device, Precision
+from brixel_cli.config.files import load_recipe, shipped_recipes, with_overrides
+from brixel_cli.config.labelled import ProbeRecipe
+from brixel_cli.config.probe import OUTPUT, ApplyOptions, ProbeOptions
+from brixel_cli.config.protocols import PROTOCOLS, Protocol, published
+from brixel_cli.core.formatting import human_bytes
+from brixel_cli.core.metric_titles import figure_text, figure_title
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.extract_options import Device, Precision
-from brixel_cli.formatting import human_bytes
-from brixel_cli.probe_figures import figure_text, figure_title
-from brixel_cli.probe_options import OUTPUT, ApplyOptions, ProbeOptions
-from brixel_cli.probe_protocols import PROTOCOLS, Protocol, published
-from brixel_cli.probe_recipe import ProbeRecipe
-from brixel_cli.recipe_files import load_recipe, shipped_recipes, with_overrides
 
 if TYPE_CHECKING:
     from brixel_cli.engines.probing.plan import ProbePlan

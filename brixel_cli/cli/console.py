@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
+from brixel_cli.core.formatting import to_json
 from brixel_cli.errors import BrixelError, UsageError
-from brixel_cli.formatting import to_json
 
 _quiet = False
 

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from brixel_cli.cli.report_blocks import Chart
+from brixel_cli.cli.tables import memory_text, rows_of, sizes_of
+from brixel_cli.core.formatting import human_seconds, human_size
 from brixel_cli.core.metrics import FIDELITY
-from brixel_cli.engines.benchmarking.ablation_results import VariantResult
-from brixel_cli.engines.benchmarking.charts import NUM_SERIES, Bar, Line, bar_chart, line_chart
-from brixel_cli.engines.benchmarking.report_blocks import Chart
+from brixel_cli.drawing.charts import NUM_SERIES, Bar, Line, bar_chart, line_chart
+from brixel_cli.engines.ablating.results import VariantResult
 from brixel_cli.engines.benchmarking.results import Curve, Fidelity, Kind, Model, Results, Row
-from brixel_cli.engines.benchmarking.tables import memory_text, rows_of, sizes_of
-from brixel_cli.formatting import human_seconds, human_size
 
 TITLES = {"l1": "L1", "cosine": "Cosine", "edge": "Edge error", "spectral": "Spectral error"}
 BEST = {"l1": "best 0", "cosine": "best 1", "edge": "best 0", "spectral": "best 0"}

@@ -11,9 +11,9 @@ def report_of(output: Path, report: Path) -> list[Path]:
     Raises:
         BrixelError: they cannot be read, or the folder `report` cannot be made.
     """
-    from brixel_cli.engines.benchmarking import ablation_results
+    from brixel_cli.cli.report_pages import write_report
+    from brixel_cli.engines.ablating import results as ablation_results
     from brixel_cli.engines.benchmarking import results as benchmark_results
-    from brixel_cli.engines.benchmarking.report import write_report
 
     results = benchmark_results.read_results(output) if (output / benchmark_results.FILE_NAME).exists() else None
     ablations = ablation_results.read_ablations(output) if (output / ablation_results.FILE_NAME).exists() else None

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from brixel_cli.config.distill import Recipe
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.cost import count_cost, fake_tensors, hollow
 from brixel_cli.core.files import write_text
+from brixel_cli.core.formatting import to_json
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.latency import interleaved
 from brixel_cli.engines.benchmarking.results import Latency
@@ -24,8 +26,6 @@ from brixel_cli.engines.distilling.training_cost import random_batch, random_upd
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.engines.timing import call_seconds
-from brixel_cli.formatting import to_json
-from brixel_cli.recipe import Recipe
 
 UPDATES = 5
 """Updates of each variant that are timed."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from brixel_cli.config.distill import Recipe
+from brixel_cli.config.files import load_variants
 from brixel_cli.engines.distilling.training_cost import TrainingCounts
 from brixel_cli.errors import UsageError
-from brixel_cli.recipe import Recipe
-from brixel_cli.recipe_files import load_variants
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 

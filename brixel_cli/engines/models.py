@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from brixel_cli.config.extract import ExtractOptions, Number
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.student import Student, load_student
@@ -17,7 +18,6 @@ from brixel_cli.engines.extracting.plan import ModelFacts
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
-from brixel_cli.extract_options import ExtractOptions, Number
 
 CPU_BATCH_PIXELS = 4 * 448 * 448
 """More at once is no faster on a CPU, and costs memory."""

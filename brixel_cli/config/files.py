@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from brixel_cli.config.distill import Recipe, Section
+from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.errors import UsageError
-from brixel_cli.probe_recipe import ProbeRecipe
-from brixel_cli.recipe import Recipe, Section
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 SHIPPED = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "recipes"
 Schema = TypeVar("Schema", bound=Section)
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brixel_cli.benchmark_options import BenchmarkOptions
-from brixel_cli.commands.report import report_of
-from brixel_cli.console import Progress, print_files, print_json, print_notes, print_table, say
+from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, print_table, say
+from brixel_cli.cli.report import report_of
+from brixel_cli.config.benchmark import BenchmarkOptions
 
 if TYPE_CHECKING:
     from brixel_cli.engines.benchmarking.results import Results
@@ -39,7 +39,7 @@ def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool,
 
 
 def _show(results: Results) -> None:
-    from brixel_cli.engines.benchmarking.tables import (
+    from brixel_cli.cli.tables import (
         budget_table,
         cost_tables,
         fidelity_tables,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from brixel_cli.config.extract import Device, Precision
+from brixel_cli.config.labelled import ProbeRecipe
+from brixel_cli.config.protocols import Protocol, Side, printed_name
 from brixel_cli.errors import UsageError
-from brixel_cli.extract_options import Device, Precision
-from brixel_cli.probe_protocols import Protocol, Side, printed_name
-from brixel_cli.probe_recipe import ProbeRecipe
 
 OUTPUT = Path("runs/probe")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from brixel_cli.benchmark_options import PROBE_SEEDS, AblationOptions
-from brixel_cli.commands.probe import probe_options
-from brixel_cli.commands.report import report_of
-from brixel_cli.console import Progress, print_files, print_json, print_table, say
+from brixel_cli.cli.console import Progress, print_files, print_json, print_table, say
+from brixel_cli.cli.probe import probe_options
+from brixel_cli.cli.report import report_of
+from brixel_cli.config.benchmark import PROBE_SEEDS, AblationOptions
+from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.errors import BrixelError
-from brixel_cli.probe_options import ProbeOptions
 
 
 def run_ablation(options: AblationOptions, report: Path | None, dry_run: bool, as_json: bool) -> None:
@@ -20,9 +20,9 @@ def run_ablation(options: AblationOptions, report: Path | None, dry_run: bool, a
         BrixelError: something the user can mend; also, at the end, that some variants failed.
     """
     # torch takes seconds to import: only now, when there is work for it.
-    from brixel_cli.engines.benchmarking.ablation import ablate
-    from brixel_cli.engines.benchmarking.ablation_results import FILE_NAME, TABLE_NAME
-    from brixel_cli.engines.benchmarking.tables import ablation_tables
+    from brixel_cli.cli.tables import ablation_tables
+    from brixel_cli.engines.ablating.ablation import ablate
+    from brixel_cli.engines.ablating.results import FILE_NAME, TABLE_NAME
 
     probe = _probe(options)
     if dry_run:
@@ -55,9 +55,9 @@ def _probe(options: AblationOptions) -> ProbeOptions | None:
 
 
 def _show_plan(options: AblationOptions, probe: ProbeOptions | None, as_json: bool) -> None:
-    from brixel_cli.engines.benchmarking.ablation import plan_ablation
-    from brixel_cli.engines.benchmarking.ablation_probe import check_set
-    from brixel_cli.engines.benchmarking.tables import plan_table
+    from brixel_cli.cli.tables import plan_table
+    from brixel_cli.engines.ablating.ablation import plan_ablation
+    from brixel_cli.engines.ablating.probing import check_set
 
     if probe:
         check_set(probe)

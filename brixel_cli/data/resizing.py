@@ -9,9 +9,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+from brixel_cli.config.extract import Fit
 from brixel_cli.data.views import centre_view
 from brixel_cli.errors import BrixelError
-from brixel_cli.extract_options import Fit
 
 LEAST_SIDE = 8
 MOST_ELONGATED = 8
