@@ -12,8 +12,9 @@ import typer
 from brixel_cli import __version__
 from brixel_cli.cli import examples
 from brixel_cli.cli.console import error_boundary, print_version, set_quiet
+from brixel_cli.config.base import Device, Precision
 from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions, BenchmarkOptions
-from brixel_cli.config.extract import Device, ExtractOptions, Fit, Number, Precision, Source, Storage
+from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage
 from brixel_cli.errors import UsageError
 
 app = typer.Typer(

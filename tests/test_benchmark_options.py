@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from brixel_cli.config.benchmark import BenchmarkOptions, parse_bytes, parse_sizes
+from brixel_cli.config.base import parse_bytes, parse_sizes
+from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.errors import UsageError
 
 

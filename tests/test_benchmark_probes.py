@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from brixel_cli.app import app
 from brixel_cli.cli.report_pages import write_report
 from brixel_cli.cli.tables import probe_tables
+from brixel_cli.core.identity import tensors_sha256
 from brixel_cli.core.student import read_adapter
-from brixel_cli.core.weights import tensors_sha256
 from brixel_cli.engines.benchmarking import benchmarking
 from brixel_cli.engines.benchmarking.peak_memory import PeakMemory
 from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult

@@ -14,9 +14,10 @@ import h5py
 import numpy as np
 import pytest
 
+from brixel_cli.core.files import check_disk
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.data import row_store as features
-from brixel_cli.data.row_store import Column, Store, bytes_needed, check_disk, create_store
+from brixel_cli.data.row_store import Column, Store, bytes_needed, create_store
 from brixel_cli.errors import BrixelError
 
 COLUMNS = {"maps": Column((4, 3, 2), "float16"), "scale": Column((), "float32"), "number": Column((2,), "int64")}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, print_table, say
-from brixel_cli.config.extract import Device, Precision
+from brixel_cli.config.base import Device, Precision
 from brixel_cli.config.files import load_recipe, shipped_recipes, with_overrides
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.probe import OUTPUT, ApplyOptions, ProbeOptions

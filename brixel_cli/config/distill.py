@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Frozen, and closed: a key that is not listed is a fault, never silently dropped."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+from brixel_cli.config.base import Fraction, Rate, Section, Side, Weight, height_width
 
 
 class BackboneConfig(Section):
@@ -90,11 +82,11 @@ class DataConfig(Section):
 
 
 class ViewConfig(Section):
-    teacher_size: PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] = 1024
+    teacher_size: Side = 1024
     """Input of the teacher in pixels: one side, or [height, width]."""
     factor: Literal[2, 4, 8] = 4
     """Teacher side over student side; also output grid over token grid."""
-    other_sizes: list[PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]] = []
+    other_sizes: list[Side] = []
     """Further teacher inputs to train on, each batch of one size, all sizes equally often; a size given twice counts
     twice. Held-out photographs are looked at in `teacher_size` alone."""
     kind: Literal["centre", "random", "fixed"] = "centre"
@@ -137,8 +129,7 @@ class ViewConfig(Section):
     @property
     def teacher_sizes(self) -> list[tuple[int, int]]:
         """Every teacher input (height, width) in pixels, `teacher_size` first."""
-        given = [[size, size] if isinstance(size, int) else size for size in (self.teacher_size, *self.other_sizes)]
-        return [(size[0], size[1]) for size in given]
+        return [height_width(size) for size in (self.teacher_size, *self.other_sizes)]
 
     @property
     def num_sizes(self) -> int:

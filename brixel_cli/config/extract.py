@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from brixel_cli.config.base import Device, Precision
 from brixel_cli.errors import UsageError
 
 Source = Literal["student", "backbone", "teacher"]
 Fit = Literal["short", "centre", "stretch"]
 Storage = Literal["h5", "npy", "safetensors"]
 Number = Literal["float16", "float32", "int8"]
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from brixel_cli.config.distill import Recipe, Section
+from brixel_cli.config.base import Section
+from brixel_cli.config.distill import Recipe
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.errors import UsageError
 

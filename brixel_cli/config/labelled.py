@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from brixel_cli.config.distill import Rate, Section
+from brixel_cli.config.base import Rate, Section
 
 Task = Literal["segmentation", "depth", "normals", "depth_normals"]
 Split = Literal["train", "evaluate"]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from brixel_cli.config.extract import Device, Precision
+from brixel_cli.config.base import Device, Precision, Side
 from brixel_cli.config.labelled import ProbeRecipe
-from brixel_cli.config.protocols import Protocol, Side, printed_name
+from brixel_cli.config.protocols import Protocol, printed_name
 from brixel_cli.errors import UsageError
 
 OUTPUT = Path("runs/probe")

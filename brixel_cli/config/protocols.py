@@ -11,10 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from brixel_cli.config.distill import Rate, Section, Weight
+from brixel_cli.config.base import Rate, Section, Side, Weight
 from brixel_cli.config.labelled import Task
-
-Side = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 
 
 class FieldConfig(Section):

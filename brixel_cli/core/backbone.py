@@ -17,8 +17,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from brixel_cli.core.identity import tensors_sha256
 from brixel_cli.core.vit_formula import VitShape
-from brixel_cli.core.weights import check_keys, tensors_sha256
+from brixel_cli.core.weights import check_keys
 from brixel_cli.errors import SizeError, UsageError, WeightsError
 
 SIGNATURE_TOLERANCE = 0.02

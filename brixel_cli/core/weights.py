@@ -5,7 +5,6 @@ Nothing here unpickles arbitrary objects: .pth files are read with torch's `weig
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 from collections.abc import Mapping
@@ -17,33 +16,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from brixel_cli.core.files import replacing
 from brixel_cli.errors import WeightsError
-
-
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and values; the same however and in whatever file the tensors were stored."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and string metadata as safetensors; a reader sees the old file or the new one, never a part.
 
     Raises:
-        WeightsError: the file cannot be written.
+        BrixelError: the file cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial, dict(metadata))
+    with replacing(path) as partial:
+        try:
+            save_file(
+                {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial, dict(metadata)
+            )
+        except SafetensorError as error:  # what the disk objects to, in the library's own words
+            raise OSError(str(error)) from error
         partial.chmod(path.parent.stat().st_mode & 0o666)  # readable to whoever can read the folder
         with open(partial, "r+b") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be written: {error}. Make room, or choose another folder.") from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

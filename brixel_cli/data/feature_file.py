@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brixel_cli.config.extract import Number, Storage
-from brixel_cli.data.row_store import DONE, FAILED, Array, Column, Store
+from brixel_cli.data.row_store import DONE, FAILED, Array, Column, Store, positions_within_size
 from brixel_cli.errors import BrixelError
 
 FORMAT = "brixel-features-1"
@@ -53,11 +53,11 @@ class Layout:
     @property
     def grid_rows(self) -> npt.NDArray[np.int64]:
         """Each image's row in the dataset of its grid; -1 for none. With one grid for all it is the image's own."""
-        places = np.full(len(self.grids), -1, np.int64)
-        rows_of_grid = self.rows_of_grid
-        for rows in rows_of_grid.values():
-            places[rows] = rows if len(rows_of_grid) == 1 else np.arange(len(rows))
-        return places
+        if len(self.rows_of_grid) == 1:
+            within: Sequence[int] = range(len(self.grids))
+        else:
+            within = positions_within_size(self.grids)
+        return np.array([-1 if grid is None else at for grid, at in zip(self.grids, within, strict=True)], np.int64)
 
     def shapes(self, grid: Grid) -> dict[str, Column]:
         """The datasets that one map consists of, without their place."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from brixel_cli.config.labelled import ProbeRecipe, Split
-from brixel_cli.core.identity import files_sha256
+from brixel_cli.core.identity import files_sha256, text_digest
 from brixel_cli.data import targets
 from brixel_cli.data.dataset_files import Entry, find_entries
 from brixel_cli.data.images import load_image, read_size
@@ -137,10 +136,7 @@ class LabelledSet:
     def _digest(self, about: str, paths: Sequence[Path]) -> str:
         if not self._sha256:
             self.read_contents()
-        digest = hashlib.sha256(about.encode())
-        for path in paths:
-            digest.update(f"\n{path.relative_to(self.root)} {self._sha256[path]}".encode())
-        return digest.hexdigest()
+        return text_digest(about + "".join(f"\n{path.relative_to(self.root)} {self._sha256[path]}" for path in paths))
 
 
 def _patterns(recipe: ProbeRecipe) -> dict[str, str]:

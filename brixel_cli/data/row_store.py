@@ -7,12 +7,11 @@ processes can fill disjoint rows. A row counts when its entry in `status` is 1.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import weakref
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from brixel_cli.core.formatting import human_bytes
+from brixel_cli.core.files import check_disk, make_folder, replacing
 from brixel_cli.errors import BrixelError
 
 STATUS = "status"
@@ -57,17 +56,6 @@ def bytes_needed(num_rows: int, columns: Mapping[str, Column]) -> int:
     return num_rows + sum(column.row_bytes * _num_live(column, num_rows) for column in columns.values())
 
 
-def check_disk(folder: Path, needed: int, what: str) -> None:
-    """Raise a BrixelError where `needed` bytes do not fit on the disk of `folder`, which need not exist yet."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise BrixelError(
-            f"{what} needs {human_bytes(needed)}, but {existing} has {human_bytes(free)} free. "
-            "Make room, choose another folder, or ask for less."
-        )
-
-
 def create_store(
     path: Path,
     num_rows: int,
@@ -89,15 +77,11 @@ def create_store(
     Raises:
         BrixelError: it does not fit on the disk, or cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BrixelError(f"The folder {path.parent} cannot be made: {error.strerror}. Choose another one.") from error
+    make_folder(path.parent)
     contents = {STATUS: np.zeros(num_rows, np.uint8), **(filled or {})}
     needed = bytes_needed(num_rows, columns) + sum(array.nbytes for name, array in contents.items() if name != STATUS)
     check_disk(path.parent, needed, f"{path.name}")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two runs may create the same file at once
-    try:
+    with replacing(path) as partial:
         with h5py.File(partial, "w") as file:
             for key, value in {ATTRIBUTES: json.dumps(description, sort_keys=True), **(attributes or {})}.items():
                 file.attrs[key] = value
@@ -113,12 +97,6 @@ def create_store(
                 for offset, length in spans:
                     os.posix_fallocate(raw.fileno(), offset, length)
             os.fsync(raw.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # a read-only disk would object once more
-            partial.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        raise BrixelError(f"{path} could not be created with {human_bytes(needed)}: {reason}.") from error
 
 
 def _num_live(column: Column, num_rows: int) -> int:
@@ -156,6 +134,24 @@ def _opened(path: Path) -> Any:
         if "locking flag" not in str(error):
             raise
         return h5py.File(path, "r")  # this process has it open already, with h5py's default
+
+
+def positions_within_size(sizes: Sequence[Hashable]) -> list[int]:
+    """Each row's position among the rows of its size: its row in the dataset of that size."""
+    counts: Counter[Hashable] = Counter()
+    positions = []
+    for size in sizes:
+        positions.append(counts[size])
+        counts[size] += 1
+    return positions
+
+
+def batches_of_one_size(rows: Sequence[int], size: Callable[[int], Hashable], at_once: int) -> list[list[int]]:
+    """Rows in batches of at most `at_once`, those of a batch of one size; sizes in the order of their first row."""
+    of_size: dict[Hashable, list[int]] = {}
+    for row in rows:
+        of_size.setdefault(size(row), []).append(row)
+    return [same[at : at + at_once] for same in of_size.values() for at in range(0, len(same), at_once)]
 
 
 class Store:

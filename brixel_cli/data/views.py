@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli.config.distill import ViewConfig
+from brixel_cli.core.identity import text_digest
 from brixel_cli.data.images import Photograph, Skipped, load_image
 from brixel_cli.errors import BrixelError
 
@@ -174,7 +174,7 @@ def split_photographs(
         )
 
     def place(photograph: Photograph) -> float:
-        return int.from_bytes(hashlib.sha256(photograph.name.encode()).digest()[:8]) / 2**64
+        return int(text_digest(photograph.name)[:16], 16) / 2**64
 
     ranked = sorted(photographs, key=place)
     num_held_out = sum(place(photograph) < fraction for photograph in ranked)

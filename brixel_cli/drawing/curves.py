@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from brixel_cli.core.files import replacing
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's, which the colour-blind can tell apart."""
@@ -35,6 +36,5 @@ def draw_curves(path: Path, curves: Mapping[str, Sequence[Sequence[Mapping[str, 
     axes.grid(alpha=0.3)
     if curves:
         axes.legend()
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=130, metadata={"Software": None})
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=130, metadata={"Software": None})

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from brixel_cli.config.extract import ExtractOptions, Number
 from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.identity import tensors_sha256
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.student import Student, load_student
-from brixel_cli.core.weights import tensors_sha256
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.extracting.plan import ModelFacts
 from brixel_cli.engines.reporting import Reporter

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.files import write_text
+from brixel_cli.core.identity import json_digest
 from brixel_cli.engines import malloc
 from brixel_cli.engines.ablating.cost import Inference, UpdateTime, UpdateTimes, measure_inference
 from brixel_cli.engines.ablating.probing import VariantProbes
@@ -193,7 +193,7 @@ def _digest(recipe: Recipe, photographs: Photographs) -> str:
 
 
 def _short(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+    return json_digest(facts)[:10]
 
 
 def _train(recipe: Recipe, run: RunFolder, reporter: Reporter) -> str:

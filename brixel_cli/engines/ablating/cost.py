@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.cost import count_cost, fake_tensors, hollow
 from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import to_json
+from brixel_cli.core.identity import json_digest
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.latency import interleaved
 from brixel_cli.engines.benchmarking.results import Latency
@@ -78,7 +78,7 @@ class UpdateTimes:
 
     def measure(self, recipes: Sequence[Recipe], reporter: Reporter) -> list[UpdateTime]:
         """Median time of an update of each recipe on a batch in memory, measured unless it was for all together."""
-        keys = [_digest(_training_facts(recipe)) for recipe in recipes]
+        keys = [json_digest(_training_facts(recipe))[:16] for recipe in recipes]
         sessions = {self.times[key].session if key in self.times else -1 for key in keys}
         if len(sessions) > 1 or -1 in sessions:
             session = max((time.session for time in self.times.values()), default=-1) + 1
@@ -95,7 +95,7 @@ class UpdateTimes:
         batches: dict[str, tuple[Backbone, Batch]] = {}
         updates: dict[str, Callable[[], object]] = {}
         for key, recipe in recipes.items():
-            shape = _digest([recipe.backbone.name, recipe.student_hw, recipe.optim.images_per_pass()])
+            shape = json_digest([recipe.backbone.name, recipe.student_hw, recipe.optim.images_per_pass()])[:16]
             if shape not in batches:
                 backbone = _random_backbone(recipe, self.runtime)
                 batches[shape] = backbone, random_batch(recipe, backbone, self.runtime)
@@ -112,7 +112,7 @@ class UpdateTimes:
 
 def measure_inference(recipes: Sequence[Recipe], runtime: Runtime, reporter: Reporter) -> list[Inference]:
     """Arithmetic and time of one image through each recipe's student; equal architectures are measured once."""
-    keys = [_digest(_student_facts(recipe)) for recipe in recipes]
+    keys = [json_digest(_student_facts(recipe))[:16] for recipe in recipes]
     distinct = dict(zip(keys, recipes, strict=True))
     backbones: dict[str, Backbone] = {}
     calls: dict[str, Callable[[], object]] = {}
@@ -157,7 +157,3 @@ def _student_facts(recipe: Recipe) -> list[Any]:
 def _training_facts(recipe: Recipe) -> list[Any]:
     optim = recipe.optim.model_dump(include={"batch_size", "accumulate", "average", "clip", "map_noise"})
     return [*_student_facts(recipe), recipe.loss.model_dump(), optim]
-
-
-def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
+from brixel_cli.config.base import Device
 from brixel_cli.config.distill import Recipe
-from brixel_cli.config.extract import Device
 from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
+from brixel_cli.core.identity import text_digest
 from brixel_cli.data.labelled import LabelledSet
 from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
 from brixel_cli.engines.benchmarking.student_probes import read_probe
@@ -49,7 +49,7 @@ class VariantProbes:
         """
         name = self.options.recipe.name
         found = self._probe("student", run.path / "probe" / name, recipe, run)
-        digest = hashlib.sha256(recipe.backbone.model_dump_json().encode()).hexdigest()[:10]
+        digest = text_digest(recipe.backbone.model_dump_json())[:10]
         folder = self.runs / "probe" / f"{name}-{digest}"
         if folder not in self.backbones:
             self.backbones[folder] = self._probe("backbone", folder, recipe, run).figures["backbone"]

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from brixel_cli.config.benchmark import BenchmarkOptions, parse_sizes
+from brixel_cli.config.base import parse_sizes
+from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.config.distill import RunConfig
 from brixel_cli.core.backbone import check_size
 from brixel_cli.core.files import write_text

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,10 +11,9 @@ from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.config.distill import AdapterConfig, Recipe, ViewConfig
 from brixel_cli.config.files import find_recipe, load_recipe
 from brixel_cli.core.backbone import Backbone, load_backbone
-from brixel_cli.core.identity import file_sha256
+from brixel_cli.core.identity import joint_digest, tensors_sha256
 from brixel_cli.core.shipped import shipped_students
 from brixel_cli.core.student import FILE_NAME, StoredAdapter, Student, build_adapter, load_student, read_adapter
-from brixel_cli.core.weights import tensors_sha256
 from brixel_cli.data.images import Photograph, scan_folder
 from brixel_cli.data.views import Views
 from brixel_cli.engines.benchmarking.results import Model
@@ -94,19 +90,9 @@ class Candidate:
             trained_size=self.trained_size,
             images=photos.folder if photos else None,
             num_images=len(photos.photographs) if photos else 0,
-            weights_sha256=joint_sha256([("", Path(self.weights))]) if Path(self.weights).is_file() else "",
-            images_sha256=joint_sha256((photo.name, photo.path) for photo in photos.photographs) if photos else "",
+            weights_sha256=joint_digest([("", Path(self.weights))]) if Path(self.weights).is_file() else "",
+            images_sha256=joint_digest((photo.name, photo.path) for photo in photos.photographs) if photos else "",
         )
-
-
-def joint_sha256(files: Iterable[tuple[str, Path]]) -> str:
-    """SHA-256 over the names and contents of files, in their order; a file that cannot be read counts by its name."""
-    whole = hashlib.sha256()
-    for name, path in files:
-        whole.update(name.encode() + b"\0")
-        with suppress(OSError):
-            whole.update(file_sha256(path).encode())
-    return whole.hexdigest()
 
 
 def _held(student: Student, dtype: str) -> Student:

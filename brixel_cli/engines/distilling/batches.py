@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,14 +80,6 @@ def batch_keys(
                     shuffles[size, epoch] = _numbers(views, size, epoch)
                 keys.append((epoch, shuffles[size, epoch][place]))
             yield keys
-
-
-def of_one_size(numbers: Sequence[int], size: Callable[[int], Hashable], at_once: int) -> list[list[int]]:
-    """Numbers of views, or rows, in batches of at most `at_once`, those of a batch of one size."""
-    of_size: dict[Hashable, list[int]] = {}
-    for number in numbers:
-        of_size.setdefault(size(number), []).append(number)
-    return [same[at : at + at_once] for same in of_size.values() for at in range(0, len(same), at_once)]
 
 
 def _numbers(views: Views, size: int, epoch: int) -> list[int]:

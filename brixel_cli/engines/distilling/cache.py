@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +15,18 @@ from torch import Tensor
 from brixel_cli.config.distill import Recipe
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.formatting import human_bytes
-from brixel_cli.core.identity import files_sha256
+from brixel_cli.core.identity import files_sha256, json_digest
 from brixel_cli.data.images import Skipped, load_image
-from brixel_cli.data.row_store import Column, Store, bytes_needed, create_store
+from brixel_cli.data.row_store import (
+    Column,
+    Store,
+    batches_of_one_size,
+    bytes_needed,
+    create_store,
+    positions_within_size,
+)
 from brixel_cli.data.views import Views
-from brixel_cli.engines.distilling.batches import Batch, Key, OnlineBatches, of_one_size
+from brixel_cli.engines.distilling.batches import Batch, Key, OnlineBatches
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
@@ -45,14 +50,9 @@ class CacheLayout:
     embed_dim: int
 
     @cached_property
-    def places(self) -> list[int]:
-        """Each row's place in the datasets of its size."""
-        counts: Counter[tuple[int, int]] = Counter()
-        places = []
-        for size in self.sizes:
-            places.append(counts[size])
-            counts[size] += 1
-        return places
+    def positions(self) -> list[int]:
+        """Each row's position in the datasets of its size."""
+        return positions_within_size(self.sizes)
 
     def dataset(self, kind: str, row: int) -> str:
         """Name of the dataset of a kind that a row is in."""
@@ -117,7 +117,7 @@ class CachedBatches:
             )
 
     def _tensor(self, kind: str, rows: list[int]) -> Tensor:
-        places = [self.layout.places[row] for row in rows]
+        places = [self.layout.positions[row] for row in rows]
         return torch.from_numpy(self.store.read(self.layout.dataset(kind, rows[0]), places)).to(self.device)
 
 
@@ -145,7 +145,7 @@ def open_cache(
         "sha256": sha256,
         "parts": [len(views) for views in parts],
     }
-    fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    fingerprint = json_digest(description)
     folder = Path(recipe.cache.directory) if recipe.cache.directory else run_folder / "cache"
     path = folder / f"{fingerprint[:16]}.h5"
     num_rows = sum(len(views) for views in parts)
@@ -167,7 +167,9 @@ def open_cache(
         for views, first_row in zip(parts, starts, strict=True):
             rows = [row for row in range(first_row, first_row + len(views)) if row in missing]
             at_once = min(CACHE_BATCH, recipe.optim.images_per_pass(runtime.world_size))
-            chunks = of_one_size(rows[runtime.rank :: runtime.world_size], lambda row: layout.sizes[row], at_once)
+            chunks = batches_of_one_size(
+                rows[runtime.rank :: runtime.world_size], lambda row: layout.sizes[row], at_once
+            )
             numbers = {photograph.name: number for number, photograph in enumerate(views.photographs)}
             online = OnlineBatches(views, backbone, runtime, recipe.run.workers)
             batches = online.iterate([(0, row - first_row) for row in chunk] for chunk in chunks)
@@ -175,7 +177,7 @@ def open_cache(
                 tensors = {"images": batch.images, "maps": torch.stack(batch.maps, dim=1), "targets": batch.targets}
                 for place, row in enumerate(chunk):
                     for kind, tensor in tensors.items():
-                        store.put(layout.dataset(kind, row), layout.places[row], tensor[place].half().cpu().numpy())
+                        store.put(layout.dataset(kind, row), layout.positions[row], tensor[place].half().cpu().numpy())
                     store.write(row, {"photograph": np.array(numbers[batch.names[place]], np.int32)})
                 bar.update(len(chunk) * runtime.world_size)
     runtime.wait()

@@ -7,8 +7,9 @@ import torch
 
 from brixel_cli.core.linear_fit import LinearFit
 from brixel_cli.core.losses import Basis, fit_basis
+from brixel_cli.data.row_store import batches_of_one_size
 from brixel_cli.data.views import Views, seed_of
-from brixel_cli.engines.distilling.batches import Batches, of_one_size
+from brixel_cli.engines.distilling.batches import Batches
 from brixel_cli.engines.distilling.trainer import Trainer
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError
@@ -40,7 +41,7 @@ def fit_linear_part(trainer: Trainer, training: Batches, views: Views, reporter:
     photographs = sorted({number // views.config.per_image for number in numbers})
     left_out = set(photographs[1 :: min(LEFT_OUT, max(len(photographs), 2))])
     at_once = optim.images_per_pass(runtime.world_size)
-    chunks = of_one_size(numbers, lambda number: views.size_number(0, number), at_once)
+    chunks = batches_of_one_size(numbers, lambda number: views.size_number(0, number), at_once)
     mine = chunks[runtime.rank :: runtime.world_size]
     fit = LinearFit(linear.out_channels, runtime.device)
     with reporter.bar("linear fit", len(numbers), 0, "view") as bar:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from brixel_cli.config.distill import AdapterConfig, Recipe, ViewConfig
 from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, check_size, same_model
+from brixel_cli.core.identity import json_digest
 from brixel_cli.core.shipped import shipped_students
 from brixel_cli.core.student import build_adapter, read_adapter
 from brixel_cli.data.images import Photograph, Skipped, scan_folder
@@ -32,8 +31,7 @@ class Photographs:
     def fingerprint(self) -> str:
         """How many there are, and a short digest of their names and sizes: the same photographs, the same text."""
         facts = [[(p.name, p.height, p.width) for p in part] for part in (self.training, self.held_out)]
-        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-        return f"{len(self.training)} training and {len(self.held_out)} held-out ({digest})"
+        return f"{len(self.training)} training and {len(self.held_out)} held-out ({json_digest(facts)[:12]})"
 
 
 def resolve_paths(recipe: Recipe) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +11,12 @@ import numpy as np
 
 from brixel_cli.config.extract import ExtractOptions, Source
 from brixel_cli.core.backbone import load_backbone
+from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.student import StoredAdapter, read_adapter
 from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile, Grid, Layout, text_array
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
 from brixel_cli.data.resizing import Fitting
-from brixel_cli.data.row_store import FAILED, MISSING, Array, check_disk
+from brixel_cli.data.row_store import FAILED, MISSING, Array
 from brixel_cli.engines.distilling.run_folder import default_student
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
@@ -104,8 +104,7 @@ class ExtractPlan:
     @property
     def bytes_free(self) -> int:
         """Bytes free where the output goes."""
-        folder = self.output.absolute().parent
-        return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+        return free_bytes(self.output.absolute().parent)
 
     def check_disk(self) -> None:
         """Whether the output can be made; a file to be continued has its room already, one to be replaced gives it up.

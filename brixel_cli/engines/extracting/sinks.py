@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from brixel_cli.core.files import replacing
 from brixel_cli.core.weights import save_tensors
 from brixel_cli.data.feature_file import FORMAT, single_file_names
 from brixel_cli.data.row_store import Array, Store
@@ -68,10 +68,8 @@ class SingleFileSink:
         path: Path = self.folder / self.files[row]
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.storage == "npy":
-            partial = path.with_name(path.name + ".partial")
-            with open(partial, "wb") as file:
+            with replacing(path) as partial, open(partial, "wb") as file:
                 np.save(file, values["features"])
-            os.replace(partial, path)
         else:
             tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
             metadata = {"format": FORMAT, "path": self.names[row], "description": self.description}

@@ -14,15 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from brixel_cli.config.base import Side
 from brixel_cli.config.distill import RunConfig
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.probe import ApplyOptions
-from brixel_cli.config.protocols import Side
 from brixel_cli.core.files import save_picture, write_text
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.heads import Head, load_head
-from brixel_cli.core.identity import file_sha256
-from brixel_cli.core.weights import tensors_sha256
+from brixel_cli.core.identity import file_sha256, tensors_sha256
 from brixel_cli.data.feature_file import picture_names
 from brixel_cli.data.fields_of_view import FieldKind, FieldOfView, cut_image, plan_fields
 from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, reason_of

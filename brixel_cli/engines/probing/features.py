@@ -15,7 +15,7 @@ from brixel_cli.data.feature_file import Grid
 from brixel_cli.data.fields_of_view import FieldOfView, cut_image, cut_map, cut_target
 from brixel_cli.data.images import load_image
 from brixel_cli.data.labelled import LabelledSet, Sample
-from brixel_cli.data.row_store import DONE, Array, Store, create_store
+from brixel_cli.data.row_store import DONE, Array, Store, create_store, positions_within_size
 from brixel_cli.engines.models import ExtractionModel, encode
 from brixel_cli.engines.probing.plan import (
     ProbePlan,
@@ -24,7 +24,6 @@ from brixel_cli.engines.probing.plan import (
     SplitPlan,
     StoredPart,
     feature_rows,
-    places_by_size,
 )
 from brixel_cli.engines.probing.sources import FileSource, ModelSource
 from brixel_cli.engines.reporting import Reporter
@@ -97,7 +96,7 @@ class Targets:
         self.store = Store(split.targets.path)
         self.sizes = split.target_sizes
         self.quantities = QUANTITIES[task]
-        self._places = places_by_size(self.sizes)
+        self._places = positions_within_size(self.sizes)
 
     def read(self, row: int) -> dict[str, Tensor]:
         """For each quantity: labels (H, W) uint8, depth (1, H, W) or normals (3, H, W); 255 or 0 counts nowhere."""
@@ -139,7 +138,7 @@ def _fill_targets(split: SplitPlan, task: str, reporter: Reporter) -> None:
     missing = {int(row) for row in store.missing}
     if not missing:
         return
-    places = places_by_size(split.target_sizes)
+    places = positions_within_size(split.target_sizes)
     rows_of_image = [[row] for row in range(len(split.labelled))] if split.slides else split.positions
     images = [image for image, rows in enumerate(rows_of_image) if missing & set(rows)]
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from brixel_cli.config.base import Side
 from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
-from brixel_cli.config.protocols import FieldConfig, Side
+from brixel_cli.config.protocols import FieldConfig
+from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.heads import QUANTITIES
+from brixel_cli.core.identity import json_digest
 from brixel_cli.data.feature_file import Grid, Layout
 from brixel_cli.data.fields_of_view import FieldOfView, cut_target, plan_fields
 from brixel_cli.data.labelled import LabelledSet
-from brixel_cli.data.row_store import Column, bytes_needed, check_disk
+from brixel_cli.data.row_store import Column, bytes_needed
 from brixel_cli.engines.probing.sources import FileSource, ModelSource, Source
 from brixel_cli.errors import BrixelError
 
@@ -116,8 +116,7 @@ class ProbePlan:
     @property
     def bytes_free(self) -> int:
         """Bytes free where the features go."""
-        folder = self.options.features.absolute()
-        return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+        return free_bytes(self.options.features)
 
     @property
     def num_steps(self) -> int:
@@ -239,16 +238,6 @@ def target_columns(task: str, sizes: Sequence[Size], split: Split) -> dict[str, 
     return columns
 
 
-def places_by_size(sizes: Sequence[Size]) -> list[int]:
-    """Each row's place among those of its size."""
-    counts: dict[Size, int] = {}
-    places = []
-    for size in sizes:
-        places.append(counts.get(size, 0))
-        counts[size] = places[-1] + 1
-    return places
-
-
 def _targets(
     options: ProbeOptions,
     labelled: LabelledSet,
@@ -270,8 +259,8 @@ def _targets(
         "targets": options.recipe.task,
         "split": split,
         "set": labelled.fingerprint(),
-        "fields": _digest([dataclasses.astuple(field) for field in fields]),
-        "sizes": _digest(target_sizes),
+        "fields": json_digest([dataclasses.astuple(field) for field in fields]),
+        "sizes": json_digest(target_sizes),
     }
     columns = target_columns(options.recipe.task, target_sizes, split)
     return _part(options.features, len(target_sizes), columns, description), target_sizes
@@ -299,14 +288,10 @@ def _maps(
         "maps": identity,
         "precision": precision,
         "images": labelled.image_fingerprint(),
-        "fields": _digest([dataclasses.astuple(field) for field in fields]),
+        "fields": json_digest([dataclasses.astuple(field) for field in fields]),
     }
     return _part(options.features, len(fields), layout.columns, description), layout
 
 
 def _part(folder: Path, num_rows: int, columns: dict[str, Column], description: dict[str, Any]) -> StoredPart:
-    return StoredPart(folder / f"{_digest(description)[:16]}.h5", num_rows, columns, description)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    return StoredPart(folder / f"{json_digest(description)[:16]}.h5", num_rows, columns, description)

@@ -12,7 +12,7 @@ from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.extract import Source as ModelKind
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.backbone import load_backbone
-from brixel_cli.core.weights import tensors_sha256
+from brixel_cli.core.identity import tensors_sha256
 from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile, Grid
 from brixel_cli.engines.distilling.run_folder import default_student
 from brixel_cli.engines.extracting.plan import ModelFacts, model_facts
