@@ -16,6 +16,7 @@ from torch import Tensor
 
 from brixel_cli.config.distill import RunConfig
 from brixel_cli.config.extract import ExtractOptions
+from brixel_cli.core.files import writing
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
@@ -25,7 +26,7 @@ from brixel_cli.data.row_store import DONE, FAILED, MISSING, Array, Store, creat
 from brixel_cli.engines import malloc
 from brixel_cli.engines.extracting.plan import ExtractPlan, make_plan, preview_folder
 from brixel_cli.engines.extracting.resuming import check_same, clear_output, describe
-from brixel_cli.engines.extracting.sinks import make_sink, writing
+from brixel_cli.engines.extracting.sinks import make_sink
 from brixel_cli.engines.models import ExtractionModel, encode
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
