@@ -12,7 +12,6 @@ from conftest import Listener, make_photograph
 from PIL import Image
 from probe_sets import HEIGHT, NAMES, WIDTH, make_options, make_set, noise, stored_levels, write_features
 
-from brixel_cli.config.distill import RunConfig
 from brixel_cli.core.student import load_student
 from brixel_cli.data.fields_of_view import cut_image, cut_map, cut_target
 from brixel_cli.data.row_store import Store
@@ -34,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepared(options, listener: Listener):
     plan = plan_only(options, listener)
-    prepare(plan, Runtime(RunConfig(device="cpu", precision="float32")), listener)
+    prepare(plan, Runtime("cpu", "float32"), listener)
     return plan
 
 
