@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from brixel_cli.config.extract import ExtractOptions
+from brixel_cli.core.files import writing
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
@@ -23,7 +24,7 @@ from brixel_cli.data.inputs import reason_of
 from brixel_cli.data.row_store import DONE, FAILED, MISSING, Array, Store, create_store
 from brixel_cli.engines.extracting.plan import ExtractPlan, make_plan, preview_folder
 from brixel_cli.engines.extracting.resuming import check_same, clear_output, describe
-from brixel_cli.engines.extracting.sinks import make_sink, writing
+from brixel_cli.engines.extracting.sinks import make_sink
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, share_memory_pools
