@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from conftest import Listener
-from probe_sets import make_options, make_set
+from probe_sets import description, make_options, make_run, make_set
+from probe_sets import make_results as make_probe_results
 from test_benchmark_report import make_results
 from typer.testing import CliRunner
 
@@ -23,6 +24,7 @@ from brixel_cli.engines.benchmarking.peak_memory import PeakMemory
 from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
 from brixel_cli.engines.benchmarking.results import Results, read_results
 from brixel_cli.engines.benchmarking.student_probes import probes_of
+from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.probing import probe
 
 PROBED = ProbeResult(
@@ -38,20 +40,16 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def write_probe(name: str, task: str, sources: dict[str, tuple[str, str | None]], metrics: tuple[str, ...]) -> None:
     """results.json of a probe: sources by label, each with kind and SHA-256; figures 0.1, 0.2, ... in their order."""
-    means = {label: dict.fromkeys(metrics, (number + 1) / 10) for number, label in enumerate(sources)}
-    found: dict[str, Any] = {
-        "format": "brixel-probe-1",
-        "settings": {"recipe": "set", "task": task, "protocol": "p", "protocol_settings": {"align": False}},
-        "sources": {label: {"kind": kind, "student_sha256": sha} for label, (kind, sha) in sources.items()},
-        "summary": {
-            label: {"seeds": 2, "mean": mean, "spread": dict.fromkeys(metrics, 0.01)} for label, mean in means.items()
-        },
-        "share_of_gap_closed": {label: dict.fromkeys(metrics, 0.4) for label, (kind, _) in sources.items() if kind == "student"},
-        "runs": [],
-    }  # fmt: skip
-    folder = Path("runs/probe") / name
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps(found))
+    options = make_options(Path("set"), Path("out"), task)
+    described = {label: description(kind, student_sha256=sha) for label, (kind, sha) in sources.items()}
+    runs = [
+        make_run(label, seed, dict.fromkeys(metrics, (number + 1) / 10 + (seed - 0.5) / 100))
+        for number, label in enumerate(sources)
+        for seed in range(2)
+    ]
+    folder = ProbeFolder(Path("runs/probe") / name)
+    folder.path.mkdir(parents=True)
+    folder.write(make_probe_results(options, described, runs))
 
 
 def test_only_probes_of_the_same_weights_are_found() -> None:
@@ -87,7 +85,7 @@ def test_a_benchmark_carries_the_probes_of_its_student(
     assert found.folder == "runs/probe/mine"
     assert found.protocol == "quick (changed: points=64, steps=2)"
     for source in ("backbone", "student", "teacher"):
-        mean = figures["summary"][source]["mean"]["miou"]
+        mean = figures.summary[source].mean_of("miou")
         assert found.figures[source] == Figure(mean, None)  # one seed has no spread
         assert f"{mean * 100:.2f}" in done.stdout
     title = f"Probes of {results.models[0].name}, mean over seeds"
