@@ -147,10 +147,19 @@ def make_results(options: ProbeOptions, sources: dict[str, ModelDescription], ru
     data: dict[Split, SplitUsed] = {
         "train": SplitUsed(recipe.data.train, 1367, "cd" * 32), "evaluate": SplitUsed(recipe.data.evaluate, 233, "ef" * 32)
     }  # fmt: skip
-    settings = Settings(recipe.name, recipe.task, options.protocol_name, protocol, options.size, data, None, "float32", "cpu")
+    settings = Settings(
+        recipe.name, recipe.task, options.protocol_name, protocol, options.size, data, None, "float32", "cpu"
+    )
     summary = summarise(list(sources), runs)
     return ProbeResults(
-        settings, recipe, sources, sorted({run.seed for run in runs}), {}, summary, gaps_of(sources, summary), list(runs)
+        settings,
+        recipe,
+        sources,
+        sorted({run.seed for run in runs}),
+        {},
+        summary,
+        gaps_of(sources, summary),
+        list(runs),
     )
 
 

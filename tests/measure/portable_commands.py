@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import changed_values, load_recipe, shipped_recipes

@@ -269,9 +269,7 @@ def summarise(labels: Sequence[str], runs: Sequence[Run]) -> dict[str, Summary]:
     return summary
 
 
-def gaps_of(
-    sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary]
-) -> dict[str, dict[str, float]]:
+def gaps_of(sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary]) -> dict[str, dict[str, float]]:
     """The recovered gap of each metric's mean, for every source besides backbone and teacher; empty without them."""
     by_kind = {sources[label].kind: means for label, means in summary.items()}
     if not {"backbone", "teacher"} <= set(by_kind):
