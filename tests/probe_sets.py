@@ -18,10 +18,12 @@ from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.data.feature_file import FORMAT, Layout, text_array
 from brixel_cli.data.row_store import Store, create_store
 from brixel_cli.engines.probing.results import (
+    FileDescription,
     ModelDescription,
     ProbeResults,
     Run,
     Settings,
+    SourceDescription,
     SplitUsed,
     Value,
     gaps_of,
@@ -127,8 +129,10 @@ def write_features(
     return path
 
 
-def description(kind: str, **changes: Any) -> ModelDescription:
+def description(kind: str, **changes: Any) -> SourceDescription:
     """A source as a probe describes it."""
+    if kind == "file":
+        return FileDescription("file", "file", "f.h5", 1, {}, {"8x8": 1})
     values: dict[str, Any] = {
         "kind": kind, "source": kind, "backbone": "vit", "backbone_weights": "w.safetensors", "backbone_sha256": "ab" * 32,
         "checkpoint": None, "student_sha256": None, "student_step": None, "factor": 4, "patch_size": 14, "channels": 8,
@@ -141,7 +145,7 @@ def make_run(source: str, seed: int, figures: dict[str, Value]) -> Run:
     return Run(source, seed, figures, 0.5, 1.0, 1.0, 10.0, {"torch": "2"})
 
 
-def make_results(options: ProbeOptions, sources: dict[str, ModelDescription], runs: Sequence[Run]) -> ProbeResults:
+def make_results(options: ProbeOptions, sources: dict[str, SourceDescription], runs: Sequence[Run]) -> ProbeResults:
     """All of a probe, as `probe` would put it together."""
     recipe, protocol = options.recipe, options.protocol
     data: dict[Split, SplitUsed] = {

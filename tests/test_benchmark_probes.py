@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import Listener
-from probe_sets import description, make_options, make_run, make_set
+from probe_sets import description, make_options, make_set
 from probe_sets import make_results as make_probe_results
 from test_benchmark_report import make_results
 from typer.testing import CliRunner
@@ -25,6 +25,7 @@ from brixel_cli.engines.benchmarking.results import Results, read_results
 from brixel_cli.engines.benchmarking.student_probes import probes_of
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.probing import probe
+from brixel_cli.engines.probing.results import Summary
 
 PROBED = ProbeResult(
     "runs/probe/mine", "mine", "quick", "miou", False, 3,
@@ -37,27 +38,32 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def write_probe(name: str, task: str, sources: dict[str, tuple[str, str | None]], metrics: tuple[str, ...]) -> None:
+def write_probe(
+    tmp: Path, name: str, task: str, sources: dict[str, tuple[str, str | None]], metrics: tuple[str, ...]
+) -> None:
     """results.json of a probe: sources by label, each with kind and SHA-256; figures 0.1, 0.2, ... in their order."""
-    options = make_options(Path("set"), Path("out"), task)
+    options = make_options(tmp / "set", tmp / "out", task)
     described = {label: description(kind, student_sha256=sha) for label, (kind, sha) in sources.items()}
-    runs = [
-        make_run(label, seed, dict.fromkeys(metrics, (number + 1) / 10 + (seed - 0.5) / 100))
-        for number, label in enumerate(sources)
-        for seed in range(2)
-    ]
+    made = make_probe_results(options, described, [])
+    means = {label: dict.fromkeys(metrics, (number + 1) / 10) for number, label in enumerate(sources)}
+    found = replace(
+        made,
+        settings=replace(made.settings, recipe="set", protocol="p"),
+        summary={label: Summary(2, dict(mean), dict.fromkeys(metrics, 0.01)) for label, mean in means.items()},
+        recovered_gap={label: dict.fromkeys(metrics, 0.4) for label, (kind, _) in sources.items() if kind == "student"},
+    )
     folder = ProbeFolder(Path("runs/probe") / name)
     folder.path.mkdir(parents=True)
-    folder.write(make_probe_results(options, described, runs))
+    folder.write(found)
 
 
-def test_only_probes_of_the_same_weights_are_found() -> None:
+def test_only_probes_of_the_same_weights_are_found(tmp_path: Path) -> None:
     assert probes_of("aa") == []
     several = {"student x": ("student", "bb"), "backbone": ("backbone", None), "student y": ("student", "aa")}
-    write_probe("several", "segmentation", several, ("miou",))
-    write_probe("another", "segmentation", {"student": ("student", "bb")}, ("miou",))
-    write_probe("depth", "depth_normals", {"student": ("student", "aa")}, ("rmse_m", "mean_angle_deg"))
-    write_probe("features", "segmentation", {"file": ("file", None)}, ("miou",))
+    write_probe(tmp_path, "several", "segmentation", several, ("miou",))
+    write_probe(tmp_path, "another", "segmentation", {"student": ("student", "bb")}, ("miou",))
+    write_probe(tmp_path, "depth", "depth_normals", {"student": ("student", "aa")}, ("rmse_m", "mean_angle_deg"))
+    write_probe(tmp_path, "features", "segmentation", {"file": ("file", None)}, ("miou",))
     Path("runs/probe/broken").mkdir()
     Path("runs/probe/broken/results.json").write_text("{")
     depth, normals, several_found = probes_of("aa")

@@ -375,7 +375,7 @@ def test_a_runs_command_makes_its_recipe_again() -> None:
 )
 def test_a_probes_command_makes_its_options_again(recipe: str, overrides: list[str], changes: dict[str, Any]) -> None:
     options = options_of(recipe, *overrides, **changes)
-    figures = {name: [] for name in ("backbone", "student", "teacher")}
+    figures = {name: segmentation(*[0.5] * options.seeds) for name in ("backbone", "student", "teacher")}
     words = iter(shlex.split(probe_command(probed(options, figures, "students/dinov2_vits14.safetensors")))[2:])
     given: dict[str, list[str]] = {}
     for word in words:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -51,7 +52,7 @@ WIDEST, LARGEST = 1400, 200_000
 
 
 def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+    return "-" if share is None or math.isnan(share) else f"{share:.1%}"
 
 
 def faithful(values: Mapping[str, float | None]) -> list[str]:

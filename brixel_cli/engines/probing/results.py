@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import AliasChoices, BeforeValidator, Field, TypeAdapter
+from pydantic import AliasChoices, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from brixel_cli.config.base import Side
 from brixel_cli.config.labelled import ProbeRecipe, Split, SplitConfig, Task
@@ -23,6 +24,7 @@ Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 Value = Number | list[Number]
 """A metric of a whole set, or of each class."""
 Versions = dict[str, str | int]
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -192,10 +194,11 @@ class ProbeResults:
         Raises:
             ValueError: it holds something else.
         """
-        results = TypeAdapter(ProbeResults).validate_json(text)
-        if results.format != FORMAT:
-            raise ValueError(f"its format is {results.format}, not {FORMAT}")
-        return results
+        content = json.loads(text)
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != FORMAT:
+            raise ValueError(f"its format is {found}, not {FORMAT}")
+        return _validated(ProbeResults, content)
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,15 @@ class HeadDescription:
         Raises:
             ValueError: it is something else.
         """
-        return TypeAdapter(HeadDescription).validate_python(said)
+        return _validated(HeadDescription, said)
+
+
+def _validated(kind: type[Part], content: object) -> Part:
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def as_dict(part: Any) -> dict[str, Any]:
