@@ -97,7 +97,7 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     facts = dataclasses.replace(model_facts(extract, reporter), factor=_described(said)["factor"])
     output = options.output or default_output(options.inputs, f"_{said['recipe']['task']}")
     inputs = find_inputs(options.inputs, every=1, without=[output])
-    model = ExtractionModel(extract, facts, runtime, reporter, size_option="--size")
+    model = ExtractionModel(extract, facts, runtime, reporter, size_option="--res")
     _check_weights(options.head, _described(said), facts, model)
     _begin(output, options, said)
     head.to(runtime.device)

@@ -75,7 +75,7 @@ class ModelSource:
 
     def load(self, runtime: Runtime, reporter: Reporter) -> ExtractionModel:
         """The model itself; errors as `ExtractionModel`."""
-        return ExtractionModel(self.options, self.facts, runtime, reporter, size_option="--size")
+        return ExtractionModel(self.options, self.facts, runtime, reporter, size_option="--res")
 
 
 @dataclass(frozen=True)
