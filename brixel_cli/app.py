@@ -275,7 +275,8 @@ def probe(
         set_quiet(quiet)
         if apply is not None:
             others = {"--recipe": recipe, "--data": data, "--source": source, "--res": res or size,
-                      "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone, "--dry-run": dry_run}  # fmt: skip
+                      "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
+                      "--dry-run": dry_run}  # fmt: skip
             if given := [name for name, value in others.items() if value]:
                 raise UsageError(f"--apply takes all from the head; leave out {', '.join(given)}.")
             run_apply(apply_options(apply, input_ or [], output, checkpoint or [], backbone_weights, device, precision,

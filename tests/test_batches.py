@@ -256,5 +256,5 @@ def test_a_photograph_that_has_gone_is_named(
     with pytest.raises(BrixelError) as caught:
         open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run), listener)
     assert str(caught.value) == (
-        f"{tmp_path}/0.png cannot be read: No such file or directory. Make it readable, or take it away."
+        f"{tmp_path}/0.png cannot be read: No such file or directory. Make it readable, or remove it."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from importlib.metadata import version
 from typing import TypeVar
 
 import torch
@@ -74,6 +75,11 @@ class Runtime:
     def wait(self) -> None:
         """Until every process is here."""
         self.accelerator.wait_for_everyone()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of all that the numbers of a model depend on."""
+    return {name: version(name) for name in ("brixel", "torch", "timm", "pillow")}
 
 
 def _computes_in_bfloat16(device: str) -> bool:

@@ -19,7 +19,6 @@ from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.heads import HeadSpec, save_head
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
 from brixel_cli.data.labelled import LabelledSet
-from brixel_cli.engines.models import versions
 from brixel_cli.engines.probing.evaluation import evaluate_head
 from brixel_cli.engines.probing.features import Maps, Targets, open_maps, prepare
 from brixel_cli.engines.probing.folder import ProbeFolder
@@ -28,7 +27,7 @@ from brixel_cli.engines.probing.report import write_curves, write_pictures
 from brixel_cli.engines.probing.sources import ModelSource, kind_of, resolve_sources
 from brixel_cli.engines.probing.training import train_head
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.runtime import Runtime, library_versions
 from brixel_cli.errors import UsageError
 
 LIBRARIES = ("torchmetrics", "numpy", "h5py")
@@ -190,7 +189,7 @@ def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str,
 
 
 def _versions() -> dict[str, Any]:
-    return versions() | {name: version(name) for name in LIBRARIES} | {"threads": torch.get_num_threads()}
+    return library_versions() | {name: version(name) for name in LIBRARIES} | {"threads": torch.get_num_threads()}
 
 
 def _results(
