@@ -130,7 +130,9 @@ def test_gradients_reach_only_the_adapter(tiny_recipe_file: Path, kind: str, lis
     recipe = with_changes(tiny_recipe_file, f"adapter.kind={kind}", "adapter.deformable.drop_path=0.0")
     backbone = load_backbone("test_vit", "random")
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    trainer = Trainer(recipe, make_adapter(recipe, backbone, listener), Runtime(recipe.run))
+    trainer = Trainer(
+        recipe, make_adapter(recipe, backbone, listener), Runtime(recipe.run.device, recipe.run.precision)
+    )
     views, _ = make_views(recipe, find_photographs(recipe), backbone)
     batches = OnlineBatches(views, backbone, trainer.runtime, workers=0)
     for _ in range(4):  # the first updates wake layers that start at zero, from the last one backwards
@@ -305,7 +307,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(
         distill(load_recipe(str(tiny_recipe_file)), RunFolder(tmp_path / "run"), listener)
 
 
-def _three_processes(self: Runtime, config: object) -> None:
+def _three_processes(self: Runtime, *_: object, **__: object) -> None:
     self.world_size = 3
 
 

@@ -24,7 +24,7 @@ from brixel_cli.app import app
 from brixel_cli.core.student import load_student
 from brixel_cli.data.views import normalise
 from brixel_cli.engines.extracting.extraction import extract
-from brixel_cli.engines.models import ExtractionModel
+from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.errors import UsageError
 
 
@@ -89,8 +89,8 @@ def test_resuming_computes_only_what_is_missing(extract_options, listener: Liste
             file["status"][row] = 0
             file["features"][row] = 0
     seen = []
-    maps = ExtractionModel.maps
-    monkeypatch.setattr(ExtractionModel, "maps", lambda self, pixels: seen.append(len(pixels)) or maps(self, pixels))
+    maps = FeatureExtractor.maps
+    monkeypatch.setattr(FeatureExtractor, "maps", lambda self, pixels: seen.append(len(pixels)) or maps(self, pixels))
     again = extract(extract_options(), listener)  # the batch size is the file's
     assert (again.num_computed, again.num_before, seen) == (2, 6, [3, 2])
     assert every_row(done.output) == before
@@ -161,7 +161,7 @@ def test_kills_cost_nothing_but_time(extract_options, model, tmp_path: Path, lis
     output = tmp_path / "killed.h5"
     script = (
         "import os, sys, time, torch; torch.set_num_threads(int(os.environ['THREADS']))\n"
-        "from brixel_cli.engines.models import ExtractionModel as M\n"
+        "from brixel_cli.engines.models import FeatureExtractor as M\n"
         "maps = M.maps\n"
         "M.maps = lambda self, pixels: (time.sleep(0.05), maps(self, pixels))[1]\n"
         "from brixel_cli.app import main; main()"

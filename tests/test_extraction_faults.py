@@ -25,7 +25,7 @@ from brixel_cli.app import app
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.student import load_student, read_adapter, save_student
 from brixel_cli.engines.extracting.extraction import extract
-from brixel_cli.engines.models import ExtractionModel
+from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 
@@ -135,20 +135,20 @@ def test_nothing_usable_is_an_error(extract_options, tmp_path: Path, listener: L
 
 def test_memory_that_runs_out_halves_the_batch(extract_options, listener: Listener, tmp_path: Path, monkeypatch):
     expected = every_row(extract(extract_options(batch_size=8), listener).output)
-    forward = ExtractionModel._forward
+    forward = FeatureExtractor._forward
 
     def tight(self, pixels):
         if len(pixels) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, pixels)
 
-    monkeypatch.setattr(ExtractionModel, "_forward", tight)
+    monkeypatch.setattr(FeatureExtractor, "_forward", tight)
     done = extract(extract_options(batch_size=8, output=tmp_path / "tight.h5"), listener)
     assert "out of memory with 8 images at once; going on with 4" in listener.warned
     features = brixel_cli.FeatureFile(done.output)
     for name, row in expected.items():
         np.testing.assert_allclose(features[name].ravel(), np.frombuffer(row, np.float16).astype(np.float32), atol=4e-3)
-    monkeypatch.setattr(ExtractionModel, "_forward", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(FeatureExtractor, "_forward", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(BrixelError, match=r"Out of memory on cpu with a single image of 64x80 pixels. Lower --res"):
         extract(extract_options(output=tmp_path / "none.h5"), listener)
 
@@ -162,7 +162,7 @@ def test_memory_that_runs_out_halves_the_batch(extract_options, listener: Listen
         ),
         (
             ["--input", "x", "--checkpoint", str(FIXTURES / "official_layout_tiny.pth")],
-            "does not say which backbone it belongs to: give --backbone NAME",
+            "does not say which backbone it belongs to (D = 64): give --backbone NAME",
         ),
         ([], "--input is missing: a folder, an image"),
         (["--input", "x", "--batch-size", "many"], "--batch-size must be auto or a number from 1 up, not many."),
@@ -260,5 +260,5 @@ def test_a_disk_that_fills_up_meanwhile_is_no_traceback(
 
     monkeypatch.setattr(np, "save", full)
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(BrixelError, match="cannot be written: No space left on device. What was finished stays: make"):
+    with pytest.raises(BrixelError, match="cannot be written: No space left on device"):
         extract(extract_options(storage=storage, preview=preview), listener)

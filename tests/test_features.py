@@ -174,7 +174,11 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error_and_leaves_nothing(
     with pytest.raises(BrixelError) as caught:
         create_store(tmp_path / "features.h5", 1000, COLUMNS, {})
     path = tmp_path / "features.h5"
-    assert str(caught.value) == f"{path} could not be created with 67.4 KiB: No space left on device."
+    assert (
+        str(caught.value)
+        == f"{path} cannot be written: No space left on device. What was finished stays: make room or "
+        "choose another folder, and give the same command again."
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,7 +188,7 @@ def test_a_read_only_disk_is_an_error_that_says_so(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(h5py, "File", refuse)
     monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(BrixelError, match=r"f.h5 could not be created with .*: Read-only file system\."):
+    with pytest.raises(BrixelError, match=r"f.h5 cannot be written: Read-only file system\. "):
         create_store(tmp_path / "f.h5", 10, COLUMNS, {})
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from brixel_cli.config.distill import CosineConfig, EdgeConfig, L1Config, LossConfig, SpectralConfig
 from brixel_cli.core import losses
@@ -23,6 +26,7 @@ from brixel_cli.core.losses import (
     sobel,
     spectral_error,
 )
+from brixel_cli.core.pca import RunningPca
 
 TERMS = ("l1", "edge", "spectral", "cosine")
 
@@ -159,6 +163,32 @@ def test_a_basis_is_the_same_for_the_same_seed_and_leaves_the_global_generator_a
     assert torch.equal(first.components, again.components)
     assert torch.equal(first.mean, again.mean)
     assert not torch.equal(first.mean, other.mean)
+
+
+class LikeMps(TorchDispatchMode):
+    """What MPS lacks is refused off the CPU: float64 and the QR decomposition."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
+                assert tensor.dtype != torch.float64, f"{func} makes float64 on {tensor.device}"
+                assert "qr" not in str(func), f"{func} on {tensor.device}"
+        return output
+
+
+def test_a_basis_is_fitted_on_the_cpu_and_returned_on_the_device_of_the_maps() -> None:
+    with FakeTensorMode(), LikeMps():
+        basis = fit_basis(torch.empty(2, 16, 8, 8, device="cuda"), 8, seed=0)
+        assert basis.components.shape == (16, 8)
+        assert basis.components.device.type == basis.mean.device.type == "cuda"
+
+
+def test_a_running_pca_takes_maps_of_a_device_without_float64() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), LikeMps():
+        pca = RunningPca(4)
+        pca.add(torch.empty(4, 3, 3, device="cuda"))
+        assert pca.products.dtype == torch.float64
 
 
 def test_a_basis_carries_no_gradient() -> None:

@@ -15,7 +15,7 @@ from probe_sets import CLASSES, make_options, make_set, noise, write_features
 
 from brixel_cli.config.probe import ApplyOptions
 from brixel_cli.drawing.predictions import class_colours
-from brixel_cli.engines.models import ExtractionModel
+from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.probing.application import apply_head, encode_prediction
 from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
@@ -217,8 +217,8 @@ def test_whole_images_are_predicted_at_the_scale_of_their_evaluation(
     options = make_options(root, tmp_path / "out", sources=["backbone"], checkpoints=[model[0]], overrides=changes)
     assert probe(options, listener).results["sources"]["backbone"]["input"] == {"64x80": 4}
     seen = []
-    maps = ExtractionModel.maps
-    monkeypatch.setattr(ExtractionModel, "maps", lambda self, px: seen.append(tuple(px.shape[2:])) or maps(self, px))
+    maps = FeatureExtractor.maps
+    monkeypatch.setattr(FeatureExtractor, "maps", lambda self, px: seen.append(tuple(px.shape[2:])) or maps(self, px))
     apply_head(ApplyOptions(tmp_path / "out/heads/backbone_seed0.safetensors", [str(root / "images/val")],
                             tmp_path / "masks", device="cpu"), listener)  # fmt: skip
     assert set(seen) == {(64, 80)}  # 48x64 to a short side of twice 32, in patches of 16

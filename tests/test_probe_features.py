@@ -12,16 +12,15 @@ from conftest import Listener, make_photograph
 from PIL import Image
 from probe_sets import HEIGHT, NAMES, WIDTH, make_options, make_set, noise, stored_levels, write_features
 
-from brixel_cli.config.distill import RunConfig
 from brixel_cli.core.student import load_student
 from brixel_cli.data.fields_of_view import cut_image, cut_map, cut_target
 from brixel_cli.data.row_store import Store
 from brixel_cli.data.views import normalise
-from brixel_cli.engines.models import ExtractionModel
-from brixel_cli.engines.probing import features as probe_features
+from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.probing.features import Targets, open_maps, prepare
 from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.streams import MOST_WORKERS, num_workers
 from brixel_cli.errors import BrixelError, UsageError
 
 ADE = ["protocol.train_labels=64", "protocol.train.per_image=2"]
@@ -34,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepared(options, listener: Listener):
     plan = plan_only(options, listener)
-    prepare(plan, Runtime(RunConfig(device="cpu", precision="float32")), listener)
+    prepare(plan, Runtime("cpu", "float32"), listener)
     return plan
 
 
@@ -127,8 +126,8 @@ def test_filling_goes_on_where_it_stopped(
         store.put("features", row, np.zeros(store.array("features").shape[1:], np.float16))
         store.mark(row, 0)
     seen = []
-    maps = ExtractionModel.maps
-    monkeypatch.setattr(ExtractionModel, "maps", lambda self, pixels: seen.append(len(pixels)) or maps(self, pixels))
+    maps = FeatureExtractor.maps
+    monkeypatch.setattr(FeatureExtractor, "maps", lambda self, pixels: seen.append(len(pixels)) or maps(self, pixels))
     item = prepared(options, listener).sources[0]
     assert seen == [2]
     torch.testing.assert_close(open_maps(item, item.train).read(range(6)), expected, atol=2e-3, rtol=2e-3)
@@ -203,8 +202,8 @@ def test_a_faulty_target_ends_the_probe_by_name(root: Path, tmp_path: Path, mode
 def test_features_that_are_no_numbers_are_refused(
     root: Path, tmp_path: Path, model, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maps = ExtractionModel.maps
-    monkeypatch.setattr(ExtractionModel, "maps", lambda self, pixels: maps(self, pixels) * 1e9)
+    maps = FeatureExtractor.maps
+    monkeypatch.setattr(FeatureExtractor, "maps", lambda self, pixels: maps(self, pixels) * 1e9)
     with pytest.raises(BrixelError, match=r"images/train/0\.png: its features are no finite numbers in float16"):
         prepared(make_options(root, tmp_path / "out", checkpoints=[model[0]], sources=["backbone"]), listener)
 
@@ -290,7 +289,8 @@ def test_the_newest_run_is_the_student(
 
 
 def test_images_are_decoded_by_several_threads() -> None:
-    assert 2 <= probe_features.num_workers() <= probe_features.MOST_WORKERS
+    assert 2 <= num_workers() <= MOST_WORKERS
+    assert num_workers(3) == 3
 
 
 def test_a_probe_of_backbone_and_teacher_needs_no_student(

@@ -77,7 +77,7 @@ def _show_plan(plan: ExtractPlan, as_json: bool) -> None:
             ["disk needed", human_bytes(plan.bytes_needed)],
             ["disk free", human_bytes(plan.bytes_free)],
         ]
-        title = f"{plan.output}: {plan.facts.source} of {plan.facts.backbone}"
+        title = f"{plan.output}: {plan.spec.source} of {plan.spec.backbone}"
         print_table(title, ["", ""], rows)
         _show_failures(
             {item.name: reason for item, reason in zip(plan.inputs.items, plan.reasons, strict=True) if reason}

@@ -16,6 +16,18 @@ from brixel_cli.errors import BrixelError
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a BrixelError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise BrixelError(
+            f"{path} cannot be written: {error.strerror or error}. What was finished stays: make room or choose "
+            "another folder, and give the same command again."
+        ) from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; on leaving, that file takes the place of `path` in one step.
 
@@ -25,16 +37,13 @@ def replacing(path: Path) -> Iterator[Path]:
         BrixelError: the file cannot be written.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise BrixelError(
-            f"{path} cannot be written: {error.strerror or error}. Make room, or choose another folder."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # a read-only disk would object once more
-            partial.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):  # a read-only disk would object once more
+                partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

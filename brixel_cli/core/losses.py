@@ -39,16 +39,17 @@ class Basis:
 def fit_basis(maps: Tensor, num_components: int, seed: int, share: float = 1 / 3) -> Basis:
     """PCA of a random share of the locations of `maps` (B, D, H, W), by a rank-24 randomised SVD with 2 iterations.
 
-    The same maps and seed give the same basis; torch's global generator is left as it was.
+    It is computed on the CPU, since MPS lacks the QR that the SVD needs, and returned on the device of the maps. The
+    same values and seed give the same basis, whatever the device. Every generator of torch is left as it was.
     """
-    tokens = maps.float().permute(0, 2, 3, 1).flatten(0, 2)
-    with torch.random.fork_rng(devices=[tokens.device] if tokens.is_cuda else []):
-        torch.manual_seed(seed)
-        chosen = tokens[torch.randperm(len(tokens), device=tokens.device)[: max(int(len(tokens) * share), 1)]]
+    tokens = maps.permute(0, 2, 3, 1).flatten(0, 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of the GPUs too
+        chosen = tokens[torch.randperm(len(tokens))[: max(int(len(tokens) * share), 1)].to(tokens.device)].cpu().float()
         mean = chosen.mean(dim=0)
         rank = min(24, *chosen.shape)
         components = torch.svd_lowrank(chosen - mean, q=rank, niter=2)[2][:, :num_components]
-    return Basis(components, mean)
+    return Basis(components.to(maps.device), mean.to(maps.device))
 
 
 def sobel(maps: Tensor) -> tuple[Tensor, Tensor]:

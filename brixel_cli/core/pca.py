@@ -22,7 +22,7 @@ class RunningPca:
 
     def add(self, map_: Tensor) -> None:
         """Take in all locations of a map (D, h, w)."""
-        tokens = map_.detach().double().flatten(1).cpu()
+        tokens = map_.detach().flatten(1).cpu().double()  # the CPU first: MPS has no float64
         self.count += tokens.shape[1]
         self.total += tokens.sum(dim=1)
         self.products += tokens @ tokens.T

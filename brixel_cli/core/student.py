@@ -141,6 +141,24 @@ class StoredAdapter:
         adapter.load_state_dict(self.tensors)
         return adapter
 
+    def load(self, backbone: str, weights: str, dtype: str = "float32", device: str = "cpu") -> Student:
+        """The student that this adapter makes with a backbone, ready for inference; `load_student` says more.
+
+        Raises:
+            WeightsError: the backbone's weights cannot be had, or the two do not belong together.
+        """
+        self.check_name(backbone)
+        trunk = load_backbone(backbone, weights, dtype=dtype, device=device)
+        width = self.card.embed_dim
+        if trunk.embed_dim != width:
+            raise WeightsError(f"{self.path} has width {width}, the backbone {backbone} has {trunk.embed_dim}.")
+        self.check_weights(trunk)
+        student = Student(trunk, self.build().to(device))
+        student.released = self.released
+        if dtype == "bfloat16":
+            student.adapter.to(torch.bfloat16)
+        return student.eval().requires_grad_(False)
+
     def check_name(self, backbone: str) -> None:
         """Raise a WeightsError unless it was trained on this timm model; of released weights nobody knows."""
         known = "" if self.released else self.card.backbone
@@ -239,13 +257,4 @@ def load_student(
         raise UsageError(
             f"{stored.path} does not say which backbone it belongs to (D = {card.embed_dim}): give backbone=."
         )
-    stored.check_name(name)
-    trunk = load_backbone(name, str(backbone_weights or card.backbone_weights), dtype=dtype, device=device)
-    if trunk.embed_dim != card.embed_dim:
-        raise WeightsError(f"{stored.path} has width {card.embed_dim}, the backbone {name} has {trunk.embed_dim}.")
-    stored.check_weights(trunk)
-    student = Student(trunk, stored.build().to(device))
-    student.released = stored.released
-    if dtype == "bfloat16":
-        student.adapter.to(torch.bfloat16)
-    return student.eval().requires_grad_(False)
+    return stored.load(name, str(backbone_weights or card.backbone_weights), dtype, device)

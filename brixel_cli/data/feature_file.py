@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brixel_cli.config.extract import Number, Storage
+from brixel_cli.core.losses import Basis
 from brixel_cli.data.row_store import DONE, FAILED, Array, Column, Store, positions_within_size
 from brixel_cli.errors import BrixelError
 
@@ -113,6 +114,32 @@ def single_file_names(names: Sequence[str], storage: Storage) -> list[str]:
 def picture_names(names: Sequence[str]) -> list[str]:
     """Names of a PNG for each image: the image's, as `single_file_names` has it."""
     return [f"{name.removesuffix('.npy')}.png" for name in single_file_names(names, "npy")]
+
+
+def encode(
+    maps: Tensor, dtype: Number, basis: Basis | None, spare: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], list[bool]]:
+    """Maps (B, D, h, w) in the form in which they are stored, and which of them hold finite numbers only.
+
+    int8 has a float32 `scale` (B, 1, h, w): the largest absolute value at a location over 127.
+
+    Args:
+        maps: of the model.
+        dtype: number format to store.
+        basis: principal components to project on; None: the maps themselves.
+        spare: an earlier result that is no longer needed, whose memory may be used again: fresh memory costs time.
+    """
+    if basis is not None:
+        maps = Basis(basis.components.to(maps.device), basis.mean.to(maps.device)).project(maps)
+    largest = torch.maximum(maps.amax(dim=(1, 2, 3)), -maps.amin(dim=(1, 2, 3)))
+    finite = largest <= (torch.finfo(torch.float16).max if dtype == "float16" else torch.finfo(torch.float32).max)
+    if dtype == "int8":
+        scale = (maps.abs().amax(dim=1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        quantised = (maps / scale).round_().clamp_(-127, 127).to(torch.int8)
+        return {"features": quantised, "scale": scale}, finite.tolist()
+    if dtype == "float16" and spare is not None and spare["features"].shape == maps.shape:
+        return {"features": spare["features"].copy_(maps)}, finite.tolist()
+    return {"features": maps.to(getattr(torch, dtype), memory_format=torch.preserve_format)}, finite.tolist()
 
 
 def dequantise(values: Mapping[str, Array]) -> npt.NDArray[np.float32]:

@@ -48,13 +48,19 @@ class Palette:
         return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def pca_colours(maps: Sequence[Tensor], reference: Tensor) -> list[Image.Image]:
+def pca_colours(maps: Sequence[Tensor], reference: Tensor, basis: Basis | None = None) -> list[Image.Image]:
     """Maps (D, h, w), of any grids, in the colours of `reference` (D, H, W): one image of h x w pixels each.
 
     Basis and colour range (1st to 99th percentile of each component) are fitted on the reference alone, so that
     equal colours mean equal features in all of them.
+
+    Args:
+        maps: to be drawn.
+        reference: the map that the colours are fitted on.
+        basis: components of the reference that are known already, three or more; None: fitted here.
     """
-    palette = Palette.fit(fit_basis(reference[None], 3, seed=0, share=1.0), [reference])
+    basis = basis or fit_basis(reference[None], 3, seed=0, share=1.0)
+    palette = Palette.fit(Basis(basis.components[:, :3], basis.mean), [reference])
     return [palette.paint(map_) for map_ in maps]
 
 

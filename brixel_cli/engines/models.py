@@ -1,40 +1,176 @@
-"""The model of an extraction: student, plain backbone or teacher, in batches as large as memory allows."""
+"""One way to load a model for inference: a description, made from plain arguments, and the model that it loads.
+
+    spec = model_spec("student", checkpoint="runs/vits")     # from headers alone: shapes, factor, normalisation
+    model = spec.load("cuda")                                # a `Student`, or a `Backbone` for the other two sources
+    maps = FeatureExtractor(spec, runtime, reporter).maps(pixels)    # uint8 pixels to maps, as memory allows
+
+Extraction and probing take the third line, the benchmark the second. Where no checkpoint is named, the caller finds one
+first (`default_student`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from brixel_cli.config.extract import ExtractOptions, Number
+from brixel_cli.config.distill import AdapterConfig
+from brixel_cli.config.extract import Source
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.identity import tensors_sha256
-from brixel_cli.core.losses import Basis
-from brixel_cli.core.student import Student, load_student
+from brixel_cli.core.student import StoredAdapter, Student, build_adapter, read_adapter
 from brixel_cli.data.views import normalise_pixels
-from brixel_cli.engines.extracting.plan import ModelFacts
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime
-from brixel_cli.errors import BrixelError
+from brixel_cli.engines.runtime import Runtime, is_out_of_memory, library_versions, release_cached
+from brixel_cli.errors import BrixelError, UsageError
 
+DEFAULT_FACTOR = 4
+"""Of a teacher whose student is not named."""
 CPU_BATCH_PIXELS = 4 * 448 * 448
 """More at once is no faster on a CPU, and costs memory."""
 LARGEST_CPU_BATCH = 16
 LARGEST_BATCH = 128
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
 
 
-class ExtractionModel:
-    """Pixels in, maps out.
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model before its weights are loaded.
+
+    Attributes:
+        source: `student`, plain `backbone`, or `teacher`, which is the backbone at `factor` times the input.
+        backbone: timm name.
+        weights: of the backbone: `pretrained`, `random` or a path.
+        dtype: `float32` or `bfloat16`, in which all weights are held.
+        embed_dim: channels D of every map.
+        patch_size: side of a patch in pixels.
+        mean, std: by which images in [0, 1] are normalised.
+        factor: output grid over token grid of the student; the teacher's input over the student's.
+        adapter: options of the student's adapter; None for the other sources.
+        stored: the student's trained adapter; None for the other sources, and for fresh weights.
+        chosen_by: the student by whose card the backbone's weights were chosen, which must be those; None: by the user.
+        trained_size: the student's input (height, width) in pixels in its training; None: not known.
+    """
+
+    source: Source
+    backbone: str
+    weights: str
+    dtype: str
+    embed_dim: int
+    patch_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    factor: int
+    adapter: AdapterConfig | None = None
+    stored: StoredAdapter | None = None
+    chosen_by: StoredAdapter | None = None
+    trained_size: tuple[int, int] | None = None
+
+    @property
+    def enlarge(self) -> int:
+        """Side of the model's input over the student's."""
+        return self.factor if self.source == "teacher" else 1
+
+    def grid(self, model_size: tuple[int, int]) -> tuple[int, int]:
+        """The grid of the map of a model's input of this size in pixels; both (height, width)."""
+        finer = self.factor if self.source == "student" else 1
+        return model_size[0] // self.patch_size * finer, model_size[1] // self.patch_size * finer
+
+    def load(self, device: str = "cpu") -> Student | Backbone:
+        """The model, in eval mode, all parameters frozen.
+
+        Fresh weights of an adapter are drawn by a fixed seed. On the device `meta` shapes alone are built.
+
+        Raises:
+            WeightsError: the weights cannot be had, or do not belong together.
+        """
+        if self.stored is not None and device != "meta":
+            return self.stored.load(self.backbone, self.weights, self.dtype, device)
+        if self.adapter is not None and device != "meta":
+            torch.manual_seed(0)
+        backbone = load_backbone(self.backbone, self.weights, self.dtype, device)
+        if self.adapter is None:
+            if self.chosen_by is not None and device != "meta":
+                self.chosen_by.check_weights(backbone)
+            return backbone
+        adapter = build_adapter(self.embed_dim, self.factor, self.adapter)
+        student = Student(backbone, adapter.to(device, getattr(torch, self.dtype)))
+        return student.eval().requires_grad_(False)
+
+
+def model_spec(
+    source: Source,
+    *,
+    checkpoint: str | None = None,
+    backbone: str | None = None,
+    weights: str | None = None,
+    dtype: str = "float32",
+    adapter: AdapterConfig | None = None,
+    factor: int = DEFAULT_FACTOR,
+) -> ModelSpec:
+    """Describe a model: reads the checkpoint, and builds the backbone's shapes; no weights of the backbone are read.
 
     Args:
-        options: of the extraction.
-        facts: of the model.
+        source: `student`, `backbone` or `teacher`.
+        checkpoint: of a student: what `load_student` takes. The other sources take from it what is not said here.
+        backbone: timm name; default: as the checkpoint says.
+        weights: of the backbone; default: as the checkpoint says, or else `pretrained`.
+        dtype: in which all weights are held.
+        adapter: options of an adapter with fresh weights, for a student without a checkpoint.
+        factor: of a student or teacher without a checkpoint.
+
+    Raises:
+        UsageError: the backbone is not known, or the checkpoint's is another one.
+        WeightsError: the checkpoint cannot be read.
+    """
+    stored = read_adapter(checkpoint) if checkpoint is not None else None
+    card = stored.card if stored else None
+    name = backbone or (card.backbone if card else "")
+    if not name:
+        where = stored.path if stored else f"A {source} without a checkpoint"
+        raise UsageError(
+            f"{where} does not say which backbone it belongs to{f' (D = {card.embed_dim})' if card else ''}: "
+            "give --backbone NAME, such as vit_small_patch14_dinov2.lvd142m."
+        )
+    if stored:
+        stored.check_name(name)
+    student = source == "student"
+    if student and stored is None and adapter is None:
+        raise ValueError("a student needs a checkpoint, or the options of an adapter")
+    meta = load_backbone(name, device="meta")
+    size = card.student_size if card else ()
+    return ModelSpec(
+        source=source,
+        backbone=name,
+        weights=weights or (card.backbone_weights if card else "pretrained"),
+        dtype=dtype,
+        embed_dim=meta.embed_dim,
+        patch_size=meta.patch_size,
+        mean=meta.mean,
+        std=meta.std,
+        factor=card.factor if card else factor,
+        adapter=(card.adapter if card else adapter) if student else None,
+        stored=stored if student else None,
+        chosen_by=None if weights else stored,
+        trained_size=(size[0], size[1]) if size else None,
+    )
+
+
+class FeatureExtractor:
+    """A loaded model that takes pixels and gives maps, in batches as large as memory allows.
+
+    Args:
+        spec: of the model.
         runtime: device and precision.
         reporter: hears of memory running out.
+        batch_size: images at once at most; None: as many as come.
         size_option: what sets the size of the input, in errors.
+
+    Attributes:
+        student: None for plain backbone and teacher.
+        backbone: of the student, or the model itself.
 
     Raises:
         WeightsError: the weights cannot be had, or do not belong together.
@@ -42,32 +178,22 @@ class ExtractionModel:
 
     def __init__(
         self,
-        options: ExtractOptions,
-        facts: ModelFacts,
+        spec: ModelSpec,
         runtime: Runtime,
         reporter: Reporter,
+        batch_size: int | None = None,
         size_option: str = "--res",
     ):
-        self.facts, self.runtime, self.reporter, self.size_option = facts, runtime, reporter, size_option
-        self.student: Student | None = None
-        if facts.adapter is not None:
-            self.student = load_student(
-                facts.adapter.path,
-                backbone=options.backbone,
-                backbone_weights=facts.weights,
-                device=str(runtime.device),
-            )
-            self.backbone: Backbone = self.student.backbone
-        else:
-            self.backbone = load_backbone(facts.backbone, facts.weights, device=str(runtime.device))
-            if facts.trained is not None:
-                facts.trained.check_weights(self.backbone)
-        self._call: Callable[[Tensor], Tensor] = self.student or self.backbone
-        self.most_at_once: int | None = options.batch_size
+        self.spec, self.runtime, self.reporter, self.size_option = spec, runtime, reporter, size_option
+        model = spec.load(str(runtime.device))
+        self.student = model if isinstance(model, Student) else None
+        self.backbone: Backbone = model.backbone if isinstance(model, Student) else model
+        self._call: Callable[[Tensor], Tensor] = model
+        self.most_at_once = batch_size
 
     def describe(self) -> dict[str, Any]:
         """What the numbers are: of the model, for the feature file."""
-        stored = self.facts.adapter
+        stored = self.spec.stored
         student: dict[str, Any] | None = None
         if self.student is not None and stored is not None:
             student = {
@@ -77,19 +203,19 @@ class ExtractionModel:
                 "released": stored.released is not None,
             }
         return {
-            "source": self.facts.source,
+            "source": self.spec.source,
             "backbone": self.backbone.name,
             "backbone_weights": self.backbone.weights,
             "backbone_sha256": self.backbone.sha256,
             "student": student,
-            "factor": self.facts.factor,
+            "factor": self.spec.factor,
             "patch_size": self.backbone.patch_size,
             "embed_dim": self.backbone.embed_dim,
             "mean": list(self.backbone.mean),
             "std": list(self.backbone.std),
             "precision": self.runtime.precision,
             "device": self.runtime.device.type,
-            "versions": versions(),
+            "versions": library_versions(),
         }
 
     def maps(self, pixels: Tensor) -> Tensor:
@@ -107,7 +233,7 @@ class ExtractionModel:
             try:
                 outputs.append(self._forward(pixels[start : start + size]))
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if size == 1:
                     height, width = pixels.shape[-2:]
@@ -118,7 +244,7 @@ class ExtractionModel:
                     ) from error
                 self.most_at_once = size // 2
                 self.reporter.warn(f"out of memory with {size} images at once; going on with {size // 2}")
-                self._release()
+                release_cached(self.runtime.device)
                 continue
             start += size
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -152,51 +278,9 @@ class ExtractionModel:
             try:
                 self._forward(torch.zeros(batch, 3, *size, dtype=torch.uint8))
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-                self._release()
+                release_cached(self.runtime.device)
                 return max(fits // 2, 1)  # half of what just fits leaves room for the batch that is being written
             fits, batch = batch, batch * 2
         return fits
-
-    def _release(self) -> None:
-        if self.runtime.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def encode(
-    maps: Tensor, dtype: Number, basis: Basis | None, spare: dict[str, Tensor] | None = None
-) -> tuple[dict[str, Tensor], list[bool]]:
-    """Maps (B, D, h, w) in the form in which they are stored, and which of them hold finite numbers only.
-
-    int8 has a float32 `scale` (B, 1, h, w): the largest absolute value at a location over 127.
-
-    Args:
-        maps: of the model.
-        dtype: number format to store.
-        basis: principal components to project on; None: the maps themselves.
-        spare: an earlier result that is no longer needed, whose memory may be used again: fresh memory costs time.
-    """
-    if basis is not None:
-        maps = Basis(basis.components.to(maps.device), basis.mean.to(maps.device)).project(maps)
-    largest = torch.maximum(maps.amax(dim=(1, 2, 3)), -maps.amin(dim=(1, 2, 3)))
-    finite = largest <= (torch.finfo(torch.float16).max if dtype == "float16" else torch.finfo(torch.float32).max)
-    if dtype == "int8":
-        scale = (maps.abs().amax(dim=1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        quantised = (maps / scale).round_().clamp_(-127, 127).to(torch.int8)
-        return {"features": quantised, "scale": scale}, finite.tolist()
-    if dtype == "float16" and spare is not None and spare["features"].shape == maps.shape:
-        return {"features": spare["features"].copy_(maps)}, finite.tolist()
-    return {"features": maps.to(getattr(torch, dtype), memory_format=torch.preserve_format)}, finite.tolist()
-
-
-def versions() -> dict[str, str]:
-    """Versions of all that the numbers depend on."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("brixel", "torch", "timm", "pillow")}
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in text for part in OUT_OF_MEMORY)

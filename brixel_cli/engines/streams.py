@@ -12,12 +12,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+import torch
+
 Loaded = TypeVar("Loaded")
 Job = TypeVar("Job")
 
 CHUNKS_AHEAD = 2
 WRITES_BEHIND = 2
 POLITENESS = 5
+MOST_WORKERS = 8
+
+
+def num_workers(asked: int | None = None) -> int:
+    """Threads that decode images: as many as asked for; None: by the cores."""
+    return min(max(torch.get_num_threads(), 2), MOST_WORKERS) if asked is None else asked
 
 
 def yield_to_others() -> None:

@@ -75,24 +75,19 @@ def throughput(options: argparse.Namespace, scratch: Path) -> dict:
     """The command's images per second, from the first image to the last, over a bare loop's with the same batches."""
     import torch
 
-    from brixel_cli.cli.console import Progress
-    from brixel_cli.config.distill import RunConfig
-    from brixel_cli.config.extract import ExtractOptions
     from brixel_cli.data.feature_file import FeatureFile
-    from brixel_cli.engines.extracting.plan import model_facts
-    from brixel_cli.engines.models import ExtractionModel
+    from brixel_cli.engines.models import model_spec
     from brixel_cli.engines.runtime import Runtime
 
     folder = many(options.photos, scratch / "photos", options.count)
     result = run(options, folder, scratch / "f.h5")
     features = FeatureFile(scratch / "f.h5")
     sizes = {tuple(int(side) for side in size) for size in features.model_size}
-    facts = ExtractOptions(
-        [], options.res, source=options.source, checkpoint=options.checkpoint, backbone=options.backbone,
-        backbone_weights=options.backbone_weights, precision=options.precision,
-    )  # fmt: skip
-    runtime = Runtime(RunConfig(device="auto", precision=options.precision))
-    model = ExtractionModel(facts, model_facts(facts, Progress()), runtime, Progress())
+    runtime = Runtime(precision=options.precision or "auto")
+    spec = model_spec(
+        options.source, checkpoint=options.checkpoint, backbone=options.backbone, weights=options.backbone_weights
+    )
+    model = spec.load(str(runtime.device))
     seconds = 0.0
     for size in sorted(sizes):
         rows = int((features.model_size == size).all(axis=1).sum())
@@ -100,10 +95,10 @@ def throughput(options: argparse.Namespace, scratch: Path) -> dict:
         images = torch.randn(batch, 3, *size, device=runtime.device)
         loops = [min(batch, rows - at) for at in range(0, rows, batch)]
         with torch.inference_mode(), runtime.autocast():
-            (model.student or model.backbone)(images)  # not timed: the first pass compiles and allocates
+            model(images)  # not timed: the first pass compiles and allocates
             began = time.perf_counter()
             for count in loops:
-                (model.student or model.backbone)(images[:count]).float().sum().item()
+                model(images[:count]).float().sum().item()
             seconds += time.perf_counter() - began
     bare, ours = len(features) / seconds, result["computed"] / result["seconds"]
     return {"images_per_second": ours, "bare_loop": bare, "share": ours / bare, "images": len(features)}

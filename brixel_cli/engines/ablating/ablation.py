@@ -21,7 +21,6 @@ from brixel_cli.config.files import load_recipe
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.files import write_text
 from brixel_cli.core.identity import json_digest
-from brixel_cli.engines import malloc
 from brixel_cli.engines.ablating.cost import Inference, UpdateTime, UpdateTimes, measure_inference
 from brixel_cli.engines.ablating.probing import VariantProbes
 from brixel_cli.engines.ablating.results import (
@@ -39,7 +38,7 @@ from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.distilling.setup import Photographs, find_photographs, resolve_paths
 from brixel_cli.engines.distilling.training_cost import count_training
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.runtime import Runtime, keep_freed_memory
 from brixel_cli.errors import BrixelError, UsageError
 
 RUNS = "ablations"
@@ -69,8 +68,8 @@ def ablate(options: AblationOptions, reporter: Reporter, probe: ProbeOptions | N
     probes = VariantProbes(probe, folder / RUNS, reporter) if probe else None
     planned = plan_ablation(options)
     recipes = [item.recipe for item in planned]
-    runtime = Runtime(recipes[0].run)
-    malloc.keep_freed(runtime.device)  # trainings do, and images are timed alike whether one came before or not
+    runtime = Runtime(recipes[0].run.device, recipes[0].run.precision, training=True)
+    keep_freed_memory(runtime.device)  # trainings do, and images are timed alike whether one came before or not
     photographs = _find_photographs(recipes)
     times = UpdateTimes(folder / RUNS / "update_seconds.json", runtime).measure(recipes, reporter)
     inference = measure_inference(recipes, runtime, reporter)
@@ -125,7 +124,8 @@ def plan_ablation(options: AblationOptions) -> list[Planned]:
             "Equal training time is counted in updates from a cache, and the recipe has none: "
             "--set cache.enabled=true with views.kind centre or fixed, or give --steps."
         )
-    runtime = Runtime(found[0][2].run)
+    first = found[0][2].run
+    runtime = Runtime(first.device, first.precision, training=True)
     if runtime.world_size > 1:
         raise UsageError("An ablation takes one process: leave torchrun out.")
     return [Planned(*item, count_training(item[2], runtime)) for item in found]

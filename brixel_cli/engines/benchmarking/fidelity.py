@@ -12,7 +12,7 @@ from torch import Tensor
 
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.files import save_picture
-from brixel_cli.core.metrics import FIDELITY, fidelity, share_of_gap_closed
+from brixel_cli.core.metrics import FIDELITY, fidelity, recovered_gaps
 from brixel_cli.data.views import Views, reduce_view
 from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
 from brixel_cli.engines.benchmarking.contenders import Contender
@@ -45,7 +45,7 @@ class _Measured:
         means = self.means()
         cosines = torch.cat(self.cosines)
         cosines = cosines[:: len(cosines) // MOST_LOCATIONS + 1]
-        shares = share_of_gap_closed(baseline, means)
+        shares = recovered_gaps(baseline, means)
         return Fidelity(
             l1=means["l1"],
             cosine=means["cosine"],

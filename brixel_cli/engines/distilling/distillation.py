@@ -66,7 +66,7 @@ def distill(
     recipe = resolve_paths(recipe)
     if resume or not overwrite:
         folder.check(recipe, resume)
-    runtime = Runtime(recipe.run)
+    runtime = Runtime(recipe.run.device, recipe.run.precision, training=True, device_option="run.device")
     share = recipe.optim.accumulate * runtime.world_size
     if recipe.optim.batch_size % share:
         raise UsageError(

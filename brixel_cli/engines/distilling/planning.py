@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from brixel_cli.config.distill import Recipe
@@ -19,8 +18,7 @@ from brixel_cli.engines.distilling.setup import Photographs, find_photographs, r
 from brixel_cli.engines.distilling.trainer import num_steps
 from brixel_cli.engines.distilling.training_cost import TrainingCounts, count_training, random_batch, random_update
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime
-from brixel_cli.engines.timing import call_seconds
+from brixel_cli.engines.runtime import Runtime, call_seconds, free_memory
 from brixel_cli.errors import BrixelError, UsageError
 
 LONGEST_MEASUREMENT = 45.0
@@ -74,7 +72,7 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
         BrixelError: the recipe cannot be carried out: a size does not fit, `init` or a weights file is missing.
     """
     recipe = resolve_paths(recipe)
-    runtime = Runtime(recipe.run)
+    runtime = Runtime(recipe.run.device, recipe.run.precision, training=True, device_option="run.device")
     if runtime.world_size > 1:
         raise UsageError("A dry run takes one process: leave torchrun out.")
     notes = []
@@ -91,7 +89,7 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
     per_pass = recipe.optim.images_per_pass()
     counts = count_training(recipe, runtime, reporter)
     cached = recipe.cache.enabled
-    device_bytes = _device_memory(runtime)
+    device_bytes = free_memory(runtime.device)
     teacher_at_once = min(CACHE_BATCH, per_pass) if cached else per_pass
     fit_bytes = LinearFit.num_bytes(counts.embed_dim) if recipe.fits_linear_part else 0
     working = max(counts.adapter.peak_bytes, counts.teacher.peak_bytes * teacher_at_once + fit_bytes)
@@ -131,12 +129,6 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
         cache_bytes_per_view=cache_bytes,
         notes=tuple(notes),
     )
-
-
-def _device_memory(runtime: Runtime) -> int:
-    if runtime.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(runtime.device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _time(

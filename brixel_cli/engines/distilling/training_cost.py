@@ -63,7 +63,7 @@ def count_training(recipe: Recipe, runtime: Runtime, reporter: Reporter | None =
     frozen_bytes = sum(parameter.numel() * parameter.element_size() for parameter in meta.parameters())
     adapter = make_adapter(recipe, meta, reporter).to("meta")
     num_live = count_parameters(adapter)
-    with fake_tensors(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=runtime.bfloat16):
+    with fake_tensors(), torch.autocast("cpu", dtype=runtime.dtype, enabled=runtime.dtype != torch.float32):
         hollow(meta)
         hollow(adapter)
         counted = [_count_size(recipe, meta, adapter, size) for size in recipe.views.teacher_sizes]

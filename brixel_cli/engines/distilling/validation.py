@@ -9,7 +9,7 @@ from PIL import Image
 
 from brixel_cli.core.adapter import Adapter, resize
 from brixel_cli.core.backbone import Backbone
-from brixel_cli.core.metrics import FIDELITY, fidelity, share_of_gap_closed
+from brixel_cli.core.metrics import FIDELITY, fidelity, fidelity_basis, recovered_gaps
 from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
 from brixel_cli.engines.distilling.batches import Batches
 from brixel_cli.engines.runtime import Runtime
@@ -31,7 +31,7 @@ class Validation:
     @property
     def gap_closed(self) -> dict[str, float]:
         """Share of the gap between bilinear backbone and teacher that the student closes, by metric."""
-        return share_of_gap_closed(self.backbone, self.student)
+        return recovered_gaps(self.backbone, self.student)
 
 
 @torch.no_grad()
@@ -65,11 +65,12 @@ def validate(
         for place, target in enumerate(batch.targets):
             if batch.replaced[place]:
                 continue
-            measured.append((fidelity(bilinear[place], target), fidelity(predictions[place], target)))
+            basis = fidelity_basis(target)
+            measured.append((fidelity(bilinear[place], target, basis), fidelity(predictions[place], target, basis)))
             if len(rows) < PICTURE_ROWS and runtime.is_first:
                 image = denormalise(batch.images[place], backbone.mean, backbone.std)
                 maps = [batch.maps[-1][place], predictions[place], target]
-                rows.append([image, *pca_colours(maps, reference=target)])
+                rows.append([image, *pca_colours(maps, target, basis)])
     adapter.train(was_training)
     measured = runtime.gather(measured)
     if not measured:

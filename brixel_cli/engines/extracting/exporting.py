@@ -15,13 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brixel_cli.config.distill import RunConfig
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.core.backbone import check_size
-from brixel_cli.engines.extracting.plan import model_facts
-from brixel_cli.engines.models import ExtractionModel
+from brixel_cli.engines.extracting.plan import model_of
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
 
 TOLERANCE = 1e-3
@@ -65,14 +62,12 @@ def export(options: ExtractOptions, path: Path, reporter: Reporter) -> Exported:
     _check(path)
     if options.source == "teacher":
         raise UsageError("--export with --source teacher: the teacher is the backbone at a larger --res; export that.")
-    facts = model_facts(options, reporter)
-    side = max(round(options.res / facts.patch_size), 1) * facts.patch_size
-    check_size(side, side, facts.patch_size)
-    cpu = Runtime(RunConfig(device="cpu", precision="float32"))
-    loaded = ExtractionModel(options, facts, cpu, reporter)
-    model: nn.Module = loaded.student or loaded.backbone
+    spec = model_of(options, reporter)
+    side = max(round(options.res / spec.patch_size), 1) * spec.patch_size
+    check_size(side, side, spec.patch_size)
+    model = spec.load("cpu")
     path.parent.mkdir(parents=True, exist_ok=True)
-    patch = facts.patch_size
+    patch = spec.patch_size
     attempts: list[tuple[str, bool]] = [("batch, height, width", True), ("batch", False)]
     faults: list[str] = []
     for dynamic, free_size in attempts:
@@ -99,7 +94,7 @@ def export(options: ExtractOptions, path: Path, reporter: Reporter) -> Exported:
         for fault in faults:
             reporter.warn(f"not possible with {fault}")
         return Exported(path, dynamic, checked)
-    raise BrixelError(f"{facts.backbone} could not be exported:\n  " + "\n  ".join(faults))
+    raise BrixelError(f"{spec.backbone} could not be exported:\n  " + "\n  ".join(faults))
 
 
 def _check(path: Path) -> None:

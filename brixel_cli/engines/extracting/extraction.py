@@ -14,27 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brixel_cli.config.distill import RunConfig
 from brixel_cli.config.extract import ExtractOptions
+from brixel_cli.core.files import writing
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
-from brixel_cli.data.feature_file import FORMAT, FeatureFile, text_array
+from brixel_cli.data.feature_file import FORMAT, FeatureFile, encode, text_array
 from brixel_cli.data.inputs import reason_of
 from brixel_cli.data.row_store import DONE, FAILED, MISSING, Array, Store, create_store
-from brixel_cli.engines import malloc
 from brixel_cli.engines.extracting.plan import ExtractPlan, make_plan, preview_folder
 from brixel_cli.engines.extracting.resuming import check_same, clear_output, describe
-from brixel_cli.engines.extracting.sinks import make_sink, writing
-from brixel_cli.engines.models import ExtractionModel, encode
+from brixel_cli.engines.extracting.sinks import make_sink
+from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime
-from brixel_cli.engines.streams import WriteBehind, read_ahead
+from brixel_cli.engines.runtime import Runtime, share_memory_pools
+from brixel_cli.engines.streams import WriteBehind, num_workers, read_ahead
 from brixel_cli.errors import BrixelError
 
 PCA_SAMPLE = 64
 """Images on which the components are fitted, evenly spread over the set."""
-MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,8 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     Raises:
         BrixelError: something the user can mend; an image that fails is none of it, unless `strict`.
     """
-    malloc.share_pools()
-    runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
+    share_memory_pools()
+    runtime = Runtime(options.device, options.precision)
     with _quiet_pillow():
         plan = make_plan(options, reporter)
         _announce(plan, reporter)
@@ -92,7 +90,7 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
             plan.check_disk()
         else:
             runtime.wait()  # until the first process has created the file
-        model = ExtractionModel(options, plan.facts, runtime, reporter)
+        model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
         if runtime.is_first and (options.overwrite or not plan.store_path.exists()):
             _create(plan, model, reporter)
         store = Store(plan.store_path, writable=True)
@@ -140,7 +138,7 @@ def _rows_of_size(plan: ExtractPlan) -> dict[tuple[int, int], list[int]]:
     return rows
 
 
-def _create(plan: ExtractPlan, model: ExtractionModel, reporter: Reporter) -> None:
+def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> None:
     batch_sizes = model.batch_sizes(
         {size: len(rows) for size, rows in _rows_of_size(plan).items()}, plan.options.batch_size
     )
@@ -160,7 +158,7 @@ def _create(plan: ExtractPlan, model: ExtractionModel, reporter: Reporter) -> No
 
 
 def _compute(
-    plan: ExtractPlan, model: ExtractionModel, store: Store, status: Array, chunks: Sequence[list[int]]
+    plan: ExtractPlan, model: FeatureExtractor, store: Store, status: Array, chunks: Sequence[list[int]]
 ) -> Iterator[int]:
     """Fill the missing rows of these chunks; yields the number of rows settled, chunk by chunk."""
     polite = model.runtime.device.type == "cpu"
@@ -240,10 +238,10 @@ def _overflow(plan: ExtractPlan) -> str:
     return f"its features are no finite numbers in {plan.options.dtype}{hint}"
 
 
-def _fit_pca(plan: ExtractPlan, model: ExtractionModel, reporter: Reporter) -> Basis:
+def _fit_pca(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> Basis:
     usable = [row for row, size in enumerate(plan.model_sizes) if size is not None]
     sample = [usable[at * len(usable) // min(PCA_SAMPLE, len(usable))] for at in range(min(PCA_SAMPLE, len(usable)))]
-    gathered = RunningPca(plan.facts.embed_dim)
+    gathered = RunningPca(plan.spec.embed_dim)
     polite = model.runtime.device.type == "cpu"
     with reporter.bar("principal components", len(sample), unit="image") as bar:
         for _, loaded in read_ahead([[row] for row in sample], lambda row: _load(plan, row), _workers(plan), polite):
@@ -278,17 +276,13 @@ def _announce(plan: ExtractPlan, reporter: Reporter) -> None:
     )
     if plan.num_snapped:
         reporter.say(
-            f"{plan.num_snapped} sizes were rounded to multiples of the patch, {plan.facts.patch_size} pixels, "
+            f"{plan.num_snapped} sizes were rounded to multiples of the patch, {plan.spec.patch_size} pixels, "
             f"by {plan.most_snapped:.1f} at most"
         )
 
 
 def _workers(plan: ExtractPlan) -> int:
-    if plan.inputs.videos:
-        return 1  # frames come in order
-    if plan.options.workers is not None:
-        return plan.options.workers
-    return min(max(torch.get_num_threads(), 2), MOST_WORKERS)
+    return 1 if plan.inputs.videos else num_workers(plan.options.workers)  # frames come in order
 
 
 @contextmanager

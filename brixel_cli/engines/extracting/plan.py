@@ -9,48 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from brixel_cli.config.extract import ExtractOptions, Source
-from brixel_cli.core.backbone import load_backbone
+from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.core.files import check_disk, free_bytes
-from brixel_cli.core.student import StoredAdapter, read_adapter
-from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile, Grid, Layout, text_array
+from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile, Layout, text_array
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
 from brixel_cli.data.resizing import Fitting
 from brixel_cli.data.row_store import FAILED, MISSING, Array
 from brixel_cli.engines.distilling.run_folder import default_student
+from brixel_cli.engines.models import ModelSpec, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
-
-DEFAULT_FACTOR = 4
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """The model before its weights are loaded.
-
-    Attributes:
-        backbone, weights: timm name, and where its weights come from.
-        embed_dim, patch_size: of the backbone.
-        factor: output grid over token grid of the student; the teacher's input over the student's.
-        adapter: the student's adapter as found; None for the other sources.
-        trained: the student by whose card the backbone's weights were chosen, which must be those; None: by the user.
-    """
-
-    source: Source
-    backbone: str
-    weights: str
-    embed_dim: int
-    patch_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    factor: int
-    adapter: StoredAdapter | None
-    trained: StoredAdapter | None
-
-    def grid(self, model_size: tuple[int, int]) -> Grid:
-        """The grid of the map of an input of this size."""
-        finer = self.factor if self.source == "student" else 1
-        return model_size[0] // self.patch_size * finer, model_size[1] // self.patch_size * finer
 
 
 @dataclass(frozen=True)
@@ -59,7 +27,7 @@ class ExtractPlan:
 
     Attributes:
         options: as given.
-        facts: of the model.
+        spec: of the model.
         fitting: what is done to every image.
         inputs: the items, a row each.
         model_sizes: of each row's input; None for rows that cannot be computed.
@@ -70,7 +38,7 @@ class ExtractPlan:
     """
 
     options: ExtractOptions
-    facts: ModelFacts
+    spec: ModelSpec
     fitting: Fitting
     inputs: Inputs
     model_sizes: list[tuple[int, int] | None]
@@ -82,8 +50,8 @@ class ExtractPlan:
     @cached_property
     def layout(self) -> Layout:
         """Where each row's map goes."""
-        grids = tuple(None if size is None else self.facts.grid(size) for size in self.model_sizes)
-        channels = self.facts.embed_dim if self.options.pca is None else self.options.pca
+        grids = tuple(None if size is None else self.spec.grid(size) for size in self.model_sizes)
+        channels = self.spec.embed_dim if self.options.pca is None else self.options.pca
         return Layout(grids, channels, self.options.dtype, self.options.storage)
 
     @property
@@ -151,9 +119,9 @@ class ExtractPlan:
             "grids": {f"{h}x{w}": len(rows) for (h, w), rows in self.layout.rows_of_grid.items()},
             "channels": self.layout.channels,
             "dtype": self.options.dtype,
-            "source": self.facts.source,
-            "backbone": self.facts.backbone,
-            "patch_size": self.facts.patch_size,
+            "source": self.spec.source,
+            "backbone": self.spec.backbone,
+            "patch_size": self.spec.patch_size,
             "snapped": self.num_snapped,
             "most_snapped_px": round(self.most_snapped, 2),
             "bytes_needed": self.bytes_needed,
@@ -170,9 +138,9 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
     """
     if not options.inputs:
         raise UsageError("--input is missing: a folder, an image, a video, a quoted glob, or a .txt list of paths.")
-    facts = model_facts(options, reporter)
-    if options.pca is not None and options.pca > facts.embed_dim:
-        raise UsageError(f"--pca {options.pca}: the maps of {facts.backbone} have only {facts.embed_dim} channels.")
+    spec = model_of(options, reporter)
+    if options.pca is not None and options.pca > spec.embed_dim:
+        raise UsageError(f"--pca {options.pca}: the maps of {spec.backbone} have only {spec.embed_dim} channels.")
     suffix = ".h5" if options.storage == "h5" else f"_{options.storage}"
     output = options.output or default_output(options.inputs, suffix)
     if options.storage == "h5" and output.is_dir():
@@ -181,8 +149,7 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
         raise UsageError(f"--output {output} is a file; --format {options.storage} writes a folder.")
     with reporter.bar("reading headers", total=0, unit="image") as bar:
         inputs = find_inputs(options.inputs, options.every, [preview_folder(output)], bar.update)
-    enlarge = facts.factor if facts.source == "teacher" else 1
-    fitting = Fitting(options.res, options.fit, facts.patch_size, enlarge)
+    fitting = Fitting(options.res, options.fit, spec.patch_size, spec.enlarge)
     model_sizes: list[tuple[int, int] | None] = []
     reasons, snaps = [], []
     for item in inputs.items:
@@ -206,7 +173,7 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
         raise BrixelError(f"None of the {len(reasons)} images found can be used.{listed}\nName others with --input.")
     snapped = [snap for snap in snaps if snap > 1e-6]
     return ExtractPlan(
-        options, facts, fitting, inputs, model_sizes, reasons, len(snapped), max(snapped, default=0.0), output
+        options, spec, fitting, inputs, model_sizes, reasons, len(snapped), max(snapped, default=0.0), output
     )
 
 
@@ -215,31 +182,11 @@ def preview_folder(output: Path) -> Path:
     return output.with_name(f"{output.stem if output.suffix == '.h5' else output.name}_preview")
 
 
-def model_facts(options: ExtractOptions, reporter: Reporter) -> ModelFacts:
-    """Read the checkpoint's description and build the backbone's shapes.
-
-    Raises:
-        UsageError: the model is not fully named.
-        WeightsError: the checkpoint cannot be read.
-    """
+def model_of(options: ExtractOptions, reporter: Reporter) -> ModelSpec:
+    """The model that the options name; without a checkpoint, that of the default student. Errors as `model_spec`."""
     checkpoint = options.checkpoint
     if checkpoint is None and (options.source == "student" or not options.backbone):
         checkpoint = default_student(options.backbone, reporter)
-    adapter = read_adapter(checkpoint) if checkpoint is not None else None
-    name = options.backbone or (adapter.card.backbone if adapter else "")
-    if not name:
-        assert adapter is not None
-        raise UsageError(
-            f"{adapter.path} does not say which backbone it belongs to: give --backbone NAME, such as "
-            "vit_small_patch14_dinov2.lvd142m."
-        )
-    if adapter:
-        adapter.check_name(name)
-    meta = load_backbone(name, device="meta")
-    weights = options.backbone_weights or (adapter.card.backbone_weights if adapter else "pretrained")
-    factor = adapter.card.factor if adapter else DEFAULT_FACTOR
-    return ModelFacts(
-        options.source, name, weights, meta.embed_dim, meta.patch_size, meta.mean, meta.std, factor,
-        adapter if options.source == "student" else None,
-        None if options.backbone_weights else adapter,
-    )  # fmt: skip
+    return model_spec(
+        options.source, checkpoint=checkpoint, backbone=options.backbone, weights=options.backbone_weights
+    )

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
+from brixel_cli.core.files import writing
 from brixel_cli.core.pca import RunningPca
 from brixel_cli.data.feature_file import FeatureFile, picture_names
 from brixel_cli.drawing.feature_maps import Palette, panel
 from brixel_cli.engines.extracting.plan import ExtractPlan
-from brixel_cli.engines.extracting.sinks import writing
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError
 

@@ -10,7 +10,7 @@ import numpy as np
 from brixel_cli.data.feature_file import FORMAT, FeatureFile
 from brixel_cli.data.row_store import Array, Store
 from brixel_cli.engines.extracting.plan import ExtractPlan, preview_folder
-from brixel_cli.engines.models import ExtractionModel
+from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import UsageError
 
@@ -19,7 +19,7 @@ ADVISORY = ("device", "versions", "backbone_weights")
 MOST_NAMED = 3
 
 
-def describe(plan: ExtractPlan, model: ExtractionModel) -> dict[str, Any]:
+def describe(plan: ExtractPlan, model: FeatureExtractor) -> dict[str, Any]:
     """What the numbers of a file are; resuming compares it, but for the device and the versions."""
     options = plan.options
     return model.describe() | {
@@ -31,7 +31,7 @@ def describe(plan: ExtractPlan, model: ExtractionModel) -> dict[str, Any]:
     }
 
 
-def check_same(plan: ExtractPlan, model: ExtractionModel, store: Store, reporter: Reporter) -> None:
+def check_same(plan: ExtractPlan, model: FeatureExtractor, store: Store, reporter: Reporter) -> None:
     """Refuse to continue a file that was begun with something else, naming what.
 
     Raises:

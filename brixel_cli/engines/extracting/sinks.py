@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,19 +15,6 @@ from brixel_cli.core.weights import save_tensors
 from brixel_cli.data.feature_file import FORMAT, single_file_names
 from brixel_cli.data.row_store import Array, Store
 from brixel_cli.engines.extracting.plan import ExtractPlan
-from brixel_cli.errors import BrixelError
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the disk objects to into a BrixelError that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        raise BrixelError(
-            f"{path} cannot be written: {error.strerror or error}. What was finished stays: make room, and give the "
-            "same command again."
-        ) from error
 
 
 class Sink(Protocol):

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from brixel_cli.config.base import Side
-from brixel_cli.config.distill import RunConfig
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.probe import ApplyOptions
 from brixel_cli.core.files import save_picture, write_text
@@ -34,13 +33,12 @@ from brixel_cli.drawing.predictions import (
     paint_labels,
     paint_normals,
 )
-from brixel_cli.engines.extracting.plan import ModelFacts, model_facts
-from brixel_cli.engines.models import ExtractionModel
+from brixel_cli.engines.extracting.plan import model_of
+from brixel_cli.engines.models import FeatureExtractor, ModelSpec
 from brixel_cli.engines.probing.evaluation import finish
-from brixel_cli.engines.probing.features import num_workers
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
-from brixel_cli.engines.streams import read_ahead
+from brixel_cli.engines.streams import num_workers, read_ahead
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 DESCRIPTION = "predictions.json"
@@ -91,14 +89,14 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     Raises:
         BrixelError: something the user can mend: no head, no images, other weights than those it was trained on.
     """
-    runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
+    runtime = Runtime(options.device, options.precision)
     head, said = load_head(options.head)
     extract, size = _extract_options(options, said)
-    facts = dataclasses.replace(model_facts(extract, reporter), factor=_described(said)["factor"])
+    spec = dataclasses.replace(model_of(extract, reporter), factor=_described(said)["factor"])
     output = options.output or default_output(options.inputs, f"_{said['recipe']['task']}")
     inputs = find_inputs(options.inputs, every=1, without=[output])
-    model = ExtractionModel(extract, facts, runtime, reporter, size_option="--size")
-    _check_weights(options.head, _described(said), facts, model)
+    model = FeatureExtractor(spec, runtime, reporter, size_option="--size")
+    _check_weights(options.head, _described(said), spec, model)
     _begin(output, options, said)
     head.to(runtime.device)
     names = picture_names([item.name for item in inputs.items])
@@ -106,7 +104,7 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     num_written = 0
     began = time.perf_counter()
     with reporter.bar("predict", len(inputs.items), unit="image") as bar:
-        for number, loaded in _loaded(inputs, said, size, facts, runtime):
+        for number, loaded in _loaded(inputs, said, size, spec, runtime):
             item = inputs.items[number]
             if isinstance(loaded, str):
                 failures[item.name] = loaded
@@ -159,13 +157,13 @@ def _described(said: dict[str, Any]) -> dict[str, Any]:
     return described
 
 
-def _check_weights(path: Path, said: dict[str, Any], facts: ModelFacts, model: ExtractionModel) -> None:
+def _check_weights(path: Path, said: dict[str, Any], spec: ModelSpec, model: FeatureExtractor) -> None:
     student = said.get("student")
     expected = {
         "backbone": (said["backbone_sha256"], model.backbone.sha256),
         "student": (
             student["sha256"] if student else said.get("student_sha256"),
-            tensors_sha256(facts.adapter.tensors) if facts.adapter else None,
+            tensors_sha256(spec.stored.tensors) if spec.stored else None,
         ),
     }
     for what, (then, now) in expected.items():
@@ -204,13 +202,12 @@ def _classes(said: dict[str, Any]) -> list[str]:
 
 
 def _loaded(
-    inputs: Inputs, said: dict[str, Any], size: Side, facts: ModelFacts, runtime: Runtime
+    inputs: Inputs, said: dict[str, Any], size: Side, spec: ModelSpec, runtime: Runtime
 ) -> Iterator[tuple[int, _Loaded | str]]:
     """Each image with its views, or the reason why there is none; read ahead of whoever takes them."""
-    enlarge = facts.factor if facts.source == "teacher" else 1
     kind: FieldKind = said["evaluate"]["kind"]
     kind = kind if kind in ("stretch", "slide") else "whole"
-    fitting = Fitting(size if isinstance(size, int) else min(size), "short", facts.patch_size)
+    fitting = Fitting(size if isinstance(size, int) else min(size), "short", spec.patch_size)
     side = size if isinstance(size, int) else (size[0], size[1])
     least, most = said["evaluate"].get("scale", (1.0, 1.0)) if said["source"]["kind"] != "file" else (1.0, 1.0)
 
@@ -225,9 +222,9 @@ def _loaded(
             return reason_of(error, item.path).removesuffix("; --fit centre takes it")  # here nothing does
         shape = image.height, image.width
         fields = plan_fields(
-            kind, [shape], side, facts.patch_size, stride=said["evaluate"]["stride"], scale=(least, most)
+            kind, [shape], side, spec.patch_size, stride=said["evaluate"]["stride"], scale=(least, most)
         )
-        return _Loaded(image, fields, [np.asarray(cut_image(image, field, enlarge)) for field in fields])
+        return _Loaded(image, fields, [np.asarray(cut_image(image, field, spec.enlarge)) for field in fields])
 
     workers = 1 if inputs.videos else num_workers()
     numbers = [[number] for number in range(len(inputs.items))]
@@ -236,7 +233,7 @@ def _loaded(
 
 
 @torch.inference_mode()
-def _predict(head: Head, model: ExtractionModel, loaded: _Loaded) -> dict[str, Tensor]:
+def _predict(head: Head, model: FeatureExtractor, loaded: _Loaded) -> dict[str, Tensor]:
     outputs = []
     for pixels in loaded.pixels:
         maps = model.maps(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.heads import QUANTITIES
-from brixel_cli.data.feature_file import Grid
+from brixel_cli.data.feature_file import Grid, encode
 from brixel_cli.data.fields_of_view import FieldOfView, cut_image, cut_map, cut_target
 from brixel_cli.data.images import load_image
 from brixel_cli.data.labelled import LabelledSet, Sample
 from brixel_cli.data.row_store import DONE, Array, Store, create_store, positions_within_size
-from brixel_cli.engines.models import ExtractionModel, encode
+from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.probing.plan import (
     ProbePlan,
     Size,
@@ -28,10 +28,8 @@ from brixel_cli.engines.probing.plan import (
 from brixel_cli.engines.probing.sources import FileSource, ModelSource
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
-from brixel_cli.engines.streams import read_ahead
+from brixel_cli.engines.streams import num_workers, read_ahead
 from brixel_cli.errors import BrixelError
-
-MOST_WORKERS = 8
 
 
 class Maps(Protocol):
@@ -196,7 +194,7 @@ def _fill_maps(source_plan: SourcePlan, runtime: Runtime, reporter: Reporter) ->
 
 
 def _computed(
-    model: ExtractionModel, split: SplitPlan, missing: Sequence[int], enlarge: int
+    model: FeatureExtractor, split: SplitPlan, missing: Sequence[int], enlarge: int
 ) -> Iterator[tuple[Sequence[int], Array]]:
     """Maps of the missing fields, batch by batch of one size."""
     rows_of_size: dict[Size, list[int]] = {}
@@ -249,8 +247,3 @@ def _opened(part: StoredPart) -> Store:
 
 def _dataset(quantity: str, size: Size) -> str:
     return f"{quantity}/{size[0]}x{size[1]}"
-
-
-def num_workers() -> int:
-    """Threads that read and cut images."""
-    return min(max(torch.get_num_threads(), 2), MOST_WORKERS)

@@ -279,7 +279,7 @@ def _maps(
     if not isinstance(source, ModelSource):
         return None, None
     grids: tuple[Grid, ...] = tuple(source.grid(field.size) for field in fields)
-    layout = Layout(grids, source.facts.embed_dim, "float16")
+    layout = Layout(grids, source.spec.embed_dim, "float16")
     identity = source.identity()
     for key in ("checkpoint", "backbone_weights"):
         del identity[key]  # where the weights lie does not change them

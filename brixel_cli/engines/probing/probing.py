@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from brixel_cli.config.distill import RunConfig
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.heads import HeadSpec, save_head
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
 from brixel_cli.data.labelled import LabelledSet
-from brixel_cli.engines.models import versions
 from brixel_cli.engines.probing.evaluation import evaluate_head
 from brixel_cli.engines.probing.features import Maps, Targets, open_maps, prepare
 from brixel_cli.engines.probing.folder import ProbeFolder
@@ -28,7 +26,7 @@ from brixel_cli.engines.probing.report import write_curves, write_pictures
 from brixel_cli.engines.probing.sources import ModelSource, kind_of, resolve_sources
 from brixel_cli.engines.probing.training import train_head
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.runtime import Runtime, library_versions
 from brixel_cli.errors import UsageError
 
 LIBRARIES = ("torchmetrics", "numpy", "h5py")
@@ -44,7 +42,7 @@ class Probed:
 
 def plan_only(options: ProbeOptions, reporter: Reporter) -> ProbePlan:
     """The plan, without carrying it out; errors as for `probe`."""
-    runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
+    runtime = Runtime(options.device, options.precision)
     return _plan(options, runtime, reporter)
 
 
@@ -57,7 +55,7 @@ def probe(options: ProbeOptions, reporter: Reporter) -> Probed:
     Raises:
         BrixelError: something the user can mend; what was computed before stays.
     """
-    runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
+    runtime = Runtime(options.device, options.precision)
     if runtime.world_size > 1:
         raise UsageError("brixel probe runs in one process: start it without torchrun.")
     plan = _plan(options, runtime, reporter)
@@ -190,7 +188,7 @@ def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str,
 
 
 def _versions() -> dict[str, Any]:
-    return versions() | {name: version(name) for name in LIBRARIES} | {"threads": torch.get_num_threads()}
+    return library_versions() | {name: version(name) for name in LIBRARIES} | {"threads": torch.get_num_threads()}
 
 
 def _results(

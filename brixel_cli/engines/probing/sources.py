@@ -8,15 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.extract import Source as ModelKind
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.identity import tensors_sha256
 from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile, Grid
 from brixel_cli.engines.distilling.run_folder import default_student
-from brixel_cli.engines.extracting.plan import ModelFacts, model_facts
-from brixel_cli.engines.models import ExtractionModel
+from brixel_cli.engines.models import FeatureExtractor, ModelSpec, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
@@ -32,50 +30,48 @@ class ModelSource:
     Attributes:
         label: names it in tables and files.
         kind: which of the models it is.
-        options: with which the model is loaded.
-        facts: of the model before its weights are loaded.
+        spec: of the model before its weights are loaded.
         backbone_sha256: of the backbone's weights.
     """
 
     label: str
     kind: ModelKind
-    options: ExtractOptions
-    facts: ModelFacts
+    spec: ModelSpec
     backbone_sha256: str
 
     @property
     def patch_size(self) -> int:
         """Of the backbone, in pixels."""
-        return self.facts.patch_size
+        return self.spec.patch_size
 
     @property
     def enlarge(self) -> int:
         """Side of its input over the student's."""
-        return self.facts.factor if self.kind == "teacher" else 1
+        return self.spec.enlarge
 
     def grid(self, size: tuple[int, int]) -> Grid:
         """The grid of its map where the student's input has this size."""
-        return self.facts.grid((size[0] * self.enlarge, size[1] * self.enlarge))
+        return self.spec.grid((size[0] * self.enlarge, size[1] * self.enlarge))
 
     def identity(self) -> dict[str, Any]:
         """All that its features depend on, besides the images: model and weights."""
-        stored = self.facts.adapter
+        stored = self.spec.stored
         return {
             "source": self.kind,
-            "backbone": self.facts.backbone,
-            "backbone_weights": self.facts.weights,
+            "backbone": self.spec.backbone,
+            "backbone_weights": self.spec.weights,
             "backbone_sha256": self.backbone_sha256,
             "checkpoint": str(stored.path) if stored else None,
             "student_sha256": tensors_sha256(stored.tensors) if stored else None,
             "student_step": stored.card.step if stored else None,
-            "factor": self.facts.factor,
-            "patch_size": self.facts.patch_size,
-            "channels": self.facts.embed_dim,
+            "factor": self.spec.factor,
+            "patch_size": self.spec.patch_size,
+            "channels": self.spec.embed_dim,
         }
 
-    def load(self, runtime: Runtime, reporter: Reporter) -> ExtractionModel:
-        """The model itself; errors as `ExtractionModel`."""
-        return ExtractionModel(self.options, self.facts, runtime, reporter, size_option="--size")
+    def load(self, runtime: Runtime, reporter: Reporter) -> FeatureExtractor:
+        """The model itself; errors as `FeatureExtractor`."""
+        return FeatureExtractor(self.spec, runtime, reporter, size_option="--size")
 
 
 @dataclass(frozen=True)
@@ -127,10 +123,10 @@ def resolve_sources(options: ProbeOptions, reporter: Reporter) -> list[Source]:
         if name == "student":
             labels = _labels(checkpoints)
             pairs = zip(labels, checkpoints, strict=True)
-            sources += [_model("student", label, checkpoint, options, reporter, hashes) for label, checkpoint in pairs]
+            sources += [_model("student", label, checkpoint, options, hashes) for label, checkpoint in pairs]
         elif name in MODELS:
             first = checkpoints[0] if checkpoints else None
-            sources.append(_model(MODELS[name], name, first, options, reporter, hashes))
+            sources.append(_model(MODELS[name], name, first, options, hashes))
         else:
             sources.append(_file(name))
     labels = [source.label for source in sources]
@@ -145,18 +141,13 @@ def _model(
     label: str,
     checkpoint: str | None,
     options: ProbeOptions,
-    reporter: Reporter,
     hashes: dict[tuple[str, str], str],
 ) -> ModelSource:
-    extract = ExtractOptions(
-        inputs=[], source=kind, checkpoint=checkpoint, backbone=options.backbone,
-        backbone_weights=options.backbone_weights, device=options.device, precision=options.precision,
-    )  # fmt: skip
-    facts = model_facts(extract, reporter)
-    key = facts.backbone, facts.weights
+    spec = model_spec(kind, checkpoint=checkpoint, backbone=options.backbone, weights=options.backbone_weights)
+    key = spec.backbone, spec.weights
     if key not in hashes:
         hashes[key] = load_backbone(*key).sha256
-    return ModelSource(label, kind, extract, facts, hashes[key])
+    return ModelSource(label, kind, spec, hashes[key])
 
 
 def _file(name: str) -> FileSource:
