@@ -311,10 +311,10 @@ def test_other_settings_are_refused_by_name(root: Path, tmp_path: Path, answers:
         assert "Give --overwrite to begin anew, or another folder with --output." in text
         return text
 
-    assert "protocol_settings.lr: then 0.002, now 0.1" in refused(overrides=[*FAST, "protocol.lr=0.1"])
-    assert "size: then 32, now 48" in refused(size="48")
+    assert "protocol_settings.lr: 0.002 -> 0.1" in refused(overrides=[*FAST, "protocol.lr=0.1"])
+    assert "size: 32 -> 48" in refused(size="48")
     write_features(tmp_path / "answers.h5", root, noise(5))
-    assert "file answers.h5: bytes: then " in refused()
+    assert "file answers.h5: bytes: " in refused()
     (out / "pictures" / "depth_best.png").write_bytes(b"")  # of another task
     done = probe(make_options(root, out, sources=[answers], overrides=FAST, overwrite=True), listener)
     assert "depth_best.png" not in [path.name for path in done.files]

@@ -15,12 +15,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from brixel_cli.config.files import difference_lines, differences
 from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.engines.probing.results import ProbeResults, Run, Settings, SourceDescription, as_dict
 from brixel_cli.errors import BrixelError, UsageError
+
+PLACES = ("checkpoint", "backbone_weights", "path", "description.backbone_weights")
+"""Of a source, where its files are: another place makes no other source."""
 
 
 class ProbeFolder:
@@ -64,11 +67,11 @@ class ProbeFolder:
             self._clear()
         earlier = self.read() if self.results.exists() else None
         if earlier is not None:
-            changed = _changes(as_dict(earlier.settings), as_dict(settings))
+            changed = difference_lines(differences(as_dict(earlier.settings), as_dict(settings)))
             for label, source in sources.items():
                 if label in earlier.sources:
-                    lines = _changes(as_dict(earlier.sources[label]), as_dict(source))
-                    changed += [f"{label}: {line}" for line in lines]
+                    found = differences(as_dict(earlier.sources[label]), as_dict(source), PLACES)
+                    changed += [f"{label}: {line}" for line in difference_lines(found)]
             if changed:
                 raise UsageError(
                     f"{self.path} holds a probe that was begun with something else:\n  " + "\n  ".join(changed) + "\n"
@@ -144,22 +147,3 @@ class ProbeFolder:
 def file_name(label: str) -> str:
     """A source's label as part of a file name."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", label)
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs; where the same weights lie does not matter."""
-    lines = []
-    for key in {**old, **new}:
-        if key in ("checkpoint", "backbone_weights", "path"):
-            continue
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            lines += _changes(before, now, f"{prefix}{key}.")
-        elif before != now:
-            lines.append(f"{prefix}{key}: then {_short(before)}, now {_short(now)}")
-    return lines
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
