@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from brixel_cli.cli.tables import ablation_tables, budget_table, cost_tables, fidelity_tables, memory_text, probe_tables
+from brixel_cli.cli.tables import (
+    ablation_tables,
+    budget_tables,
+    cost_tables,
+    fidelity_tables,
+    memory_text,
+    probe_tables,
+)
 from brixel_cli.core.formatting import human_bytes, human_seconds, human_size
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.drawing.charts import SERIES, Bar, Line, bar_chart, line_chart
@@ -181,8 +188,7 @@ def _cost(results: Results) -> Iterator[Block]:
     for model in results.models:
         for size in results.sizes(model):
             yield from cost_tables(results, model, size)
-    if budget := budget_table(results):
-        yield budget
+    yield from budget_tables(results)
     yield from (Text(note) for note in results.notes)
 
 

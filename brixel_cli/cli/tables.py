@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from brixel_cli.cli.console import print_table
 from brixel_cli.core.formatting import human_bytes, human_count, human_seconds, human_size
 from brixel_cli.core.metric_titles import figure_text, figure_title
 from brixel_cli.core.metrics import FIDELITY
@@ -12,8 +13,8 @@ from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER
 from brixel_cli.drawing.page import Table
 from brixel_cli.engines.ablating.results import Ablations, VariantResult
 from brixel_cli.engines.ablating.variants import Planned, Variant
-from brixel_cli.engines.benchmarking.probe_results import ProbeResult
 from brixel_cli.engines.benchmarking.latency import Latency
+from brixel_cli.engines.benchmarking.probes import ProbeResult
 from brixel_cli.engines.benchmarking.results import Fidelity, Model, Results, Row
 
 COST_COLUMNS = ("row", "input", "grid", "frozen", "adapter", "GFLOP", "memory", "less FLOP", "less mem.")
@@ -23,6 +24,12 @@ GAP_COLUMNS = ("recovered gap", "L1", "cosine", "edge", "spectral")
 PROBE_COLUMNS = ("probe", "figure", "backbone", "student", "teacher", "recovered gap")
 ABLATION_FIDELITY = ("variant", "L1", "cosine", "edge", "spectral")
 ABLATION_COST = ("variant", "adapter", "GFLOP", "image", "update", "updates", "memory")
+
+
+def show(tables: Iterable[Table]) -> None:
+    """Print tables to stdout."""
+    for table in tables:
+        print_table(table.title, table.columns, table.rows, table.notes)
 
 
 def cost_tables(results: Results, model: Model, size: tuple[int, int]) -> list[Table]:
@@ -48,9 +55,8 @@ def fidelity_tables(results: Results, model: Model, size: tuple[int, int]) -> li
         return []
     num_images = len(compared[0][1].images)
     title = f"Fidelity to the teacher at {human_size(size)} px: {num_images} photographs of {model.images}"
-    gaps = [
-        [row.label, *_percents(fidelity.recovered_gap, FIDELITY)] for row, fidelity in compared if row.kind != "bilinear"
-    ]
+    others = [(row, fidelity) for row, fidelity in compared if row.kind != "bilinear"]
+    gaps = [[row.label, *_percents(fidelity.recovered_gap, FIDELITY)] for row, fidelity in others]
     return [
         Table(title, FIDELITY_COLUMNS, [_fidelity_cells(row.label, fidelity) for row, fidelity in compared]),
         Table("", GAP_COLUMNS, gaps),
@@ -89,10 +95,10 @@ def _probe_figure(probe: ProbeResult, source: str, spread: bool = True) -> str:
     return figure_text(probe.metric, figure.mean, figure.spread if spread else None) if figure else "-"
 
 
-def budget_table(results: Results) -> Table | None:
-    """The answer to --budget; None where none was given."""
+def budget_tables(results: Results) -> list[Table]:
+    """The answer to --budget; empty where none was given."""
     if not results.budget:
-        return None
+        return []
     rows = [
         [
             f"{answer.model} {answer.label}{', largest' if answer.largest else ''}",
@@ -102,12 +108,10 @@ def budget_table(results: Results) -> Table | None:
         ]
         for answer in results.budget
     ]
-    return Table(
-        f"Budget of {human_bytes(results.settings.budget_bytes or 0)}, weights and peak, without the libraries' own",
-        ("row", "student input", "needed", "fits"),
-        rows,
-        ["Largest: the largest square student input that fits, by the count (c)."],
-    )
+    budget = human_bytes(results.settings.budget_bytes or 0)
+    title = f"Budget of {budget}, weights and peak, without the libraries' own"
+    note = "Largest: the largest square student input that fits, by the count (c)."
+    return [Table(title, ("row", "student input", "needed", "fits"), rows, [note])]
 
 
 def ablation_tables(ablations: Ablations, group: str) -> list[Table]:

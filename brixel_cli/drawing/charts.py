@@ -23,7 +23,7 @@ LOG_FROM = 12.0
 """A bar chart is logarithmic from this ratio of its largest to its smallest value."""
 WIDTH = 372 / 72
 """Of a chart, in inches: matplotlib draws 72 units to the inch."""
-SETTINGS: dict[str, Any] = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "text.color": INK, "font.size": 12,
     "figure.facecolor": CARD, "axes.facecolor": CARD, "axes.labelcolor": FAINT, "axes.labelsize": 11,
     "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "axes.spines.bottom": False,
@@ -144,7 +144,7 @@ def themed(svg: str) -> str:
 
 
 def _draw(title: str, height: float, draw: Callable[[Axes], None]) -> str:
-    """An SVG of axes of `height` inches below a title: the same for the same input, without ids that others have too."""
+    """An SVG of axes of `height` inches below a title: the same for the same input, without ids that clash."""
     import matplotlib  # slow to import: only where a chart is drawn
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter

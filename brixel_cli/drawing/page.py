@@ -134,7 +134,9 @@ def html(page: Page) -> str:
     anchors = [re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-") for section in page.sections]
     parts = list(zip(anchors, page.sections, strict=True))
     links = "".join(f'<a href="#{anchor}">{escape(section.title)}</a>' for anchor, section in parts)
-    figures = "".join(f"<div><dt>{escape(figure)}</dt><dd>{escape(what)}</dd></div>" for figure, what in page.highlights)
+    figures = "".join(
+        f"<div><dt>{escape(figure)}</dt><dd>{escape(what)}</dd></div>" for figure, what in page.highlights
+    )
     sections = "\n".join(
         f'<section id="{anchor}">\n<h2>{escape(section.title)}</h2>\n{_html_blocks(section.blocks)}\n</section>'
         for anchor, section in parts
@@ -193,11 +195,10 @@ def _html_block(block: Block) -> str:
                 for r, row in enumerate(rows)
             )
             table = f"<table><thead><tr>{head}</tr></thead>" if any(columns) else '<table class="facts">'
-            below = "".join(f"<li>{escape(note)}</li>" for note in notes)
-            return (
-                f'<div class="titled">{f"<h3>{escape(title)}</h3>" if title else ""}'
-                f'<div class="table">{table}<tbody>{body}</tbody></table></div>{f"<ul>{below}</ul>" if below else ""}</div>'
-            )
+            above = f"<h3>{escape(title)}</h3>" if title else ""
+            below = f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" if notes else ""
+            table = f'<div class="table">{table}<tbody>{body}</tbody></table></div>'
+            return f'<div class="titled">{above}{table}{below}</div>'
 
 
 def _html_cell(text: str, best: bool) -> str:

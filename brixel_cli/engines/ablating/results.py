@@ -11,9 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.metrics import FIDELITY
-from brixel_cli.engines.benchmarking.probe_results import ProbeResult
 from brixel_cli.engines.benchmarking.environment import Environment
 from brixel_cli.engines.benchmarking.latency import Latency
+from brixel_cli.engines.benchmarking.probes import ProbeResult
 from brixel_cli.engines.benchmarking.results import RecoveredGaps
 from brixel_cli.errors import BrixelError
 
@@ -136,11 +136,12 @@ class Ablations:
         """A line for each variant."""
         rows = []
         for item in self.variants:
+            metrics = (item.fidelity, item.bilinear, item.recovered_gap)
             rows.append([
                 item.group, item.name, " ".join(f"{key}={value}" for key, value in item.changes.items()), item.folder,
                 item.num_parameters, item.gflop, item.latency.median, item.latency.low, item.latency.high,
                 item.steps, item.update_seconds, item.training_seconds, item.training_bytes, item.num_images,
-                *(values.get(name) for values in (item.fidelity, item.bilinear, item.recovered_gap) for name in FIDELITY),
+                *(values.get(name) for values in metrics for name in FIDELITY),
                 *_probe_cells(item.probe), item.failed,
             ])  # fmt: skip
         return csv_text(_COLUMNS, rows)

@@ -31,6 +31,7 @@ from brixel_cli.engines.benchmarking.fidelity import draw_examples, measure_fide
 from brixel_cli.engines.benchmarking.latency import interleaved
 from brixel_cli.engines.benchmarking.methods import Method, load_baseline, make_methods
 from brixel_cli.engines.benchmarking.models import Candidate, Photos, find_candidates, find_photos, load_or_randomise
+from brixel_cli.engines.benchmarking.probes import probes_of
 from brixel_cli.engines.benchmarking.results import (
     FILE_NAME,
     TABLE_NAME,
@@ -43,7 +44,6 @@ from brixel_cli.engines.benchmarking.results import (
     Size,
     read_results,
 )
-from brixel_cli.engines.benchmarking.student_probes import probes_of
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, call_seconds, free_memory, is_out_of_memory, release_cached
 from brixel_cli.errors import BrixelError, UsageError
@@ -82,7 +82,8 @@ def benchmark(options: BenchmarkOptions, reporter: Reporter) -> tuple[Results, l
         work.measure_model(candidate, groups[candidate.name])
     work.answer_budget()
     results = work.save()
-    return results, [options.output / name for name in (FILE_NAME, TABLE_NAME, *(item.path for item in results.pictures))]
+    names = [FILE_NAME, TABLE_NAME, *(picture.path for picture in results.pictures)]
+    return results, [options.output / name for name in names]
 
 
 def count_only(options: BenchmarkOptions, reporter: Reporter) -> Results:
@@ -294,7 +295,9 @@ class _Benchmark:
             batch_size, baselines = self.options.batch_size, self.options.baselines
             found = peak_in_fresh_process(candidate, row.size, row.label, batch_size, baselines)
             if found is None:
-                self.reporter.warn(f"{row.model}, {row.label}: the process that measures its memory was killed: counted")
+                self.reporter.warn(
+                    f"{row.model}, {row.label}: the process that measures its memory was killed: counted"
+                )
                 return row
             peak = found
         return replace(row, peak_bytes=peak.peak_bytes, kept_bytes=peak.kept_bytes, memory="measured")

@@ -1,4 +1,4 @@
-"""Times of several calls, interleaved: one of each, round after round, so that a drift of the machine hits all alike."""
+"""Times of calls, interleaved: one of each in every round, so that a drift of the machine hits all alike."""
 
 from __future__ import annotations
 

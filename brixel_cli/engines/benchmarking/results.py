@@ -14,7 +14,7 @@ from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.engines.benchmarking.environment import Environment
 from brixel_cli.engines.benchmarking.latency import Latency
-from brixel_cli.engines.benchmarking.probe_results import ProbeResult
+from brixel_cli.engines.benchmarking.probes import ProbeResult
 from brixel_cli.errors import BrixelError
 
 FORMAT = "brixel-benchmark-1"
@@ -26,9 +26,7 @@ How = Literal["measured", "counted"]
 Size = tuple[int, int]
 """Height and width."""
 
-RecoveredGaps = Annotated[
-    dict[str, float | None], Field(validation_alias=AliasChoices("recovered_gap", "gap_closed"))
-]
+RecoveredGaps = Annotated[dict[str, float | None], Field(validation_alias=AliasChoices("recovered_gap", "gap_closed"))]
 """By metric; files of earlier versions call them `gap_closed`."""
 
 
