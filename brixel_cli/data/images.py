@@ -56,7 +56,12 @@ def load_image(path: Path, still: bool = False) -> Image.Image:
     """
     with open_image(path, still) as image:
         image.load()
-        return _to_rgb(_upright(image))
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image that was opened elsewhere, made what `load_image` returns."""
+    return _to_rgb(_upright(image))
 
 
 def read_size(path: Path, still: bool = False) -> tuple[int, int]:

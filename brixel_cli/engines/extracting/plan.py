@@ -15,8 +15,7 @@ from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile, 
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
 from brixel_cli.data.resizing import Fitting
 from brixel_cli.data.row_store import FAILED, MISSING, Array
-from brixel_cli.engines.distilling.run_folder import default_student
-from brixel_cli.engines.models import ModelSpec, model_spec
+from brixel_cli.engines.models import ModelSpec, default_student, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
 
