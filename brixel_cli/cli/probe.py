@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, print_table, say
-from brixel_cli.config.base import Device, Precision
+from brixel_cli.config.base import Device, Precision, parse_size
 from brixel_cli.config.files import load_recipe, shipped_recipes, with_overrides
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.probe import OUTPUT, ApplyOptions, ProbeOptions
@@ -66,7 +66,7 @@ def probe_options(
     if data is not None:
         changes.append(f"data.root={json.dumps(str(data))}")
     if size is not None:
-        changes.append(f"size={_size(size)}")
+        changes.append(f"size={parse_size(size)}")
     loaded = load_recipe(recipe, changes, ProbeRecipe)
     rules = _protocol(protocol or loaded.protocol, loaded.name, overrides)
     folder = output or OUTPUT / loaded.name
@@ -171,16 +171,8 @@ def _protocol(name: str, data: str, overrides: Sequence[str]) -> Protocol:
         raise UsageError(f"No protocol {name}. {hint}There are: {', '.join(PROTOCOLS)}.")
     changes = [override.strip().removeprefix(PREFIX) for override in overrides if override.strip().startswith(PREFIX)]
     if any(change.partition("=")[0].strip() in ("name", "side") for change in changes):
-        raise UsageError("protocol.name and protocol.side say what was published: set the size with --size.")
+        raise UsageError("protocol.name and protocol.side say what was published: set the size with --res.")
     return with_overrides(published(name, data), changes, f"protocol {name}")
-
-
-def _size(text: str) -> str:
-    """A size as YAML: 112, or 288x384 for height and width."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise UsageError(f"--size takes a side in pixels, such as 112, or HEIGHTxWIDTH, such as 288x384; not {text}.")
-    return sides[0] if len(sides) == 1 else f"[{sides[0]}, {sides[1]}]"
 
 
 def _show_plan(plan: ProbePlan, as_json: bool) -> None:

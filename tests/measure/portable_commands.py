@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from brixel_cli.config.distill import Recipe
-from brixel_cli.config.files import changed_values, load_recipe, shipped_recipes
+from brixel_cli.config.files import differences, load_recipe, shipped_recipes
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.protocols import Protocol, published
 from brixel_cli.core.shipped import shipped_students
@@ -60,7 +60,7 @@ def distill_command(recipe: Recipe) -> str:
         "--images",
         "photos",
     ]
-    for key, (_, value) in changed_values(load_recipe(recipe.name) if shipped else recipe, recipe).items():
+    for key, (_, value) in differences(load_recipe(recipe.name) if shipped else recipe, recipe).items():
         words += _setting(key, value) if key != "data.images" and not key.startswith("run.") else []
     return shlex.join(words)
 
@@ -77,9 +77,9 @@ def probe_command(results: Mapping[str, Any]) -> str:
     if shipped:
         words += ["--size", side(size)] if shipped.size != size else []
         stored = ProbeRecipe.model_validate_json(json.dumps(results.get("recipe", shipped.model_dump())))
-        for key, (_, value) in changed_values(shipped, stored).items():
+        for key, (_, value) in differences(shipped, stored).items():
             words += _setting(key, value) if key not in ("data.download", "protocol", "size") else []
-    for key, (_, value) in changed_values(published(protocol.name, name), protocol).items():
+    for key, (_, value) in differences(published(protocol.name, name), protocol).items():
         words += _setting(f"protocol.{key}", value)
     for label, source in sources.items():
         if tuple(kinds) != ("backbone", "student", "teacher"):

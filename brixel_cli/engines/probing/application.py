@@ -95,7 +95,7 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     spec = dataclasses.replace(model_of(extract, reporter), factor=_described(said)["factor"])
     output = options.output or default_output(options.inputs, f"_{said['recipe']['task']}")
     inputs = find_inputs(options.inputs, every=1, without=[output])
-    model = FeatureExtractor(spec, runtime, reporter, size_option="--size")
+    model = FeatureExtractor(spec, runtime, reporter)
     _check_weights(options.head, _described(said), spec, model)
     _begin(output, options, said)
     head.to(runtime.device)
