@@ -1,7 +1,8 @@
 """Digests of files, tensors and settings: by these, caches and resumed runs know what they were made of.
 
-The SHA-256 of a file is remembered by its path, size, and times of change of its contents and of its entry, in a small database of the user's cache folder
-(`$XDG_CACHE_HOME/brixel`, by default `~/.cache/brixel`), so that a large set of images is read only once.
+The SHA-256 of a file is remembered by its path, size and times of change (of its contents, and of its entry) in a small
+database of the user's cache folder (`$XDG_CACHE_HOME/brixel`, by default `~/.cache/brixel`), so that a large set of
+images is read only once.
 """
 
 from __future__ import annotations

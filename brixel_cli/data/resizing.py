@@ -27,7 +27,9 @@ def check_res(res: int, patch_size: int) -> None:
     """Raise a UsageError for a `--res` under two patches; from there on, rounding changes a side by a fifth at most."""
     least = LEAST_PATCHES * patch_size
     if res < least:
-        raise UsageError(f"--res {res} is less than {LEAST_PATCHES} patches of {patch_size} pixels: give {least} or more.")
+        raise UsageError(
+            f"--res {res} is less than {LEAST_PATCHES} patches of {patch_size} pixels: give {least} or more."
+        )
 
 
 @dataclass(frozen=True)

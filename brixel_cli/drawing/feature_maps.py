@@ -85,7 +85,9 @@ def contact_sheet(pairs: Sequence[tuple[Image.Image, Image.Image]], across: int 
     blank = Image.new("RGB", (1, 1), "white")
     tiles = [tile for pair in pairs for tile in pair]
     tiles += [blank] * (-len(tiles) % (2 * across))
-    return panel(["image", "features"] * across, [tiles[at : at + 2 * across] for at in range(0, len(tiles), 2 * across)])
+    return panel(
+        ["image", "features"] * across, [tiles[at : at + 2 * across] for at in range(0, len(tiles), 2 * across)]
+    )
 
 
 def panel(titles: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:

@@ -22,7 +22,14 @@ from brixel_cli.core.pca import RunningPca
 from brixel_cli.data.feature_file import FORMAT, FeatureFile, MapWriter, encode, text_array
 from brixel_cli.data.inputs import describe_videos, reason_of
 from brixel_cli.data.row_store import DONE, FAILED, MISSING, Array, Store, create_store
-from brixel_cli.engines.extracting.plan import CONTACT_SHEET, ExtractPlan, check_same, describe, make_plan, preview_folder
+from brixel_cli.engines.extracting.plan import (
+    CONTACT_SHEET,
+    ExtractPlan,
+    check_same,
+    describe,
+    make_plan,
+    preview_folder,
+)
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, call_seconds, share_memory_pools
@@ -268,7 +275,7 @@ def _clear_output(plan: ExtractPlan) -> None:
 def _read_batch(plan: ExtractPlan, rows: Sequence[int], model: FeatureExtractor) -> list[Tensor | str]:
     """Pixels of some rows, or the reasons why there are none; read as they are in `_compute`."""
     polite = model.runtime.device.type == "cpu"
-    return [pixels for _, loaded in read_ahead([rows], lambda row: _load(plan, row), _workers(plan), polite) for pixels in loaded]
+    return next(read_ahead([rows], lambda row: _load(plan, row), _workers(plan), polite))[1]
 
 
 def _load(plan: ExtractPlan, row: int) -> Tensor | str:

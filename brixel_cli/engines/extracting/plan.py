@@ -1,4 +1,4 @@
-"""What an extraction will do, and whether it may: sizes, grids and bytes from headers and the model's description alone.
+"""What an extraction will do: sizes, grids and bytes, from headers and the model's description; and whether it may.
 
 An output that is there is continued where it was begun with the same model, options and images.
 """
