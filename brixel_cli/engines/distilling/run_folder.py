@@ -7,7 +7,7 @@ state.safetensors      all that resuming needs
 metrics.jsonl          a line for each logged step and each validation
 tensorboard/           the same for TensorBoard
 pictures/              image | backbone | student | teacher, one file a validation
-skipped.csv            photographs left out, with reasons
+skipped.csv            images left out, with reasons
 results.json           the final table
 """
 
@@ -25,7 +25,7 @@ from brixel_cli.config.files import dump_recipe, load_recipe, missing_keys, reci
 from brixel_cli.core.backbone import same_model
 from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import csv_text, to_json
-from brixel_cli.core.shipped import DEFAULT_STUDENT
+from brixel_cli.core.shipped import DEFAULT_STUDENT, shipped_students
 from brixel_cli.core.student import FILE_NAME, read_adapter
 from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.images import Skipped
@@ -69,6 +69,28 @@ def _is_of(student: Path, backbone: str, reporter: Reporter) -> bool:
     except WeightsError as error:
         reporter.warn(f"passed over: {error}")
         return False
+
+
+def resolve_paths(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that the run it is written into can be used from any folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return path and str(Path(path).expanduser().absolute())
+
+    weights, init = recipe.backbone.weights, recipe.init
+    backbone = {} if weights in ("pretrained", "random") else {"weights": absolute(weights)}
+    return recipe.model_copy(
+        update={
+            "backbone": recipe.backbone.model_copy(update=backbone),
+            "data": recipe.data.model_copy(
+                update={"images": absolute(recipe.data.images), "val_images": absolute(recipe.data.val_images)}
+            ),
+            "cache": recipe.cache.model_copy(update={"directory": absolute(recipe.cache.directory)}),
+            "init": absolute(init)
+            if init and init not in shipped_students() and Path(init).expanduser().exists()
+            else init,
+        }
+    )
 
 
 class RunFolder:
@@ -131,7 +153,7 @@ class RunFolder:
         write_text(self.recipe, dump_recipe(recipe))
 
     def write_skipped(self, skipped: Sequence[Skipped]) -> None:
-        """List the photographs left out; no file where there are none."""
+        """List the images left out; no file where there are none."""
         if skipped:
             write_text(self.skipped, csv_text(["file", "reason"], [(item.name, item.reason) for item in skipped]))
 
