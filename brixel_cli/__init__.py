@@ -12,12 +12,16 @@ map_ = features["cat.jpg"]  # (D, h, w), float32
 from __future__ import annotations
 
 import importlib
+import os
 import typing
 
 if typing.TYPE_CHECKING:
     from brixel_cli.core.student import load_student as load_student
     from brixel_cli.data.feature_file import FeatureDataset as FeatureDataset
     from brixel_cli.data.feature_file import FeatureFile as FeatureFile
+
+# Read when torch is imported: what MPS lacks is computed on the CPU.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 __version__ = "0.1.0"
 __all__ = ["FeatureDataset", "FeatureFile", "__version__", "load_student"]

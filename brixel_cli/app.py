@@ -29,7 +29,7 @@ app = typer.Typer(
 # Options that several commands take.
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No hints and no progress bars.")]
-Where = Annotated[Device, typer.Option(help="Where it runs.")]
+Where = Annotated[Device, typer.Option(help="auto, cpu, cuda, cuda:1 (the second card) or mps.")]
 Backbone = Annotated[str | None, typer.Option(help="timm name; default: the one of the student.", show_default=False)]
 Weights = Annotated[
     str | None,

@@ -16,7 +16,7 @@ from brixel_cli.data.images import Photograph, scan_folder
 from brixel_cli.data.row_store import Store
 from brixel_cli.data.views import Views, reduce_view
 from brixel_cli.engines.distilling.batches import OnlineBatches, batch_keys
-from brixel_cli.engines.distilling.cache import open_cache
+from brixel_cli.engines.distilling.cache import CachedBatches, CacheFile
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
 
@@ -31,6 +31,12 @@ def backbone() -> Backbone:
 def recipe(tiny_recipe_file: Path) -> Recipe:
     changes = ["views.kind=fixed", "views.per_image=2", "cache.enabled=true", "run.precision=float32"]
     return load_recipe(str(tiny_recipe_file), changes)
+
+
+def open_cache(
+    recipe: Recipe, folder: Path, backbone: Backbone, parts: list[Views], runtime: Runtime, listener: Listener
+) -> list[CachedBatches]:
+    return CacheFile(recipe, folder, backbone, parts, runtime, listener).fill()
 
 
 def views_of(recipe: Recipe, backbone: Backbone) -> Views:
@@ -104,7 +110,7 @@ def test_a_cache_holds_views_of_several_sizes(
             "run.precision=float32",
         ],
     )
-    views, runtime = views_of(recipe, backbone), Runtime(recipe.run)
+    views, runtime = views_of(recipe, backbone), Runtime(recipe.run.device, recipe.run.precision)
     held_out = Views(views.photographs[:2], ViewConfig(teacher_size=128), 0, views.mean, views.std)
     training, other = open_cache(recipe, tmp_path, backbone, [views, held_out], runtime, listener)
     for source, of, keys in [
@@ -128,7 +134,9 @@ def test_a_cache_holds_views_of_several_sizes(
 
 def test_an_online_batch_is_what_backbone_and_teacher_say(recipe: Recipe, backbone: Backbone) -> None:
     views = views_of(recipe, backbone)
-    (batch,) = OnlineBatches(views, backbone, Runtime(recipe.run), workers=0).iterate([[(0, 0), (0, 3)]])
+    (batch,) = OnlineBatches(views, backbone, Runtime(recipe.run.device, recipe.run.precision), workers=0).iterate(
+        [[(0, 0), (0, 3)]]
+    )
     pixels = torch.stack([views[0, 0].pixels, views[0, 3].pixels])
     images = reduce_view(pixels, 4)
     assert batch.images.shape == (2, 3, 32, 32)
@@ -141,7 +149,11 @@ def test_an_online_batch_is_what_backbone_and_teacher_say(recipe: Recipe, backbo
 def test_worker_processes_change_nothing(recipe: Recipe, backbone: Backbone) -> None:
     keys = [[(0, 0), (0, 3)], [(1, 2)]]
     here, there = (
-        list(OnlineBatches(views_of(recipe, backbone), backbone, Runtime(recipe.run), workers).iterate(keys))
+        list(
+            OnlineBatches(
+                views_of(recipe, backbone), backbone, Runtime(recipe.run.device, recipe.run.precision), workers
+            ).iterate(keys)
+        )
         for workers in (0, 2)
     )
     assert all(torch.equal(one.targets, other.targets) for one, other in zip(here, there, strict=True))
@@ -150,7 +162,7 @@ def test_worker_processes_change_nothing(recipe: Recipe, backbone: Backbone) -> 
 def test_the_cache_holds_what_would_be_computed(
     recipe: Recipe, backbone: Backbone, tmp_path: Path, listener: Listener
 ) -> None:
-    views, runtime = views_of(recipe, backbone), Runtime(recipe.run)
+    views, runtime = views_of(recipe, backbone), Runtime(recipe.run.device, recipe.run.precision)
     first, second = open_cache(recipe, tmp_path, backbone, [views, views], runtime, listener)
     keys = [[(0, 5), (7, 2)]]
     (computed,) = OnlineBatches(views, backbone, runtime, 0).iterate(keys)
@@ -167,19 +179,21 @@ def test_the_disk_need_is_announced_before_the_cache_is_filled(
     recipe: Recipe, backbone: Backbone, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     views = views_of(recipe, backbone)
-    open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run), listener)
+    open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run.device, recipe.run.precision), listener)
     # A view: image 3*32*32, maps 4*64*2*2, target 64*8*8, two bytes each, 4 bytes for the photograph's number and one
     # of status: 16,389; 16 of them are 262,224 bytes.
     assert listener.said[0].startswith("cache: 16 views need 256.1 KiB on disk, at ")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 10))
     with pytest.raises(BrixelError, match=r"h5 needs 256.1 KiB, but .* has 10 B free. Make room"):
-        open_cache(recipe, tmp_path / "other", backbone, [views], Runtime(recipe.run), listener)
+        open_cache(
+            recipe, tmp_path / "other", backbone, [views], Runtime(recipe.run.device, recipe.run.precision), listener
+        )
 
 
 def test_an_interrupted_filling_goes_on_where_it_stopped(
     recipe: Recipe, backbone: Backbone, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    views, runtime = views_of(recipe, backbone), Runtime(recipe.run)
+    views, runtime = views_of(recipe, backbone), Runtime(recipe.run.device, recipe.run.precision)
     written: list[int] = []
     original = Store.write
 
@@ -214,7 +228,7 @@ def test_a_cache_is_never_read_for_other_views_or_weights(
     def fill(recipe: Recipe, backbone: Backbone) -> int:
         found, _ = scan_folder(folder, 100)
         views = Views(found, recipe.views, recipe.seed, backbone.mean, backbone.std)
-        open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run), listener)
+        open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run.device, recipe.run.precision), listener)
         return len(list((tmp_path / "cache").glob("*.h5")))
 
     assert fill(recipe, backbone) == 1
@@ -232,7 +246,7 @@ def test_a_cache_is_found_again_by_what_the_photographs_hold(
     def fill(folder: Path) -> int:
         found, _ = scan_folder(folder, 100)
         views = Views(found, recipe.views, recipe.seed, backbone.mean, backbone.std)
-        open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run), listener)
+        open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run.device, recipe.run.precision), listener)
         return len(list((tmp_path / "cache").glob("*.h5")))
 
     photographs, moved = tmp_path / "photographs", tmp_path / "moved"
@@ -254,7 +268,7 @@ def test_a_photograph_that_has_gone_is_named(
     views = Views(found, recipe.views, recipe.seed, backbone.mean, backbone.std)
     (tmp_path / "0.png").unlink()
     with pytest.raises(BrixelError) as caught:
-        open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run), listener)
+        open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run.device, recipe.run.precision), listener)
     assert str(caught.value) == (
         f"{tmp_path}/0.png cannot be read: No such file or directory. Make it readable, or remove it."
     )

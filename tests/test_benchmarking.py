@@ -276,10 +276,7 @@ def test_what_does_not_fit_into_memory_is_counted(
     class Memory:
         available = 10_000
 
-    monkeypatch.setattr(benchmarking.psutil, "virtual_memory", Memory)
-    monkeypatch.setattr(
-        "brixel_cli.engines.benchmarking.environment.psutil.virtual_memory", lambda: Memory, raising=False
-    )
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Memory)
     monkeypatch.setattr(Memory, "total", 10_000, raising=False)
     results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run)), listener)
     for found in results.rows:
@@ -293,7 +290,7 @@ def test_what_did_not_fit_is_run_once_there_is_memory(
     run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = SimpleNamespace(available=10_000, total=10**12)
-    monkeypatch.setattr(benchmarking.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     wanted = options(tmp_path / "out", checkpoint=str(run), max_images=1)
     benchmark(wanted, listener)
     assert benchmark(wanted, listener)[0].rows[0].latency is None

@@ -93,7 +93,7 @@ def test_engines_import_one_way(command: str) -> None:
 
 def test_engines_outside_the_packages_serve_all_of_them() -> None:
     shared = {path.stem: imported(path) for path in (PACKAGE / "engines").glob("*.py")}
-    assert set(shared) == {"__init__", "malloc", "models", "reporting", "runtime", "streams", "timing"}
+    assert set(shared) == {"__init__", "models", "reporting", "runtime", "streams"}
     packages = tuple(f"{PACKAGE.name}.engines.{command}" for command in ENGINES)
     assert not [name for names in shared.values() for name in names if name.startswith(packages)]
 
@@ -120,7 +120,6 @@ def test_the_walk_finds_imports_of_every_kind() -> None:
     [
         ("timm", "core/backbone.py"),
         ("h5py", "data/row_store.py"),
-        ("accelerate", "engines/runtime.py"),
         ("yaml", "config/files.py"),
         ("typer", "app.py"),
         ("rich", "cli/console.py"),
@@ -164,7 +163,7 @@ def test_every_way_to_print_is_noticed(source: str) -> None:
     ["app", "config.files", *(f"cli.{name}" for name in ("distill", "probe", "benchmark", "ablation"))],
 )
 def test_the_command_line_starts_without_the_heavy_libraries(module: str) -> None:
-    heavy = {"torch", "timm", "h5py", "accelerate", "numpy", "torchmetrics", "matplotlib"}
+    heavy = {"torch", "timm", "h5py", "numpy", "torchmetrics", "matplotlib"}
     code = f"import sys, brixel_cli.{module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

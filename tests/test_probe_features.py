@@ -12,16 +12,15 @@ from conftest import Listener, make_photograph
 from PIL import Image
 from probe_sets import HEIGHT, NAMES, WIDTH, make_options, make_set, noise, stored_levels, write_features
 
-from brixel_cli.config.distill import RunConfig
 from brixel_cli.core.student import load_student
 from brixel_cli.data.fields_of_view import cut_image, cut_map, cut_target
 from brixel_cli.data.row_store import Store
 from brixel_cli.data.views import normalise
 from brixel_cli.engines.models import FeatureExtractor
-from brixel_cli.engines.probing import features as probe_features
 from brixel_cli.engines.probing.features import Targets, open_maps, prepare
 from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.streams import MOST_WORKERS, num_workers
 from brixel_cli.errors import BrixelError, UsageError
 
 ADE = ["protocol.train_labels=64", "protocol.train.per_image=2"]
@@ -34,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepared(options, listener: Listener):
     plan = plan_only(options, listener)
-    prepare(plan, Runtime(RunConfig(device="cpu", precision="float32")), listener)
+    prepare(plan, Runtime("cpu", "float32"), listener)
     return plan
 
 
@@ -290,7 +289,8 @@ def test_the_newest_run_is_the_student(
 
 
 def test_images_are_decoded_by_several_threads() -> None:
-    assert 2 <= probe_features.num_workers() <= probe_features.MOST_WORKERS
+    assert 2 <= num_workers() <= MOST_WORKERS
+    assert num_workers(3) == 3
 
 
 def test_a_probe_of_backbone_and_teacher_needs_no_student(

@@ -13,7 +13,6 @@ import torch
 from conftest import Listener
 from probe_sets import CLASSES, NAMES, make_options, make_set, noise, one_hot, results, write_features
 
-from brixel_cli.config.distill import RunConfig
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.heads import load_head
 from brixel_cli.core.weights import load_tensors
@@ -385,8 +384,8 @@ def test_stored_features_are_shared_by_probes(
 
 
 def test_the_runtime_is_named_by_the_option(root: Path, tmp_path: Path, answers: str, listener: Listener) -> None:
-    options = make_options(root, tmp_path / "out", sources=[answers], device="mps")
-    with pytest.raises(UsageError, match="--device is mps, which this machine does not have; present: cpu"):
+    options = make_options(root, tmp_path / "out", sources=[answers], device="cuda:7")
+    with pytest.raises(UsageError, match="--device is cuda:7, which this machine does not have; present: cpu"):
         probe(options, listener)
 
 
@@ -406,5 +405,5 @@ def test_several_processes_are_refused(
 def test_prepare_says_what_it_takes_first(root: Path, tmp_path: Path, model, listener: Listener) -> None:
     options = make_options(root, tmp_path / "out", checkpoints=[model[0]], overrides=FAST)
     plan = plan_only(options, listener)
-    prepare(plan, Runtime(RunConfig(device="cpu")), listener)
+    prepare(plan, Runtime("cpu"), listener)
     assert any(said.startswith("features: ") and "needed" in said and "free" in said for said in listener.said)

@@ -1,4 +1,4 @@
-"""The study page: every figure is that of a result file, and nothing in it is of the machine that made it."""
+"""The results page: every figure is that of a result file, and nothing in it is of the machine that made it."""
 
 from __future__ import annotations
 
@@ -65,17 +65,17 @@ def headings(text: str) -> list[str]:
 
 
 def test_a_runs_own_figures_stand_in_the_page(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:
-    best = distill(tiny_recipe, RunFolder(tmp_path / "run"), listener).results["best"]
+    best = distill(tiny_recipe, RunFolder(tmp_path / "run"), listener).results.best
     text = write(tmp_path, "--distill", tmp_path / "run")
     assert headings(text) == ["Training"]
     assert "```\nbrixel distill --recipe tiny.yaml --images photos\n```" in text
     for row, kind in (("bilinear backbone", "backbone"), ("student", "student")):
-        assert line(text, row)[1:] == [f"{best[kind][name]:.4f}" for name in ("l1", "cosine", "edge")]
-    assert line(text, "gap closed")[1:] == [f"{best['gap_closed'][name]:.1%}" for name in ("l1", "cosine", "edge")]
-    assert re.fullmatch(r"6 training and 2 held-out \(\w{12}\)", line(text, "photographs")[1])
-    assert line(text, "updates")[1] == f"4 of 4 images; best student after {best['step']}"
+        assert line(text, row)[1:] == [f"{getattr(best, kind)[name]:.4f}" for name in ("l1", "cosine", "edge")]
+    assert line(text, "recovered gap")[1:] == [f"{best.gap_closed[name]:.1%}" for name in ("l1", "cosine", "edge")]
+    assert re.fullmatch(r"6 training and 2 held-out \(\w{12}\)", line(text, "images")[1])
+    assert line(text, "updates")[1] == f"4 with batches of 4; best validation after {best.step}"
     assert line(text, "input of the student")[1] == "32x32 px"
-    speed = re.fullmatch(r"([\d.]+) updates a second, ([\d.]+) images a second", line(text, "speed, median")[1])
+    speed = re.fullmatch(r"([\d.]+) updates/s, ([\d.]+) images/s", line(text, "speed, median")[1])
     assert speed
     assert float(speed[1]) * 4 == pytest.approx(float(speed[2]), abs=0.1)  # a batch of 4
     curve = (tmp_path / "docs" / "results" / "training.svg").read_text()
@@ -134,7 +134,7 @@ def test_the_cost_of_several_benchmarks_has_the_fidelity_of_the_first(tmp_path: 
     results = make_results(tmp_path / "b", sides=(112,))
     folders = [saved(results, tmp_path / name) for name in ("one", "eight")]
     text = write(tmp_path, "--benchmark", *folders)
-    assert text.count("How many times what the backbone takes") == 2
+    assert text.count("Cost relative to the backbone") == 2
     assert text.count("Fidelity to the teacher at 112x112 px") == 1
 
 
@@ -231,7 +231,7 @@ def camvid(tmp_path: Path) -> Path:
     return save_probe(tmp_path / "camvid", probed(options_of("camvid"), figures), "segmentation")
 
 
-def test_probes_stand_in_one_table_with_the_mean_share_of_the_gap(camvid: Path, tmp_path: Path) -> None:
+def test_probes_are_in_one_table_with_the_mean_recovered_gap(camvid: Path, tmp_path: Path) -> None:
     depth = [[{"rmse_m": value, "delta1": 1 - value / 2}] for value in (1.0, 0.9, 0.5)]
     angles = [[{"mean_angle_deg": value, "within_11.25": 0.5}] for value in (30.0, 20.0, 31.0)]
     names = ("backbone", "student", "teacher")
@@ -251,8 +251,8 @@ def test_probes_stand_in_one_table_with_the_mean_share_of_the_gap(camvid: Path, 
     # The teacher's angle is worse than the backbone's: no gap.
     assert line(text, "nyuv2\\_subset\\_normals", "mean angle (deg)")[2:6] == ["30.00", "20.00", "31.00", "-"]
     assert "< 11.25 deg" in text.replace("\\", "")
-    assert "closed: 30.0%, over camvid mIoU (%), " in text  # of 40 % and 20 %
-    assert "no source to compare: nyuv2\\_subset\\_normals mean angle (deg)." in text
+    assert "Mean recovered gap: 30.0%, over camvid mIoU (%), " in text  # of 40 % and 20 %
+    assert "a source is missing: nyuv2\\_subset\\_normals mean angle (deg)." in text
     assert text.count("| set |") == 1
     assert text.count("SHA-256 cdcdcdcdcdcd, step 7") == 1
     assert text.count("](results/") == 3
@@ -267,14 +267,14 @@ def test_a_set_that_was_probed_twice_has_two_pictures(camvid: Path, tmp_path: Pa
     assert "](results/camvid_quick_112_1.jpg)" in text
 
 
-def test_tuned_students_stand_in_a_section_of_their_own(
+def test_fine_tuned_students_have_a_section_of_their_own(
     tiny_recipe: Recipe, camvid: Path, tmp_path: Path, listener: Listener
 ) -> None:
-    best = distill(tiny_recipe, RunFolder(tmp_path / "street"), listener).results["best"]
+    best = distill(tiny_recipe, RunFolder(tmp_path / "street"), listener).results.best
     text = write(tmp_path, "--tuned-runs", tmp_path / "street", "--tuned-probes", camvid)
-    assert headings(text) == ["Tuned to one kind of photograph"]
-    cosines = [f"{best[kind]['cosine']:.4f}" for kind in ("backbone", "student")]
-    assert line(text, "street")[2:] == ["1", "4", *cosines, f"{best['gap_closed']['cosine']:.1%}"]
+    assert headings(text) == ["Fine-tuning"]
+    cosines = [f"{getattr(best, kind)['cosine']:.4f}" for kind in ("backbone", "student")]
+    assert line(text, "street")[2:] == ["1", "4", *cosines, f"{best.gap_closed['cosine']:.1%}"]
     assert line(text, "street")[1].startswith("6 training and 2 held-out (")
     assert line(text, "camvid", "mIoU (%)")[5] == "40.0%"
     assert "brixel distill --recipe tiny.yaml --images photos" in text
@@ -286,7 +286,7 @@ def test_sources_that_were_not_probed_are_dashes(tmp_path: Path) -> None:
     ProbeFolder(tmp_path).write(results)
     text = write(tmp_path, "--probes", tmp_path)
     assert line(text, "camvid", "mIoU (%)")[2:7] == ["30.00", "-", "-", "-", "1"]
-    assert "Mean share" not in text
+    assert "Mean recovered gap" not in text
     assert "--source backbone --backbone vit --seeds 1\n" in text
 
 

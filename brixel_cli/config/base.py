@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from brixel_cli.errors import UsageError
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["auto", "float32", "bfloat16"]
+Device = str
+"""`auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `engines.runtime` says what each means."""
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Side = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 """A size in pixels: one side, or [height, width]."""
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

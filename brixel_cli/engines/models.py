@@ -24,7 +24,7 @@ from brixel_cli.core.identity import tensors_sha256
 from brixel_cli.core.student import StoredAdapter, Student, build_adapter, read_adapter
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime, library_versions
+from brixel_cli.engines.runtime import Runtime, is_out_of_memory, library_versions, release_cached
 from brixel_cli.errors import BrixelError, UsageError
 
 DEFAULT_FACTOR = 4
@@ -33,7 +33,6 @@ CPU_BATCH_PIXELS = 4 * 448 * 448
 """More at once is no faster on a CPU, and costs memory."""
 LARGEST_CPU_BATCH = 16
 LARGEST_BATCH = 128
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ class FeatureExtractor:
             try:
                 outputs.append(self._forward(pixels[start : start + size]))
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if size == 1:
                     height, width = pixels.shape[-2:]
@@ -245,7 +244,7 @@ class FeatureExtractor:
                     ) from error
                 self.most_at_once = size // 2
                 self.reporter.warn(f"out of memory with {size} images at once; going on with {size // 2}")
-                self._release()
+                release_cached(self.runtime.device)
                 continue
             start += size
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -279,18 +278,9 @@ class FeatureExtractor:
             try:
                 self._forward(torch.zeros(batch, 3, *size, dtype=torch.uint8))
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-                self._release()
+                release_cached(self.runtime.device)
                 return max(fits // 2, 1)  # half of what just fits leaves room for the batch that is being written
             fits, batch = batch, batch * 2
         return fits
-
-    def _release(self) -> None:
-        if self.runtime.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in text for part in OUT_OF_MEMORY)

@@ -1,80 +1,163 @@
-"""Where a run takes place: device, arithmetic and processes, through accelerate."""
+"""Where a run takes place: device, precision and processes; memory, time and versions of what it runs on.
+
+torch alone is used, so that a second `Runtime` of a process has the device that it was asked for.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import ctypes
+import gc
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from brixel_cli.config.distill import RunConfig
-from brixel_cli.errors import UsageError
+from brixel_cli.config.base import Precision
+from brixel_cli.errors import BrixelError, UsageError
 
 Item = TypeVar("Item")
 
+LONGEST_WAIT = timedelta(hours=12)
+"""For the slowest process; torchrun ends all of them where one fails."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate", "alloc_failed")
+
 
 class Runtime:
-    """Device, precision and processes of a run; the only user of accelerate.
+    """Device, precision and processes of a run.
+
+    Several processes are those that torchrun has started; on GPUs each has the card of its LOCAL_RANK.
 
     Args:
-        config: the recipe's `run` section.
+        device: `auto` (CUDA where there is a card, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
+        precision: of the networks. `auto` takes bfloat16 where the device computes in it; else, on CUDA, float16 for
+            inference; else float32.
+        training: whether gradients are computed, which float16 would need scaling for.
         device_option: what to call the choice of the device in errors.
+
+    Attributes:
+        device: with its index, where there are several of its kind.
+        dtype: the networks' arithmetic. float32 is full float32: TF32 is off.
+        rank, world_size: number of this process among all, and how many there are.
 
     Raises:
         UsageError: the device asked for is not there.
     """
 
-    def __init__(self, config: RunConfig, device_option: str = "run.device"):
-        available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if config.device != "auto" and not available.get(config.device, False):
-            present = ", ".join(name for name, there in available.items() if there)
-            raise UsageError(
-                f"{device_option} is {config.device}, which this machine does not have; present: {present}."
-            )
-        self.accelerator = Accelerator(cpu=config.device == "cpu")
-        self.device: torch.device = self.accelerator.device
-        self.rank: int = self.accelerator.process_index
-        self.world_size: int = self.accelerator.num_processes
-        self.bfloat16 = config.precision == "bfloat16" or (
-            config.precision == "auto" and _computes_in_bfloat16(self.device.type)
-        )
+    def __init__(
+        self,
+        device: str = "auto",
+        precision: Precision = "auto",
+        *,
+        training: bool = False,
+        device_option: str = "--device",
+    ):
+        self.rank, self.world_size = (int(os.environ.get(name, low)) for name, low in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.device = _find_device(device, device_option, self.world_size)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        # On Ampere and later, convolutions would otherwise compute with 10 bits of mantissa.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        name = _automatic_precision(self.device.type, training) if precision == "auto" else precision
+        self.dtype: torch.dtype = getattr(torch, name)
+        if self.world_size > 1 and not distributed.is_initialized():
+            backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            distributed.init_process_group(backends, timeout=LONGEST_WAIT)
 
     @property
     def precision(self) -> str:
-        """Arithmetic of the networks, as a recipe says it."""
-        return "bfloat16" if self.bfloat16 else "float32"
+        """Arithmetic of the networks, as the option says it."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes files and speaks."""
-        return bool(self.accelerator.is_main_process)
+        return self.rank == 0
 
     def autocast(self) -> AbstractContextManager[None]:
         """The networks' arithmetic; losses stay outside."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16)
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """A module on this device whose gradients are averaged over all processes."""
+        module = module.to(self.device)
+        if self.world_size == 1:
+            return module
+        return DistributedDataParallel(module, device_ids=[self.device] if self.device.type == "cuda" else None)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of a tensor over all processes."""
-        reduced: Tensor = self.accelerator.reduce(tensor, "mean") if self.world_size > 1 else tensor
-        return reduced
+        if self.world_size == 1:
+            return tensor
+        total = tensor.clone()
+        distributed.all_reduce(total)
+        return total / self.world_size
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """The first process's tensor, on every process."""
-        sent: Tensor = broadcast(tensor.contiguous()) if self.world_size > 1 else tensor
-        return sent
+        tensor = tensor.contiguous()
+        if self.world_size > 1:
+            distributed.broadcast(tensor, src=0)
+        return tensor
 
     def gather(self, items: list[Item]) -> list[Item]:
         """The lists of all processes, joined in the order of the processes."""
-        joined: list[Item] = gather_object(items) if self.world_size > 1 else items
-        return joined
+        if self.world_size == 1:
+            return items
+        lists: list[list[Item]] = [[] for _ in range(self.world_size)]
+        distributed.all_gather_object(lists, items)
+        return [item for part in lists for item in part]
 
     def wait(self) -> None:
         """Until every process is here."""
-        self.accelerator.wait_for_everyone()
+        if self.world_size > 1:
+            distributed.all_reduce(torch.zeros(1))  # on the CPU: what a card still has to do does not matter
+
+
+def without_sync(module: nn.Module) -> AbstractContextManager[None]:
+    """A backward pass whose gradients stay in this process, to be added to those of the next one."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def _find_device(name: str, option: str, world_size: int) -> torch.device:
+    if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name) is None:
+        raise UsageError(f"{option} is {name}: give auto, cpu, cuda, cuda:N (card number N, from 0) or mps.")
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kind, _, index = name.partition(":")
+    if kind == "auto":
+        kind = "cuda" if cards else "cpu"  # not MPS, on which nothing of this has been run yet
+    if kind == "cpu":
+        return torch.device("cpu")
+    number = int(index or 0)
+    if world_size > 1:
+        if index or kind == "mps":
+            raise UsageError(f"{option} is {name}, but torchrun started {world_size} processes: give cuda or cpu.")
+        number = int(os.environ.get("LOCAL_RANK", 0))
+    has_mps = torch.backends.mps.is_available()
+    if not (has_mps if kind == "mps" else number < cards):
+        present = ", ".join(["cpu", *(f"cuda:{card}" for card in range(cards)), *(["mps"] if has_mps else [])])
+        wanted = f"{name} of process {number}" if world_size > 1 else name
+        raise UsageError(f"{option} is {wanted}, which this machine does not have; present: {present}.")
+    return torch.device(kind, number) if kind == "cuda" else torch.device(kind)
+
+
+def _automatic_precision(kind: str, training: bool) -> str:
+    """bfloat16 only where it is computed in hardware: emulated, it is slower than float32."""
+    if kind == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16"
+        return "float32" if training else "float16"
+    in_hardware = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bfloat16" if kind == "cpu" and in_hardware() else "float32"
 
 
 def library_versions() -> dict[str, str]:
@@ -82,9 +165,93 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("brixel", "torch", "timm", "pillow")}
 
 
-def _computes_in_bfloat16(device: str) -> bool:
-    """Whether a device has bfloat16 arithmetic in hardware; emulated, it is slower than float32."""
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return device == "cpu" and bool(probe())
+def call_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, work that it leaves to a GPU included."""
+    _synchronise(device)
+    began = time.perf_counter()
+    call()
+    _synchronise(device)
+    return time.perf_counter() - began
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process can still take on a device; on CUDA with the freed blocks that torch keeps for itself."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on whatever device."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in text for part in OUT_OF_MEMORY)
+
+
+@contextmanager
+def memory_errors(doing: str, advice: str) -> Iterator[None]:
+    """Turn memory running out into a BrixelError.
+
+    Args:
+        doing: what was being done, such as `in a step of 8 images of 224x224 pixels`.
+        advice: a sentence with the options to change.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise BrixelError(f"Out of memory {doing}. {advice}") from error
+
+
+def release_cached(device: torch.device) -> None:
+    """Return the freed blocks that torch keeps to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# How glibc hands out memory; with another C library nothing happens. Of its malloc.h:
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
+LARGEST_INT = 2**31 - 1
+
+
+def share_memory_pools() -> None:
+    """Have threads take memory from two common pools, not from one of their own each that only it can use again.
+
+    Otherwise each thread's pool would keep the largest image that the thread has ever decoded.
+    """
+    _call_libc("mallopt", M_ARENA_MAX, 2)
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Keep freed memory for the next step of a training on a CPU, whose tensors have the same sizes.
+
+    Otherwise each large tensor is mapped from the system anew, page by page, and returned when it is freed.
+    """
+    if device.type == "cpu":
+        _call_libc("mallopt", M_MMAP_MAX, 0)
+        _call_libc("mallopt", M_TRIM_THRESHOLD, LARGEST_INT)
+
+
+def map_every_tensor() -> None:
+    """Have memory of 64 KiB and more mapped from the system, and unmapped when it is freed: peaks can be measured."""
+    _call_libc("mallopt", M_MMAP_THRESHOLD, 64 * 1024)
+
+
+def return_free_memory() -> None:
+    """Return memory that is free within the process to the system."""
+    gc.collect()
+    _call_libc("malloc_trim", 0)
+
+
+def _call_libc(name: str, *arguments: int) -> None:
+    function: Callable[..., Any] | None = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*arguments)

@@ -75,7 +75,6 @@ def throughput(options: argparse.Namespace, scratch: Path) -> dict:
     """The command's images per second, from the first image to the last, over a bare loop's with the same batches."""
     import torch
 
-    from brixel_cli.config.distill import RunConfig
     from brixel_cli.data.feature_file import FeatureFile
     from brixel_cli.engines.models import model_spec
     from brixel_cli.engines.runtime import Runtime
@@ -84,7 +83,7 @@ def throughput(options: argparse.Namespace, scratch: Path) -> dict:
     result = run(options, folder, scratch / "f.h5")
     features = FeatureFile(scratch / "f.h5")
     sizes = {tuple(int(side) for side in size) for size in features.model_size}
-    runtime = Runtime(RunConfig(device="auto", precision=options.precision))
+    runtime = Runtime(precision=options.precision or "auto")
     spec = model_spec(
         options.source, checkpoint=options.checkpoint, backbone=options.backbone, weights=options.backbone_weights
     )

@@ -20,16 +20,14 @@ import torch
 
 from brixel_cli.cli.console import Progress
 from brixel_cli.cli.probe import probe_options
-from brixel_cli.config.distill import RunConfig
 from brixel_cli.core.heads import build_head
 from brixel_cli.data.fields_of_view import cut_image
 from brixel_cli.data.images import load_image
-from brixel_cli.engines import malloc
 from brixel_cli.engines.probing.features import Maps, Targets, num_workers, open_maps, prepare
 from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
 from brixel_cli.engines.probing.probing import head_spec, plan_only
 from brixel_cli.engines.probing.training import batch_loss, batches
-from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.runtime import Runtime, keep_freed_memory
 from brixel_cli.engines.streams import read_ahead
 
 
@@ -93,8 +91,8 @@ def main() -> None:
         output=given.output, features=None, sources=given.source, checkpoints=[given.checkpoint], backbone=None,
         backbone_weights=given.backbone_weights, seeds=1, device="auto", precision="auto", overwrite=False,
     )  # fmt: skip
-    runtime = Runtime(RunConfig(device=options.device, precision=options.precision))
-    malloc.keep_freed(runtime.device)  # as a probe does
+    runtime = Runtime(options.device, options.precision)
+    keep_freed_memory(runtime.device)  # as a probe does
     plan = plan_only(options, Progress())
     prepare(plan, runtime, Progress())
     result = {}

@@ -1,12 +1,13 @@
-"""Write the study page, docs/RESULTS.md, from result files of brixel's own commands; no figure in it is set by hand.
+"""Write the results page, docs/RESULTS.md, from result files of brixel's own commands. No figure in it is set by hand.
 
     python tests/measure/results_page.py --distill RUN --benchmark DIR --sizes DIR --probes DIR DIR --ablations DIR \
         --tuned-runs RUN RUN --tuned-probes DIR DIR
 
-Several runs are the stages of a training, first to last; several benchmarks are of one student, such as two sizes of batch:
-the fidelity is that of the first. Runs of tuned students are named by their folders. An input that is not given leaves its section out, --no-photographs all pictures of
-photographs, which not everybody may pass on. Pictures go to results/ beside the page. Remarks are kept by hand in
-results/notes.md: what stands there under `## Probes` stands in the page below the tables of that section.
+Several --distill runs are the stages of one training, first to last. Several --benchmark outputs are of one student, for example at
+two batch sizes; the fidelity is taken from the first. Runs of fine-tuned students are named by their folders. A section whose input
+is not given is left out. --no-photographs leaves out all pictures that show images, which may not be free to publish. Pictures are
+written to results/ beside the page. Remarks are kept by hand in results/notes.md: the text under `## Probes` there is put below
+the tables of that section.
 """
 
 from __future__ import annotations
@@ -30,18 +31,19 @@ from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError
 
 LEAD = (
-    "The student that comes with brixel: its training, its cost, how close it comes to its teacher, and what that is worth "
-    "on labelled data. `tests/measure/results_page.py` takes every figure from result files of the commands shown; remarks "
-    "are kept by hand in `results/notes.md`. Gap closed: (student - backbone) / (teacher - backbone). How each figure is "
-    "measured: [BENCHMARK.md](BENCHMARK.md), [PROBE.md](PROBE.md)."
+    "Results of the student that comes with brixel: its training, its cost, how close its feature maps are to the teacher's, and "
+    "what they are worth on labelled data. All figures were measured on a CPU. `tests/measure/results_page.py` takes every figure "
+    "in a table from the result files of the command above it; the remarks are written by hand, in `results/notes.md`. Recovered "
+    "gap: (student - backbone) / (teacher - backbone). How each figure is measured: [BENCHMARK.md](BENCHMARK.md), "
+    "[PROBE.md](PROBE.md)."
 )
 SECTIONS = (
-    "Training", "Cost", "Fidelity", "Generalisation over input sizes", "Probes", "Tuned to one kind of photograph", "Ablations",
+    "Training", "Cost", "Fidelity", "Generalisation over input sizes", "Probes", "Fine-tuning", "Ablations",
 )  # fmt: skip
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """What stands in the notes, under the heading of each section."""
+    """The text of the notes, by the heading of its section."""
     parts = re.split(r"^## +(.+?) *$", path.read_text(encoding="utf-8") if path.is_file() else "", flags=re.M)
     notes = dict(zip(parts[1::2], (text.strip("\n") for text in parts[2::2]), strict=True))
     for title in notes.keys() - set(SECTIONS):
@@ -103,16 +105,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--distill", type=Path, nargs="+", default=[], help="run folders of brixel distill")
     parser.add_argument(
-        "--benchmark", type=Path, nargs="+", default=[], help="outputs of brixel benchmark at the size of the training"
+        "--benchmark",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="outputs of brixel benchmark at the input size of the training",
     )
-    parser.add_argument("--sizes", type=Path, help="output of brixel benchmark --sizes")
+    parser.add_argument("--sizes", type=Path, help="output of brixel benchmark at several --res")
     parser.add_argument("--probes", type=Path, nargs="+", default=[], help="outputs of brixel probe")
-    parser.add_argument("--tuned-runs", type=Path, nargs="+", default=[], help="run folders of tuned students")
-    parser.add_argument("--tuned-probes", type=Path, nargs="+", default=[], help="outputs of brixel probe of theirs")
+    parser.add_argument("--tuned-runs", type=Path, nargs="+", default=[], help="run folders of fine-tuned students")
     parser.add_argument(
-        "--ablations", type=Path, nargs="+", default=[], help="outputs of brixel benchmark --ablate, group after group"
+        "--tuned-probes", type=Path, nargs="+", default=[], help="outputs of brixel probe of fine-tuned students"
     )
-    parser.add_argument("--no-photographs", action="store_true", help="charts only")
+    parser.add_argument("--ablations", type=Path, nargs="+", default=[], help="outputs of brixel benchmark --ablate")
+    parser.add_argument("--no-photographs", action="store_true", help="leave out pictures that show images")
     parser.add_argument("--output", type=Path, default=Path("docs/RESULTS.md"))
     return parser.parse_args(arguments)
 

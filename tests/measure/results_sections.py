@@ -1,4 +1,4 @@
-"""The sections of the study page: what result files of brixel say, as tables, charts and pictures."""
+"""The sections of the results page: tables, charts and pictures made from result files of brixel."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ PROBED = {
     "normals": ("mean_angle_deg", "within_11.25"),
 }
 SOURCES = ("backbone", "student", "teacher")
-SIZE_COLUMNS = ("bilinear", "student", "gap closed")
-TUNED_COLUMNS = ("set", "photographs", "views of each", "updates", "cosine, bilinear", "cosine, student", "gap closed")
-PROBE_COLUMNS = ("set", "figure", *SOURCES, "gap closed", "seeds", "protocol", "input", "images: training / test")
+SIZE_COLUMNS = ("bilinear", "student", "recovered gap")
+TUNED_COLUMNS = ("set", "images", "views of each", "updates", "cosine, bilinear", "cosine, student", "recovered gap")
+PROBE_COLUMNS = ("set", "figure", *SOURCES, "recovered gap", "seeds", "protocol", "input", "images: training / test")
 ABLATION_COLUMNS = ("variant", "changes", "steps", *FAITHFUL.values(), "parameters", "image, ms")
 ABSENT: dict[str, dict[str, float]] = {"mean": {}, "spread": {}}
 WIDEST, LARGEST = 1400, 200_000
@@ -92,7 +92,7 @@ def picture(source: Path, name: str, caption: str, folder: Path | None) -> list[
 
 
 def training(folder: RunFolder, recipe: Recipe, figures: Path | None, stage: int = 1) -> list[Block]:
-    """How the student was trained, and what its held-out photographs say of it.
+    """How the student was trained, and how close it came to the teacher on held-out images.
 
     Args:
         folder, recipe: of the run.
@@ -101,10 +101,10 @@ def training(folder: RunFolder, recipe: Recipe, figures: Path | None, stage: int
     """
     suffix = "" if stage == 1 else f"_{stage}"
     results = results_of(folder)
-    best, held_out = results["best"], f"{results['best']['num_images']} held-out photographs"
+    best, held_out = results["best"], f"{results['best']['num_images']} held-out images"
     entries = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     rows = [[name, *faithful(best[kind])] for name, kind in (("bilinear backbone", "backbone"), ("student", "student"))]
-    rows.append(["gap closed", *(percent(best["gap_closed"][name]) for name in FAITHFUL)])
+    rows.append(["recovered gap", *(percent(best["gap_closed"][name]) for name in FAITHFUL)])
     blocks: list[Block] = [
         Commands([distill_command(recipe)]),
         Table("", ("", ""), training_facts(folder, recipe, results, entries)),
@@ -114,9 +114,9 @@ def training(folder: RunFolder, recipe: Recipe, figures: Path | None, stage: int
                      and entry[kind]["cosine"] is not None] for kind in ("student", "backbone")}  # fmt: skip
     lines = [Line(kind, kind, tuple(points)) for kind, points in curves.items() if points]
     if lines:
-        chart = line_chart("Cosine to the teacher in the course of training", lines, "updates", "best 1")
-        blocks.append(Chart(f"training{suffix}", chart, f"{held_out}; backbone: its map, enlarged bilinearly."))
-    caption = "Held-out photographs: the student's input, and the maps of backbone, student and teacher."
+        chart = line_chart("Cosine similarity to the teacher during training", lines, "updates", "best 1")
+        blocks.append(Chart(f"training{suffix}", chart, f"{held_out}. Backbone: its feature map, enlarged bilinearly."))
+    caption = "Held-out images: the student's input, and the feature maps of backbone, student and teacher."
     return [*blocks, *picture(folder.picture(best["step"]), f"training_maps{suffix}", caption, figures)]
 
 
@@ -136,15 +136,15 @@ def training_facts(
     speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
     facts = [
         ["backbone, adapter", f"{recipe.backbone.name}, {recipe.adapter.kind}"],
-        *([["photographs", state[1]["photographs"]]] if state else []),
-        ["views of a photograph", f"{views.per_image} ({views.kind})"],
-        ["input of the student", f"{inputs_of(recipe)} px" + ("; held out: the first" if views.other_sizes else "")],
+        *([["images", state[1]["photographs"]]] if state else []),
+        ["views of each image", f"{views.per_image} ({views.kind})"],
+        ["input of the student", f"{inputs_of(recipe)} px" + ("; validation: the first" if views.other_sizes else "")],
         ["input of the teacher", f"{views.factor} times that"],
-        ["updates", f"{results['steps']:,} of {batch} images; best student after {results['best']['step']:,}"],
+        ["updates", f"{results['steps']:,} with batches of {batch}; best validation after {results['best']['step']:,}"],
     ]
     if speeds:
         speed = statistics.median(speeds)
-        facts.append(["speed, median", f"{speed / batch:.2f} updates a second, {speed:.1f} images a second"])
+        facts.append(["speed, median", f"{speed / batch:.2f} updates/s, {speed:.1f} images/s"])
     return facts
 
 
@@ -155,7 +155,7 @@ def inputs_of(*recipes: Recipe) -> str:
 
 
 def cost(results: Results) -> list[Block]:
-    """What each way to a map takes, beside the teacher and beside the backbone."""
+    """Cost of backbone, student and teacher, also relative to the backbone."""
     blocks: list[Block] = []
     for model in results.models:
         for size in tables.sizes_of(results, model):
@@ -163,14 +163,14 @@ def cost(results: Results) -> list[Block]:
             first, *others = tables.cost_tables(results, model, size)
             first = replace(first, title=title_of(model, size), notes=results.notes)
             ratios = [[row.label, *over(row, rows[0])] for row in rows]  # the backbone's row is the first
-            table = Table("How many times what the backbone takes", ("row", "GFLOP", "memory", "time"), ratios)
+            table = Table("Cost relative to the backbone", ("row", "GFLOP", "memory", "time"), ratios)
             blocks += [Commands([portable(results.command)]), first, *others, table]
     versions = ", ".join(f"{name} {number}" for name, number in results.environment.versions.items())
     return [*blocks, Text(f"With {versions}.")]
 
 
 def fidelity(results: Results) -> list[Block]:
-    """How close each way to a map comes to the teacher."""
+    """How close each feature map is to the teacher's."""
     blocks: list[Block] = []
     for model in results.models:
         for size in tables.sizes_of(results, model):
@@ -182,9 +182,9 @@ def fidelity(results: Results) -> list[Block]:
 
 
 def generalisation(results: Results, recipes: Sequence[Recipe]) -> list[Block]:
-    """The same at several sizes; recipes: of the training, whose sizes are named."""
+    """Fidelity at several input sizes; `recipes`: those of the training, whose input sizes are named."""
     blocks: list[Block] = []
-    seen = [f"Inputs of the training: {inputs_of(*recipes)} px."] if recipes else []
+    seen = [f"Input sizes in training: {inputs_of(*recipes)} px."] if recipes else []
     for model in results.models:
         rows = []
         for size in tables.sizes_of(results, model):
@@ -197,13 +197,13 @@ def generalisation(results: Results, recipes: Sequence[Recipe]) -> list[Block]:
             rows.append(cells)
         notes = [note for note in results.notes if note.startswith(f"{model.name} ")]  # of rows that were not run
         columns = ["input", "shape", *(f"{metric}, {what}" for metric in FAITHFUL.values() for what in SIZE_COLUMNS)]
-        title = f"{title_of(model)}; {model.num_images} photographs"
+        title = f"{title_of(model)}; {model.num_images} images"
         blocks += [Commands([portable(results.command)]), Table(title, columns, rows, [*seen, *notes])]
     return blocks
 
 
 def tuned(stages: Sequence[tuple[RunFolder, Recipe]], probed: Sequence[Path]) -> list[Block]:
-    """Students tuned to one kind of photograph each: runs, named by their folders, and what their maps are worth."""
+    """Fine-tuned students: their runs, named by their folders, and their probes."""
     rows, commands = list[list[str]](), list[str]()
     for folder, recipe in stages:
         results, state = results_of(folder), folder.load_state()
@@ -233,7 +233,7 @@ def probe_rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def probes(folders: Sequence[Path], figures: Path | None) -> list[Block]:
-    """What the maps are worth on labelled sets, all in one table; figures: the folder of pictures."""
+    """Probes on labelled sets, all in one table; `figures`: the folder of pictures."""
     commands, rows, photos, students = list[str](), list[list[str]](), list[Photo](), list[str]()
     for folder in map(ProbeFolder, folders):
         results = folder.read()
@@ -246,26 +246,26 @@ def probes(folders: Sequence[Path], figures: Path | None) -> list[Block]:
         name = file_name(f"{settings['recipe']}_{settings['protocol_settings']['name']}_{side(settings['size'])}")
         name += f"_{len(photos)}" if any(photo.name == name for photo in photos) else ""
         median = folder.pictures / f"{QUANTITIES[settings['task']][0]}_median.png"
-        caption = f"{settings['recipe']}, the median image: predictions, and below them the truth and the errors."
+        caption = f"{settings['recipe']}, the median image: predictions above, truth and errors below."
         photos += picture(median, name, caption, figures)
     main = [figure for folder in folders for figure in read_probe(folder)]
-    told = [f"Mean and standard deviation over seeds. Student: {'; '.join(dict.fromkeys(students)) or '-'}."]
+    remarks = [f"Mean and standard deviation over seeds. Student: {'; '.join(dict.fromkeys(students)) or '-'}."]
     shares = [figure.gap_closed for figure in main if figure.gap_closed is not None]
     if shares:
-        told.append(f"Mean share of the gap closed: {percent(statistics.mean(shares))}, over {names_of(main, True)}.")
+        remarks.append(f"Mean recovered gap: {percent(statistics.mean(shares))}, over {names_of(main, True)}.")
     if len(shares) < len(main):
-        told.append(f"Not in a mean, as there is no gap or no source to compare: {names_of(main, False)}.")
-    return [Commands(commands), Table("", PROBE_COLUMNS, rows), Text(" ".join(told)), *photos]
+        remarks.append(f"Not in the mean, because there is no gap or a source is missing: {names_of(main, False)}.")
+    return [Commands(commands), Table("", PROBE_COLUMNS, rows), Text(" ".join(remarks)), *photos]
 
 
 def names_of(figures: Sequence[ProbeResult], known: bool) -> str:
-    """Main figures whose share of the gap is known, or is not."""
+    """Main figures whose recovered gap is known, or is not."""
     names = [(figure.recipe, figure_title(figure.metric, figure.aligned), figure.gap_closed) for figure in figures]
     return ", ".join(f"{recipe} {title}" for recipe, title, share in names if (share is not None) is known)
 
 
 def ablations(results: Ablations) -> list[Block]:
-    """What each choice in the recipe is worth, a table for each group of variants."""
+    """The ablations: one table for each group of variants."""
     if waiting := [f"{item.group}, {item.name}" for item in results.variants if not (item.fidelity or item.failed)]:
         raise BrixelError(f"Not trained yet: {'; '.join(waiting)}. Give an ablation that has reached its end.")
     blocks: list[Block] = []
@@ -281,5 +281,5 @@ def ablations(results: Ablations) -> list[Block]:
         commands = [portable(command) for command in asked or results.commands]
         blocks += [Commands(commands), Table(title, ABLATION_COLUMNS, rows, (), frozenset(best))]
     where = f"{results.environment.processor} ({results.environment.device}, {results.environment.threads} threads)"
-    told = f"In bold the best cosine. One run each, after its last update; {results.photographs} photographs; {where}."
-    return [*blocks, Text(told)]
+    remark = f"Bold: best cosine similarity. One run of each variant, after its last update; {results.photographs} images; {where}."
+    return [*blocks, Text(remark)]

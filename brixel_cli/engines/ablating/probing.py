@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
-from brixel_cli.config.base import Device
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
@@ -64,7 +63,7 @@ class VariantProbes:
             features=self.runs / "features",
             sources=(source,),
             checkpoints=(str(run.last),),
-            device=cast(Device, recipe.run.device),
+            device=recipe.run.device,
             precision=recipe.run.precision,
         )
         probe(options, self.reporter)

@@ -9,12 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 
 from brixel_cli.config.base import parse_sizes
 from brixel_cli.config.benchmark import BenchmarkOptions
-from brixel_cli.config.distill import RunConfig
 from brixel_cli.core.backbone import check_size
 from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import human_bytes
@@ -42,8 +40,7 @@ from brixel_cli.engines.benchmarking.results import (
 )
 from brixel_cli.engines.benchmarking.student_probes import probes_of
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime
-from brixel_cli.engines.timing import call_seconds
+from brixel_cli.engines.runtime import Runtime, call_seconds, free_memory
 from brixel_cli.errors import BrixelError, UsageError
 
 MEMORY_MARGIN = 1.2
@@ -143,7 +140,7 @@ def count_only(options: BenchmarkOptions, reporter: Reporter) -> Results:
 
 
 def _begin(options: BenchmarkOptions, reporter: Reporter) -> tuple[_Benchmark, list[Candidate]]:
-    runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
+    runtime = Runtime(options.device, options.precision)
     if runtime.world_size > 1:
         raise UsageError("A benchmark takes one process: leave torchrun out.")
     baselines = [load_baseline(reference) for reference in options.baselines]
@@ -327,10 +324,8 @@ def _fits(work: _Benchmark, row: Row, loaded: bool = False) -> bool:
     """Whether a row can be run here; on a CPU twice, as its peak is measured in a process of its own."""
     device = work.runtime.device
     if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[0]
-        return ((row.total_bytes or 0) - loaded * row.weights_bytes) * MEMORY_MARGIN <= there
-    there = psutil.virtual_memory().available
-    return (row.total_bytes or 0) * MEMORY_MARGIN + (not loaded) * row.weights_bytes <= there
+        return ((row.total_bytes or 0) - loaded * row.weights_bytes) * MEMORY_MARGIN <= free_memory(device)
+    return (row.total_bytes or 0) * MEMORY_MARGIN + (not loaded) * row.weights_bytes <= free_memory(device)
 
 
 def _answer_budget(work: _Benchmark, candidates: Sequence[Candidate], budget_bytes: int) -> list[BudgetRow]:

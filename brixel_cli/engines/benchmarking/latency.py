@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from brixel_cli.engines.benchmarking.results import Latency
-from brixel_cli.engines.timing import call_seconds
+from brixel_cli.engines.runtime import call_seconds
 
 MIN_ROUNDS = 3
 MOST_ROUNDS = 200

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from brixel_cli.engines import malloc
 from brixel_cli.engines.benchmarking.baselines import load_baseline
 from brixel_cli.engines.benchmarking.contenders import make_contenders
 from brixel_cli.engines.benchmarking.models import Candidate
+from brixel_cli.engines.runtime import map_every_tensor, return_free_memory
 from brixel_cli.errors import BrixelError
 
 PASSES = 5
@@ -71,19 +71,19 @@ def _measure(
     candidate: Candidate, size: tuple[int, int], label: str, batch_size: int, baselines: tuple[str, ...], threads: int
 ) -> PeakMemory:
     torch.set_num_threads(threads)
-    malloc.map_every_tensor()
+    map_every_tensor()
     student = candidate.load("cpu")
     rows = make_contenders(student, size, True, [load_baseline(reference) for reference in baselines])
     row = next(row for row in rows if row.label == label)
     images = row.input(batch_size)
-    malloc.give_back()
+    return_free_memory()
     loaded = _resident("VmRSS")
     row.call(images)
-    malloc.give_back()
+    return_free_memory()
     kept = _resident("VmRSS") - loaded
     peaks = []
     for _ in range(PASSES):
-        malloc.give_back()
+        return_free_memory()
         before = _resident("VmRSS")
         _CLEAR.write_text(_RESET_PEAK)
         row.call(images)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from brixel_cli.config.distill import Recipe, SpectralConfig
@@ -23,8 +22,7 @@ from brixel_cli.engines.distilling.run_folder import resolve_paths
 from brixel_cli.engines.distilling.trainer import Trainer, make_adapter, num_steps
 from brixel_cli.engines.distilling.training_images import TrainingImages, check_view_sizes, find_images
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime
-from brixel_cli.engines.timing import call_seconds
+from brixel_cli.engines.runtime import Runtime, call_seconds, free_memory
 from brixel_cli.errors import BrixelError, UsageError
 
 LONGEST_MEASUREMENT = 45.0
@@ -78,7 +76,7 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
         BrixelError: the recipe cannot be carried out: a size does not fit, `init` or a weights file is missing.
     """
     recipe = resolve_paths(recipe)
-    runtime = Runtime(recipe.run)
+    runtime = Runtime(recipe.run.device, recipe.run.precision, training=True, device_option="run.device")
     if runtime.world_size > 1:
         raise UsageError("A dry run takes one process: leave torchrun out.")
     notes = []
@@ -95,7 +93,7 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
     per_pass = recipe.optim.images_per_pass()
     counts = count_training(recipe, runtime, reporter)
     cached = recipe.cache.enabled
-    device_bytes = _device_memory(runtime)
+    device_bytes = free_memory(runtime.device)
     teacher_at_once = min(CACHE_BATCH, per_pass) if cached else per_pass
     fit_bytes = LinearFit.num_bytes(counts.embed_dim) if recipe.fits_linear_part else 0
     working = max(counts.adapter.peak_bytes, counts.teacher.peak_bytes * teacher_at_once + fit_bytes)
@@ -135,12 +133,6 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
         cache_bytes_per_view=cache_bytes,
         notes=tuple(notes),
     )
-
-
-def _device_memory(runtime: Runtime) -> int:
-    if runtime.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(runtime.device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _time(
@@ -228,7 +220,7 @@ def count_training(recipe: Recipe, runtime: Runtime, reporter: Reporter | None =
     frozen_bytes = sum(parameter.numel() * parameter.element_size() for parameter in meta.parameters())
     adapter = make_adapter(recipe, meta, reporter).to("meta")
     num_live = count_parameters(adapter)
-    with fake_tensors(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=runtime.bfloat16):
+    with fake_tensors(), torch.autocast("cpu", dtype=runtime.dtype, enabled=runtime.dtype != torch.float32):
         hollow(meta)
         hollow(adapter)
         counted = [_count_size(recipe, meta, adapter, size) for size in recipe.views.teacher_sizes]

@@ -115,6 +115,8 @@ class RunFolder:
     def check(self, recipe: Recipe, resume: bool) -> None:
         """Refuse to overwrite a run, and to resume one that was begun with another recipe.
 
+        The folders of the images may be others: what is in them is compared by `check_images`.
+
         Raises:
             UsageError: the folder holds a run and `resume` is false, or it differs from the recipe, or holds none.
         """
@@ -133,12 +135,40 @@ class RunFolder:
                 f"{self.path} was begun with another version of brixel, which had no {', '.join(unknown)}: "
                 f"say in {self.recipe} what they shall be, or use another folder."
             )
-        differences = recipe_differences(load_recipe(str(self.recipe)), recipe)
+        found = {line.partition(":")[0]: line for line in recipe_differences(load_recipe(str(self.recipe)), recipe)}
+        differences = {key: line for key, line in found.items() if key not in ("data.images", "data.val_images")}
+        if differences and set(differences) <= {"optim.steps", "optim.epochs"}:
+            raise UsageError(
+                f"The length of the run in {self.path} cannot be changed ({', '.join(differences.values())}): its "
+                f"learning rate follows from it. Train its student further in another folder: --init {self.path} "
+                "--output DIR."
+            )
         if differences:
             raise UsageError(
-                f"{self.path} was begun with another recipe:\n  " + "\n  ".join(differences) + "\n"
+                f"{self.path} was begun with another recipe:\n  " + "\n  ".join(differences.values()) + "\n"
                 "Resume it as it was begun (--resume --output DIR, without --recipe), or use another folder."
             )
+
+    def check_images(self, before: Mapping[str, Any], now: Mapping[str, str]) -> None:
+        """Refuse to go on with other images than those of the state, wherever they are.
+
+        Args:
+            before: facts of the state; those of older runs know names and sizes only, not contents.
+            now: `photographs`, the names and sizes, and `images_sha256`, the digest of the contents.
+
+        Raises:
+            UsageError: they are others.
+        """
+        key = "images_sha256" if "images_sha256" in before else "photographs"
+        if before[key] == now[key]:
+            return
+        what = f"{before['photographs']} then, {now['photographs']} now"
+        if before["photographs"] == now["photographs"]:
+            what = f"{now['photographs']}, the contents of one or more have changed"
+        raise UsageError(
+            f"The images are not those that {self.path} was begun with: {what}. Put them back as they were, name the "
+            "folder that they are in now with --images DIR, or begin a run in another folder."
+        )
 
     def begin(self, recipe: Recipe) -> None:
         """Make the folder and write the resolved recipe, removing what an earlier run left here."""

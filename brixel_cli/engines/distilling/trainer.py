@@ -18,11 +18,10 @@ from brixel_cli.core.backbone import Backbone, same_model
 from brixel_cli.core.losses import Basis, DistillationLoss
 from brixel_cli.core.student import build_adapter, read_adapter
 from brixel_cli.data.views import seed_of
-from brixel_cli.engines import malloc
 from brixel_cli.engines.distilling.batches import Batch
 from brixel_cli.engines.distilling.validation import HeldOut
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.runtime import Runtime, keep_freed_memory, without_sync
 from brixel_cli.errors import UsageError
 
 NOISE = 1
@@ -76,11 +75,11 @@ class Trainer:
     """Adapter, optimiser and average of a run, and all that a checkpoint holds of them."""
 
     def __init__(self, recipe: Recipe, adapter: Adapter, runtime: Runtime):
-        malloc.keep_freed(runtime.device)
+        keep_freed_memory(runtime.device)
         self.recipe, self.runtime, self.adapter = recipe, runtime, adapter.to(runtime.device)
         if runtime.world_size > 1 and runtime.device.type == "cuda":
             self.adapter = nn.SyncBatchNorm.convert_sync_batchnorm(self.adapter)
-        self.model: nn.Module = runtime.accelerator.prepare(self.adapter)
+        self.model: nn.Module = runtime.parallel(self.adapter)
         self.optimizer = torch.optim.AdamW(
             self.adapter.parameters(), lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay, fused=True
         )
@@ -122,12 +121,11 @@ class Trainer:
             ]
             maps = with_noise(batch.maps, self.recipe.optim.map_noise, seeds)
             # Gradients travel between processes once, with the last pass.
-            accelerator = self.runtime.accelerator
-            with accelerator.no_sync(self.model) if part < accumulate - 1 else nullcontext():
+            with without_sync(self.model) if part < accumulate - 1 else nullcontext():
                 with self.runtime.autocast():
                     prediction = self.model(batch.images, maps)
                 parts = self.loss(prediction, batch.targets, seed)
-                accelerator.backward(parts.total / accumulate)
+                (parts.total / accumulate).backward()
             for name, value in {"loss": parts.total.detach(), **parts.terms}.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / accumulate
         stacked = self.runtime.mean(torch.stack(list(sums.values())))
@@ -154,7 +152,11 @@ class Trainer:
             }
         if self.loss.basis:
             tensors |= {"basis.components": self.loss.basis.components, "basis.mean": self.loss.basis.mean}
-        facts = {"step": self.step, "refused_in_a_row": self.refused_in_a_row, "best": dataclasses.asdict(self.best) if self.best else None}
+        facts = {
+            "step": self.step,
+            "refused_in_a_row": self.refused_in_a_row,
+            "best": dataclasses.asdict(self.best) if self.best else None,
+        }
         return tensors, {**facts, "damaged": self.damaged}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

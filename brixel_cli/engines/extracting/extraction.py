@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brixel_cli.config.distill import RunConfig
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.core.files import writing
 from brixel_cli.core.formatting import human_bytes
@@ -23,13 +22,12 @@ from brixel_cli.core.pca import RunningPca
 from brixel_cli.data.feature_file import FORMAT, FeatureFile, encode, text_array
 from brixel_cli.data.inputs import reason_of
 from brixel_cli.data.row_store import DONE, FAILED, MISSING, Array, Store, create_store
-from brixel_cli.engines import malloc
 from brixel_cli.engines.extracting.plan import ExtractPlan, make_plan, preview_folder
 from brixel_cli.engines.extracting.resuming import check_same, clear_output, describe
 from brixel_cli.engines.extracting.sinks import make_sink
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.runtime import Runtime, share_memory_pools
 from brixel_cli.engines.streams import WriteBehind, num_workers, read_ahead
 from brixel_cli.errors import BrixelError
 
@@ -83,8 +81,8 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     Raises:
         BrixelError: something the user can mend; an image that fails is none of it, unless `strict`.
     """
-    malloc.share_pools()
-    runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
+    share_memory_pools()
+    runtime = Runtime(options.device, options.precision)
     with _quiet_pillow():
         plan = make_plan(options, reporter)
         _announce(plan, reporter)

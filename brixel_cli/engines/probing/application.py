@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from brixel_cli.config.base import Side
-from brixel_cli.config.distill import RunConfig
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.probe import ApplyOptions
 from brixel_cli.core.files import save_picture, write_text
@@ -90,7 +89,7 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     Raises:
         BrixelError: something the user can mend: no head, no images, other weights than those it was trained on.
     """
-    runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
+    runtime = Runtime(options.device, options.precision)
     head, said = load_head(options.head)
     extract, size = _extract_options(options, said)
     spec = dataclasses.replace(model_of(extract, reporter), factor=_described(said)["factor"])

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from brixel_cli.config.distill import RunConfig
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.heads import HeadSpec, save_head
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
@@ -43,7 +42,7 @@ class Probed:
 
 def plan_only(options: ProbeOptions, reporter: Reporter) -> ProbePlan:
     """The plan, without carrying it out; errors as for `probe`."""
-    runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
+    runtime = Runtime(options.device, options.precision)
     return _plan(options, runtime, reporter)
 
 
@@ -56,7 +55,7 @@ def probe(options: ProbeOptions, reporter: Reporter) -> Probed:
     Raises:
         BrixelError: something the user can mend; what was computed before stays.
     """
-    runtime = Runtime(RunConfig(device=options.device, precision=options.precision), device_option="--device")
+    runtime = Runtime(options.device, options.precision)
     if runtime.world_size > 1:
         raise UsageError("brixel probe runs in one process: start it without torchrun.")
     plan = _plan(options, runtime, reporter)

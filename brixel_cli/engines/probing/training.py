@@ -26,8 +26,8 @@ from brixel_cli.core.probe_losses import (
 )
 from brixel_cli.data.feature_file import Grid
 from brixel_cli.data.views import seed_of
-from brixel_cli.engines import malloc
 from brixel_cli.engines.probing.features import Maps, Targets
+from brixel_cli.engines.runtime import keep_freed_memory
 from brixel_cli.errors import BrixelError
 
 SIG_WARMUP = 100
@@ -110,7 +110,7 @@ def train_head(
     Raises:
         BrixelError: the loss is no finite number.
     """
-    malloc.keep_freed(device)
+    keep_freed_memory(device)
     head = build_head(spec, seed_of(seed, _WEIGHTS)).to(device).train()
     optimiser = torch.optim.AdamW(head.parameters(), lr=protocol.lr, weight_decay=protocol.weight_decay)
     total = protocol.num_steps(len(positions))
