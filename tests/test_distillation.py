@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from brixel_cli.config.distill import CacheConfig, OptimConfig, Recipe
 from brixel_cli.config.files import load_recipe
 from brixel_cli.core.student import load_student
 from brixel_cli.core.weights import load_tensors
+from brixel_cli.data.row_store import Store
 from brixel_cli.engines.distilling.batches import batch_keys
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
@@ -245,7 +247,68 @@ def test_a_run_is_neither_overwritten_nor_mixed_by_accident(
     assert distill(other, folder, listener, overwrite=True).results.steps == 4
 
 
+def test_a_run_interrupted_while_its_cache_is_filled_can_be_resumed(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("views.kind=fixed", "views.per_image=2", "cache.enabled=true")
+    recipe, folder = with_changes(tiny_recipe_file, *changes), RunFolder(tmp_path / "run")
+    written: list[int] = []
+    original = Store.write
+
+    def write(self: Store, row: int, values: object) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(row)
+        original(self, row, values)
+
+    monkeypatch.setattr(Store, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe, folder, listener)
+    assert listener.said[-1] == f"continue this run with: brixel distill --resume --output {tmp_path / 'run'}"
+    monkeypatch.setattr(Store, "write", original)
+    assert distill(recipe_of(tmp_path / "run"), folder, listener, resume=True).results.steps == 4
+
+
+def test_a_cache_that_does_not_fit_on_the_disk_leaves_the_run_that_was_there(
+    tiny_recipe: Recipe, tiny_recipe_file: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    before = tensors_of(tmp_path / "run", "student.safetensors")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 10))
+    cached = with_changes(tiny_recipe_file, "cache.enabled=true", "views.kind=fixed")
+    with pytest.raises(BrixelError, match="has 10 B free"):
+        distill(cached, RunFolder(tmp_path / "run"), listener, overwrite=True)
+    assert recipe_of(tmp_path / "run") == tiny_recipe
+    assert tensors_of(tmp_path / "run", "student.safetensors").keys() == before.keys()
+
+
+def test_a_run_cannot_be_made_longer_and_says_how_to_train_on(
+    tiny_recipe: Recipe, tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    longer = with_changes(tiny_recipe_file, "optim.steps=8")
+    with pytest.raises(
+        UsageError, match=r"length of the run in .*run cannot be changed \(optim.steps: 4 -> 8\).*--init .*run "
+    ):
+        distill(longer, RunFolder(tmp_path / "run"), listener, resume=True)
+
+
 # Updates that must not happen
+
+
+def test_memory_that_runs_out_is_an_error_that_names_the_options(
+    tiny_recipe: Recipe, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(self: Trainer, *_: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(
+        BrixelError, match="Out of memory with 4 images in a pass and a teacher input of 128x128"
+    ) as caught:
+        distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    for option in ("optim.accumulate", "adapter.checkpointing", "backbone.dtype", "optim.batch_size"):
+        assert option in str(caught.value)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import Listener, make_photograph, with_changes
 
+from brixel_cli.config.distill import Recipe
+from brixel_cli.config.files import load_recipe
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError, UsageError
@@ -67,6 +69,57 @@ def test_the_photographs_of_a_resumed_run_must_be_the_same(
     make_photograph(folder / "late.png", 50)
     with pytest.raises(UsageError, match=r"The images are not those that .* was begun with: 5 training and 1 held"):
         distill(recipe, RunFolder(tmp_path / "run"), listener, resume=True)
+
+
+def own_images(tiny_recipe_file: Path, folder: Path, *changes: str) -> Recipe:
+    """A recipe on six images of one's own."""
+    folder.mkdir()
+    for number in range(6):
+        make_photograph(folder / f"{number}.png", number)
+    return with_changes(tiny_recipe_file, f"data.images={folder}", *changes)
+
+
+def test_an_image_edited_in_place_is_noticed_when_a_run_is_resumed(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    recipe = own_images(tiny_recipe_file, tmp_path / "mine")
+    distill(recipe, RunFolder(tmp_path / "run"), listener)
+    make_photograph(tmp_path / "mine" / "2.png", 99)
+    with pytest.raises(
+        UsageError, match=r"The images are not those .*: 5 training and 1 held-out \(\w+\), the contents"
+    ):
+        distill(recipe, RunFolder(tmp_path / "run"), listener, resume=True)
+
+
+def test_a_run_whose_images_have_moved_goes_on_with_the_new_folder(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    first = distill(own_images(tiny_recipe_file, tmp_path / "mine"), RunFolder(tmp_path / "run"), listener)
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    stored = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
+    with pytest.raises(BrixelError, match=r"No folder of .* at .*mine. Name yours with --images DIR"):
+        distill(stored, RunFolder(tmp_path / "run"), listener, resume=True)
+    moved = load_recipe(str(tmp_path / "run" / "recipe.yaml"), [f"data.images={tmp_path / 'moved'}"])
+    assert distill(moved, RunFolder(tmp_path / "run"), listener, resume=True).results == first.results
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).data.images == str(tmp_path / "moved")
+    make_photograph(tmp_path / "moved" / "2.png", 99)
+    with pytest.raises(UsageError, match=r"The images are not those that .* was begun with"):
+        distill(moved, RunFolder(tmp_path / "run"), listener, resume=True)
+
+
+def test_a_run_of_an_older_brixel_knows_its_images_by_name_and_size(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    recipe, run = own_images(tiny_recipe_file, tmp_path / "mine"), RunFolder(tmp_path / "run")
+    first = distill(recipe, run, listener)
+    tensors, facts = run.load_state()
+    del facts["images_sha256"]
+    run.save_state(tensors, facts)
+    assert distill(recipe, run, listener, resume=True).results == first.results
+    run.save_state(tensors, facts)
+    make_photograph(tmp_path / "mine" / "2.png", 2, width=300, height=300)
+    with pytest.raises(UsageError, match="The images are not those that"):
+        distill(recipe, run, listener, resume=True)
 
 
 def test_held_out_photographs_are_never_trained_on(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
