@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from brixel_cli.config.distill import Recipe
-from brixel_cli.config.files import dump_recipe, load_recipe, missing_keys, recipe_differences
+from brixel_cli.config.files import difference_lines, differences, dump_recipe, load_recipe, missing_keys
 from brixel_cli.core.backbone import same_model
 from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import csv_text, to_json
@@ -135,17 +135,20 @@ class RunFolder:
                 f"{self.path} was begun with another version of brixel, which had no {', '.join(unknown)}: "
                 f"say in {self.recipe} what they shall be, or use another folder."
             )
-        found = {line.partition(":")[0]: line for line in recipe_differences(load_recipe(str(self.recipe)), recipe)}
-        differences = {key: line for key, line in found.items() if key not in ("data.images", "data.val_images")}
-        if differences and set(differences) <= {"optim.steps", "optim.epochs"}:
+        ignored = ("run", "cache.directory", "data.images", "data.val_images")
+        changed = differences(load_recipe(str(self.recipe)), recipe, ignored)
+        if changed and set(changed) <= {"optim.steps", "optim.epochs"}:
             raise UsageError(
-                f"The length of the run in {self.path} cannot be changed ({', '.join(differences.values())}): its "
+                f"The length of the run in {self.path} cannot be changed ({', '.join(difference_lines(changed))}): its "
                 f"learning rate follows from it. Train its student further in another folder: --init {self.path} "
                 "--output DIR."
             )
-        if differences:
+        if changed:
             raise UsageError(
-                f"{self.path} was begun with another recipe:\n  " + "\n  ".join(differences.values()) + "\n"
+                f"{self.path} was begun with another recipe:
+  " + "
+  ".join(difference_lines(changed)) + "
+"
                 "Resume it as it was begun (--resume --output DIR, without --recipe), or use another folder."
             )
 
