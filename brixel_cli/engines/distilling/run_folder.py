@@ -145,10 +145,7 @@ class RunFolder:
             )
         if changed:
             raise UsageError(
-                f"{self.path} was begun with another recipe:
-  " + "
-  ".join(difference_lines(changed)) + "
-"
+                f"{self.path} was begun with another recipe:\n  " + "\n  ".join(difference_lines(changed)) + "\n"
                 "Resume it as it was begun (--resume --output DIR, without --recipe), or use another folder."
             )
 
