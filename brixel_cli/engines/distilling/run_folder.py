@@ -7,7 +7,7 @@ state.safetensors      all that resuming needs
 metrics.jsonl          a line for each logged step and each validation
 tensorboard/           the same for TensorBoard
 pictures/              image | backbone | student | teacher, one file a validation
-skipped.csv            photographs left out, with reasons
+skipped.csv            images left out, with reasons
 results.json           the final table
 """
 
@@ -22,53 +22,35 @@ from torch import Tensor
 
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import difference_lines, differences, dump_recipe, load_recipe, missing_keys
-from brixel_cli.core.backbone import same_model
 from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import csv_text, to_json
-from brixel_cli.core.shipped import DEFAULT_STUDENT
-from brixel_cli.core.student import FILE_NAME, read_adapter
+from brixel_cli.core.shipped import shipped_students
+from brixel_cli.core.student import FILE_NAME
 from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.images import Skipped
-from brixel_cli.engines.reporting import Reporter
-from brixel_cli.errors import UsageError, WeightsError
-
-RUNS = "runs"
-"""Where runs go unless --output says otherwise, and where the newest student is looked for."""
+from brixel_cli.errors import UsageError
 
 
-def default_student(backbone: str | None, reporter: Reporter) -> str:
-    """The student that is meant where none is named: of the newest run under ./runs, or else the shipped one.
+def resolve_paths(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that the run it is written into can be used from any folder."""
 
-    Args:
-        backbone: timm name that was asked for.
-        reporter: hears which one it is.
+    def absolute(path: str | None) -> str | None:
+        return path and str(Path(path).expanduser().absolute())
 
-    Raises:
-        UsageError: there is no run, and the shipped student belongs to another backbone.
-        WeightsError: what comes with brixel is missing or damaged.
-    """
-    files = [path for path in Path(RUNS).glob(f"*/{FILE_NAME}") if path.is_file()]
-    for student in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
-        if backbone is None or _is_of(student, backbone, reporter):
-            reporter.say(f"student: {student.parent}, the newest under {RUNS}")
-            return str(student.parent)
-    shipped = read_adapter(DEFAULT_STUDENT).card.backbone
-    if backbone and not same_model(backbone, shipped):
-        raise UsageError(
-            f"No student of {backbone} under ./{RUNS}, and the one that comes with brixel is of {shipped}: train one "
-            "with brixel distill, give --checkpoint RUN (a run folder, .safetensors, released .pth or hub id), or take "
-            "the plain maps with --source backbone."
-        )
-    reporter.say(f"student: {DEFAULT_STUDENT}, which comes with brixel")
-    return DEFAULT_STUDENT
-
-
-def _is_of(student: Path, backbone: str, reporter: Reporter) -> bool:
-    try:
-        return same_model(read_adapter(str(student)).card.backbone, backbone)
-    except WeightsError as error:
-        reporter.warn(f"passed over: {error}")
-        return False
+    weights, init = recipe.backbone.weights, recipe.init
+    backbone = {} if weights in ("pretrained", "random") else {"weights": absolute(weights)}
+    return recipe.model_copy(
+        update={
+            "backbone": recipe.backbone.model_copy(update=backbone),
+            "data": recipe.data.model_copy(
+                update={"images": absolute(recipe.data.images), "val_images": absolute(recipe.data.val_images)}
+            ),
+            "cache": recipe.cache.model_copy(update={"directory": absolute(recipe.cache.directory)}),
+            "init": absolute(init)
+            if init and init not in shipped_students() and Path(init).expanduser().exists()
+            else init,
+        }
+    )
 
 
 class RunFolder:
@@ -93,6 +75,8 @@ class RunFolder:
     def check(self, recipe: Recipe, resume: bool) -> None:
         """Refuse to overwrite a run, and to resume one that was begun with another recipe.
 
+        The folders of the images may be others: what is in them is compared by `check_images`.
+
         Raises:
             UsageError: the folder holds a run and `resume` is false, or it differs from the recipe, or holds none.
         """
@@ -111,12 +95,40 @@ class RunFolder:
                 f"{self.path} was begun with another version of brixel, which had no {', '.join(unknown)}: "
                 f"say in {self.recipe} what they shall be, or use another folder."
             )
-        changed = differences(load_recipe(str(self.recipe)), recipe, ignored=("run", "cache.directory"))
+        ignored = ("run", "cache.directory", "data.images", "data.val_images")
+        changed = differences(load_recipe(str(self.recipe)), recipe, ignored)
+        if changed and set(changed) <= {"optim.steps", "optim.epochs"}:
+            raise UsageError(
+                f"The length of the run in {self.path} cannot be changed ({', '.join(difference_lines(changed))}): its "
+                f"learning rate follows from it. Train its student further in another folder: --init {self.path} "
+                "--output DIR."
+            )
         if changed:
             raise UsageError(
                 f"{self.path} was begun with another recipe:\n  " + "\n  ".join(difference_lines(changed)) + "\n"
                 "Resume it as it was begun (--resume --output DIR, without --recipe), or use another folder."
             )
+
+    def check_images(self, before: Mapping[str, Any], now: Mapping[str, str]) -> None:
+        """Refuse to go on with other images than those of the state, wherever they are.
+
+        Args:
+            before: facts of the state; those of older runs know names and sizes only, not contents.
+            now: `photographs`, the names and sizes, and `images_sha256`, the digest of the contents.
+
+        Raises:
+            UsageError: they are others.
+        """
+        key = "images_sha256" if "images_sha256" in before else "photographs"
+        if before[key] == now[key]:
+            return
+        what = f"{before['photographs']} then, {now['photographs']} now"
+        if before["photographs"] == now["photographs"]:
+            what = f"{now['photographs']}, the contents of one or more have changed"
+        raise UsageError(
+            f"The images are not those that {self.path} was begun with: {what}. Put them back as they were, name the "
+            "folder that they are in now with --images DIR, or begin a run in another folder."
+        )
 
     def begin(self, recipe: Recipe) -> None:
         """Make the folder and write the resolved recipe, removing what an earlier run left here."""
@@ -131,7 +143,7 @@ class RunFolder:
         write_text(self.recipe, dump_recipe(recipe))
 
     def write_skipped(self, skipped: Sequence[Skipped]) -> None:
-        """List the photographs left out; no file where there are none."""
+        """List the images left out; no file where there are none."""
         if skipped:
             write_text(self.skipped, csv_text(["file", "reason"], [(item.name, item.reason) for item in skipped]))
 
