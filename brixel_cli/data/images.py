@@ -62,7 +62,12 @@ def load_image(path: Path, still: bool = False, enough: tuple[int, int] | None =
             height, width = reversed(enough) if _is_turned(image) else enough
             image.draft(None, (width, height))
         image.load()
-        return _to_rgb(_upright(image))
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image that was opened elsewhere, made what `load_image` returns."""
+    return _to_rgb(_upright(image))
 
 
 def read_size(path: Path, still: bool = False) -> tuple[int, int]:

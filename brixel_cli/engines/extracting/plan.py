@@ -21,8 +21,7 @@ from brixel_cli.data.feature_file import FORMAT, INDEX_NAME, REASON_BYTES, Featu
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
 from brixel_cli.data.resizing import Fitting, check_res
 from brixel_cli.data.row_store import FAILED, MISSING, Array, Store
-from brixel_cli.engines.distilling.run_folder import default_student
-from brixel_cli.engines.models import FeatureExtractor, ModelSpec, model_spec
+from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
 
