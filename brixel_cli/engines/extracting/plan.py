@@ -29,7 +29,7 @@ DIGEST_LENGTH = 64
 ADVISORY = ("device", "versions", "backbone_weights", "tf32")
 """Differences here can change the last bits at most, or nothing: they are warned of, not refused."""
 OF_STUDENT = ("student.adapter", "student.step", "student.released")
-"""Told by its SHA-256 already."""
+"""The SHA-256 of the student covers these."""
 OPTIONS = {key: f"--{key}" for key in ("source", "res", "fit", "dtype", "pca", "precision", "backbone")} | {
     "storage": "--format",
     "student.sha256": "--checkpoint, student.sha256",
