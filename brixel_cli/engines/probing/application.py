@@ -21,8 +21,8 @@ from brixel_cli.core.files import save_picture, write_text
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.heads import Head, load_head
 from brixel_cli.core.identity import file_sha256, tensors_sha256
+from brixel_cli.data.crops import Crop, CropKind, cut_image, plan_crops
 from brixel_cli.data.feature_file import picture_names
-from brixel_cli.data.fields_of_view import FieldKind, FieldOfView, cut_image, plan_fields
 from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, reason_of
 from brixel_cli.data.resizing import Fitting
 from brixel_cli.data.row_store import Array
@@ -77,10 +77,10 @@ class Applied:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An image on its way to the model: the views that it is seen in, and its pixels at its own size."""
+    """An image on its way to the model: the crops that it is seen in, and its pixels at its own size."""
 
     image: Image.Image
-    fields: list[FieldOfView]
+    crops: list[Crop]
     pixels: list[Array]
 
 
@@ -206,12 +206,12 @@ def _begin(output: Path, options: ApplyOptions, said: HeadDescription) -> None:
 def _loaded(
     inputs: Inputs, said: HeadDescription, size: Side, spec: ModelSpec, runtime: Runtime
 ) -> Iterator[tuple[int, _Loaded | str]]:
-    """Each image with its views, or the reason why there is none; read ahead of whoever takes them."""
-    crops = said.evaluate
-    kind: FieldKind = crops.kind if crops.kind in ("stretch", "slide") else "whole"
+    """Each image with its crops, or the reason why there is none; read ahead of whoever takes them."""
+    rules = said.evaluate
+    kind: CropKind = rules.kind if rules.kind in ("stretch", "slide") else "whole"
     fitting = Fitting(size if isinstance(size, int) else min(size), "short", spec.patch_size)
     side = size if isinstance(size, int) else (size[0], size[1])
-    scale = (1.0, 1.0) if isinstance(said.source, FileDescription) else crops.scale
+    scale = (1.0, 1.0) if isinstance(said.source, FileDescription) else rules.scale
 
     def load(number: int) -> _Loaded | str:
         item: Item = inputs.items[number]
@@ -223,8 +223,8 @@ def _loaded(
         except BrixelError as error:
             return reason_of(error, item.path).removesuffix("; --fit centre takes it")  # here nothing does
         shape = image.height, image.width
-        fields = plan_fields(kind, [shape], side, spec.patch_size, stride=crops.stride, scale=scale)
-        return _Loaded(image, fields, [np.asarray(cut_image(image, field, spec.enlarge)) for field in fields])
+        crops = plan_crops(kind, [shape], side, spec.patch_size, stride=rules.stride, scale=scale)
+        return _Loaded(image, crops, [np.asarray(cut_image(image, crop, spec.enlarge)) for crop in crops])
 
     workers = 1 if inputs.videos else num_workers()
     numbers = [[number] for number in range(len(inputs.items))]
@@ -239,7 +239,7 @@ def _predict(head: Head, model: FeatureExtractor, loaded: _Loaded) -> dict[str, 
         maps = model.maps(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
         outputs.append(head(maps.half().float()))  # as stored features are
     size = loaded.image.height, loaded.image.width
-    return finish(outputs, loaded.fields, size)
+    return finish(outputs, loaded.crops, size)
 
 
 def write_predictions(output: Path, name: str, image: Image.Image, predictions: Mapping[str, Tensor]) -> None:

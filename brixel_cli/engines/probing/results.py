@@ -38,7 +38,7 @@ class ModelDescription:
         factor: output grid over token grid of the student; the teacher's input over the student's.
         patch_size: in pixels.
         channels: of the feature maps.
-        input: number of evaluation crops of each input size, as `HEIGHTxWIDTH`.
+        input: number of evaluated crops of each input size, as `HEIGHTxWIDTH`.
         grid: the same by the size of the feature map.
     """
 
@@ -203,7 +203,7 @@ class ProbeResults:
 
 @dataclass(frozen=True)
 class CropsUsed:
-    """How a protocol looks at the images of its evaluation; see `config.protocols.FieldConfig`."""
+    """How a protocol looks at the images of its evaluation; see `config.protocols.CropConfig`."""
 
     kind: Literal["whole", "centre", "stretch", "slide"]
     stride: int | None
