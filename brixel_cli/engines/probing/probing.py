@@ -190,6 +190,7 @@ def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str,
         label=item.source.label,
         source=_describe(item),
         versions=_versions(),
+        backbone_signature=item.source.backbone_signature if isinstance(item.source, ModelSource) else [],
     ).to_dict()
 
 

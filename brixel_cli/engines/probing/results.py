@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -220,6 +220,7 @@ class HeadDescription:
         label: of its source.
         source: of its features.
         versions: of the libraries.
+        backbone_signature: by which weights that were converted or rounded are known; empty: by SHA-256 alone.
     """
 
     recipe: ProbeRecipe
@@ -230,6 +231,7 @@ class HeadDescription:
     label: str
     source: SourceDescription
     versions: Versions
+    backbone_signature: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As the head's file has it."""
