@@ -31,6 +31,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one line
 Quiet = Annotated[bool, typer.Option("--quiet", help="No hints and no progress bars.")]
 Where = Annotated[Device, typer.Option(help="auto, cpu, cuda, cuda:1 (the second card) or mps.")]
 Backbone = Annotated[str | None, typer.Option(help="timm name; default: the one of the student.", show_default=False)]
+OldRes = Annotated[str | None, typer.Option(hidden=True)]  # what --res was called
 Weights = Annotated[
     str | None,
     typer.Option(help="pretrained, or a .safetensors or .pth file; default: as in training.", show_default=False),
@@ -210,10 +211,13 @@ def probe(
     ] = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
-    size: Annotated[
+    res: Annotated[
         str | None,
-        typer.Option(help="The student's input in pixels: 112, or 288x384. Default: the recipe's.", show_default=False),
+        typer.Option(
+            help="Input size of the student in pixels: 112, or 288x384. Default: the recipe's.", show_default=False
+        ),
     ] = None,
+    size: OldRes = None,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -270,8 +274,9 @@ def probe(
 
         set_quiet(quiet)
         if apply is not None:
-            others = {"--recipe": recipe, "--data": data, "--source": source, "--size": size, "--protocol": protocol,
-                      "--quick": quick, "--set": set_, "--backbone": backbone, "--dry-run": dry_run}  # fmt: skip
+            others = {"--recipe": recipe, "--data": data, "--source": source, "--res": res or size,
+                      "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
+                      "--dry-run": dry_run}  # fmt: skip
             if given := [name for name, value in others.items() if value]:
                 raise UsageError(f"--apply takes all from the head; leave out {', '.join(given)}.")
             run_apply(apply_options(apply, input_ or [], output, checkpoint or [], backbone_weights, device, precision,
@@ -282,7 +287,7 @@ def probe(
         if quick and protocol not in (None, "quick"):
             raise UsageError(f"--quick is the protocol quick, and --protocol is {protocol}: give one of them.")
         options = probe_options(
-            recipe, data=data, protocol="quick" if quick else protocol, size=size, overrides=set_ or [],
+            recipe, data=data, protocol="quick" if quick else protocol, size=res or size, overrides=set_ or [],
             output=output, features=features, sources=source or [], checkpoints=checkpoint or [], backbone=backbone,
             backbone_weights=backbone_weights, seeds=seeds, device=device, precision=precision, overwrite=overwrite,
         )  # fmt: skip
@@ -302,13 +307,15 @@ def benchmark(
             show_default=False,
         ),
     ] = None,
-    sizes: Annotated[
+    res: Annotated[
         str | None,
         typer.Option(
-            help="Student inputs in pixels: 112, 96x128, 84,112,168 or 128..512. Default: that of the training.",
+            help="Input sizes of the student in pixels: 112, 96x128, 84,112,168 or 128..512. Default: that of the "
+            "training.",
             show_default=False,
         ),
     ] = None,
+    sizes: OldRes = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -400,7 +407,7 @@ def benchmark(
         options = BenchmarkOptions(
             highres=compare_highres,
             models=models,
-            sizes=sizes,
+            sizes=res or sizes,
             checkpoint=checkpoint,
             backbone_weights=backbone_weights,
             images=images,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,22 @@ from conftest import make_photograph
 from PIL import Image
 
 from brixel_cli.cli.probe import probe_options
+from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.data.feature_file import FORMAT, Layout, text_array
 from brixel_cli.data.row_store import Store, create_store
+from brixel_cli.engines.probing.results import (
+    FileDescription,
+    ModelDescription,
+    ProbeResults,
+    Run,
+    Settings,
+    SourceDescription,
+    SplitUsed,
+    Value,
+    gaps_of,
+    summarise,
+)
 
 HEIGHT, WIDTH = 48, 64
 CLASSES = ("sky", "sea", "land")
@@ -113,6 +127,44 @@ def write_features(
         store.put("features" if "features" in store else f"features/{grid}", int(layout.grid_rows[row]), array)
         store.mark(row, 1)
     return path
+
+
+def description(kind: str, **changes: Any) -> SourceDescription:
+    """A source as a probe describes it."""
+    if kind == "file":
+        return FileDescription("file", "file", "f.h5", 1, {}, {"8x8": 1})
+    values: dict[str, Any] = {
+        "kind": kind, "source": kind, "backbone": "vit", "backbone_weights": "w.safetensors", "backbone_sha256": "ab" * 32,
+        "checkpoint": None, "student_sha256": None, "student_step": None, "factor": 4, "patch_size": 14, "channels": 8,
+        "input": {"112x112": 1}, "grid": {"8x8": 1},
+    }  # fmt: skip
+    return ModelDescription(**values | changes)
+
+
+def make_run(source: str, seed: int, figures: dict[str, Value]) -> Run:
+    return Run(source, seed, figures, 0.5, 1.0, 1.0, 10.0, {"torch": "2"})
+
+
+def make_results(options: ProbeOptions, sources: dict[str, SourceDescription], runs: Sequence[Run]) -> ProbeResults:
+    """All of a probe, as `probe` would put it together."""
+    recipe, protocol = options.recipe, options.protocol
+    data: dict[Split, SplitUsed] = {
+        "train": SplitUsed(recipe.data.train, 1367, "cd" * 32), "evaluate": SplitUsed(recipe.data.evaluate, 233, "ef" * 32)
+    }  # fmt: skip
+    settings = Settings(
+        recipe.name, recipe.task, options.protocol_name, protocol, options.size, data, None, "float32", "cpu"
+    )
+    summary = summarise(list(sources), runs)
+    return ProbeResults(
+        settings,
+        recipe,
+        sources,
+        sorted({run.seed for run in runs}),
+        {},
+        summary,
+        gaps_of(sources, summary),
+        list(runs),
+    )
 
 
 def results(folder: Path) -> dict:

@@ -320,7 +320,7 @@ def test_the_command_trains_prints_and_reports(tiny_recipe_file: Path, mine: Pat
         (["--recipe", "demo", "--set", "a=1"], "--recipe and --set: only with --ablate."),
         (
             ["--ablate", "losses", "--sizes", "112"],
-            "does without the options of 'brixel benchmark --sizes 112': see --set",
+            "does without the options of 'brixel benchmark --res 112': see --set",
         ),
     ],
 )

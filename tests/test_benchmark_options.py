@@ -39,9 +39,9 @@ def test_sizes_given_one_by_one_are_left_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("big", "--sizes takes 112, 96x128, 84,112,168 or 128..512, in pixels; not big."),
-        ("0", "--sizes takes 112, 96x128, 84,112,168 or 128..512, in pixels; not 0."),
-        ("512..128", "--sizes 512..128: the range runs from the smaller size to the larger."),
+        ("big", "--res takes a side in pixels, such as 112, or HEIGHTxWIDTH, such as 288x384; not big."),
+        ("0", "--res takes a side in pixels, such as 112, or HEIGHTxWIDTH, such as 288x384; not 0."),
+        ("512..128", "--res 512..128: a range runs from a smaller side to a larger one: 128..512."),
     ],
 )
 def test_wrong_sizes_are_found_before_any_work(text: str, message: str) -> None:
@@ -84,6 +84,6 @@ def test_the_command_line_says_what_differs_from_the_defaults() -> None:
         highres=True, sizes="84,112", images=Path("my photos"), compiled=True, seconds=5.0, baselines=("a.py:f", "b:g")
     )
     assert options.command == (
-        "brixel benchmark --compare-highres --sizes 84,112 --images 'my photos' --compile --seconds 5 "
+        "brixel benchmark --compare-highres --res 84,112 --images 'my photos' --compile --seconds 5 "
         "--baseline a.py:f --baseline b:g"
     )

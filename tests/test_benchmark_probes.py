@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Listener
-from probe_sets import make_options, make_set
+from probe_sets import description, make_options, make_set
+from probe_sets import make_results as make_probe_results
 from test_benchmark_report import make_results
 from typer.testing import CliRunner
 
@@ -23,7 +23,9 @@ from brixel_cli.engines.benchmarking.peak_memory import PeakMemory
 from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
 from brixel_cli.engines.benchmarking.results import Results, read_results
 from brixel_cli.engines.benchmarking.student_probes import probes_of
+from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.probing import probe
+from brixel_cli.engines.probing.results import Summary
 
 PROBED = ProbeResult(
     "runs/probe/mine", "mine", "quick", "miou", False, 3,
@@ -36,31 +38,32 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def write_probe(name: str, task: str, sources: dict[str, tuple[str, str | None]], metrics: tuple[str, ...]) -> None:
+def write_probe(
+    tmp: Path, name: str, task: str, sources: dict[str, tuple[str, str | None]], metrics: tuple[str, ...]
+) -> None:
     """results.json of a probe: sources by label, each with kind and SHA-256; figures 0.1, 0.2, ... in their order."""
+    options = make_options(tmp / "set", tmp / "out", task)
+    described = {label: description(kind, student_sha256=sha) for label, (kind, sha) in sources.items()}
+    made = make_probe_results(options, described, [])
     means = {label: dict.fromkeys(metrics, (number + 1) / 10) for number, label in enumerate(sources)}
-    found: dict[str, Any] = {
-        "format": "brixel-probe-1",
-        "settings": {"recipe": "set", "task": task, "protocol": "p", "protocol_settings": {"align": False}},
-        "sources": {label: {"kind": kind, "student_sha256": sha} for label, (kind, sha) in sources.items()},
-        "summary": {
-            label: {"seeds": 2, "mean": mean, "spread": dict.fromkeys(metrics, 0.01)} for label, mean in means.items()
-        },
-        "share_of_gap_closed": {label: dict.fromkeys(metrics, 0.4) for label, (kind, _) in sources.items() if kind == "student"},
-        "runs": [],
-    }  # fmt: skip
-    folder = Path("runs/probe") / name
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps(found))
+    found = replace(
+        made,
+        settings=replace(made.settings, recipe="set", protocol="p"),
+        summary={label: Summary(2, dict(mean), dict.fromkeys(metrics, 0.01)) for label, mean in means.items()},
+        recovered_gap={label: dict.fromkeys(metrics, 0.4) for label, (kind, _) in sources.items() if kind == "student"},
+    )
+    folder = ProbeFolder(Path("runs/probe") / name)
+    folder.path.mkdir(parents=True)
+    folder.write(found)
 
 
-def test_only_probes_of_the_same_weights_are_found() -> None:
+def test_only_probes_of_the_same_weights_are_found(tmp_path: Path) -> None:
     assert probes_of("aa") == []
     several = {"student x": ("student", "bb"), "backbone": ("backbone", None), "student y": ("student", "aa")}
-    write_probe("several", "segmentation", several, ("miou",))
-    write_probe("another", "segmentation", {"student": ("student", "bb")}, ("miou",))
-    write_probe("depth", "depth_normals", {"student": ("student", "aa")}, ("rmse_m", "mean_angle_deg"))
-    write_probe("features", "segmentation", {"file": ("file", None)}, ("miou",))
+    write_probe(tmp_path, "several", "segmentation", several, ("miou",))
+    write_probe(tmp_path, "another", "segmentation", {"student": ("student", "bb")}, ("miou",))
+    write_probe(tmp_path, "depth", "depth_normals", {"student": ("student", "aa")}, ("rmse_m", "mean_angle_deg"))
+    write_probe(tmp_path, "features", "segmentation", {"file": ("file", None)}, ("miou",))
     Path("runs/probe/broken").mkdir()
     Path("runs/probe/broken/results.json").write_text("{")
     depth, normals, several_found = probes_of("aa")
@@ -87,7 +90,7 @@ def test_a_benchmark_carries_the_probes_of_its_student(
     assert found.folder == "runs/probe/mine"
     assert found.protocol == "quick (changed: points=64, steps=2)"
     for source in ("backbone", "student", "teacher"):
-        mean = figures["summary"][source]["mean"]["miou"]
+        mean = figures.summary[source].mean_of("miou")
         assert found.figures[source] == Figure(mean, None)  # one seed has no spread
         assert f"{mean * 100:.2f}" in done.stdout
     title = f"Probes of {results.models[0].name}, mean over seeds"

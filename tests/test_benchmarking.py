@@ -439,4 +439,4 @@ def test_the_command_as_json_is_one_line(run: Path, tmp_path: Path) -> None:
 def test_wrong_options_are_exit_code_2() -> None:
     code, _, err = invoke(["--sizes", "wide"])
     assert code == 2
-    assert re.match(r"error: --sizes takes 112", err)
+    assert re.match(r"error: --res takes a side", err)

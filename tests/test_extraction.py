@@ -212,9 +212,14 @@ def test_the_command_says_what_it_did(model, mixed: Path, tmp_path: Path):
     plan = json.loads(planned.stdout)
     assert plan["grids"] == {"16x16": 4, "16x20": 3, "28x16": 3}
     assert plan["output"] == str(tmp_path / "mixed.h5")
+    assert plan["images_left"] == 10
+    assert 0 < plan["seconds"] < 60
+    assert plan["how_timed"] == "one batch of 4 images of 64x64 pixels was computed, other sizes by their area"
     assert plan["bytes_free"] > plan["bytes_needed"] > 64 * 2 * (4 * 256 + 3 * 320 + 3 * 448)
     assert not (tmp_path / "mixed.h5").exists()
-    assert CliRunner().invoke(app, [*arguments, "--dry-run"]).exit_code == 0
+    shown = CliRunner().invoke(app, [*arguments, "--dry-run"])
+    assert shown.exit_code == 0
+    assert "time for them, about" in shown.stdout
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert f"wrote {tmp_path / 'mixed.h5'}" in done.stdout

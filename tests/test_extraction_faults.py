@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import brixel_cli
 from brixel_cli.app import app
 from brixel_cli.core.backbone import load_backbone
+from brixel_cli.core.files import locked
 from brixel_cli.core.student import load_student, read_adapter, save_student
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.engines.models import FeatureExtractor
@@ -45,19 +46,29 @@ def test_another_model_size_or_folder_is_refused_by_name(
         return text
 
     text = refused(source="backbone")
-    assert "source: file student, now backbone" in text
-    assert re.search(r"student: file [0-9a-f]{16}\.\.\., now none", text)
-    assert "res: file 64, now 96" in refused(res=96)
-    assert "dtype: file float16, now float32" in refused(dtype="float32")
-    assert "fit: file short, now stretch" in refused(fit="stretch")
+    assert '--source: "student" -> "backbone"' in text
+    assert re.search(r'--checkpoint, student.sha256: "[0-9a-f]+\.\.\. -> null', text)
+    for option, value, line in (
+        ("res", 96, "64 -> 96"),
+        ("dtype", "float32", '"float16" -> "float32"'),
+        ("fit", "stretch", '"short" -> "stretch"'),
+    ):
+        text = refused(**{option: value})
+        assert f"--{option}: {line}" in text
+        assert "changed" not in text
     other = Path(shutil.copytree(model[0], tmp_path / "other"))
     state = load_student(other).adapter.state_dict()
     state["out.1.bias"] += 1
     from brixel_cli.core.student import read_adapter
 
     save_student(other / "student.safetensors", state, read_adapter(str(other)).card)
-    assert "student.sha256: file " in refused(checkpoint=str(other))
-    os.utime(folder / "2.png", ns=(1, 1))
+    assert "--checkpoint, student.sha256: " in refused(checkpoint=str(other))
+    os.utime(folder / "1.png", ns=(1, 1))  # another time, the same contents
+    assert extract(extract_options(inputs=[str(folder)]), listener).num_before == 8
+    edited = (folder / "2.png").read_bytes()
+    times = (folder / "2.png").stat()
+    (folder / "2.png").write_bytes(edited[:-1] + bytes([edited[-1] ^ 1]))  # another content, the same size and time
+    os.utime(folder / "2.png", ns=(times.st_atime_ns, times.st_mtime_ns))
     assert "1 images have changed since: 2.png" in refused()
     make_photograph(folder / "new.png", 1)
     (folder / "0.png").unlink()
@@ -168,6 +179,10 @@ def test_memory_that_runs_out_halves_the_batch(extract_options, listener: Listen
         (["--input", "x", "--batch-size", "many"], "--batch-size must be auto or a number from 1 up, not many."),
         (["--input", "x", "--res", "0"], "--res must be at least 1, not 0."),
         (
+            ["--input", "x", "--res", "27", "--source", "backbone", "--backbone", "vit_small_patch14_dinov2"],
+            "--res 27 is less than 2 patches of 14 pixels: give 28 or more.",
+        ),
+        (
             ["--input", "x", "--dtype", "int8", "--format", "npy"],
             "--dtype int8 stores a scale beside the map, which .npy",
         ),
@@ -217,6 +232,58 @@ def test_a_device_that_is_not_there_is_named_as_the_option(extract_options, list
         extract(extract_options(device="cuda"), listener)
 
 
+def old_format(path: Path) -> None:
+    """Make a feature file into one that was written before there were digests in it."""
+    with h5py.File(path, "r+") as file:
+        del file["sha256"]
+
+
+def test_a_file_without_digests_is_continued_by_size_and_time(
+    extract_options, photographs: Path, tmp_path: Path, listener: Listener
+):
+    folder = tmp_path / "folder"
+    shutil.copytree(photographs, folder)
+    done = extract(extract_options(inputs=[str(folder)]), listener)
+    old_format(done.output)
+    assert len(brixel_cli.FeatureFile(done.output).rows) == 8
+    assert extract(extract_options(inputs=[str(folder)]), listener).num_before == 8
+    os.utime(folder / "2.png", ns=(1, 1))
+    with pytest.raises(UsageError, match="1 images have changed since: 2.png"):
+        extract(extract_options(inputs=[str(folder)]), listener)
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(extract_options, listener: Listener, monkeypatch: pytest.MonkeyPatch):
+    done = extract(extract_options(), listener)
+    arguments = ["extract", "--input", *extract_options().inputs, "--checkpoint", extract_options().checkpoint,
+                 "--output", str(done.output), "--precision", "float32", "--device", "cpu", "--dry-run", "--json"]  # fmt: skip
+    same = CliRunner().invoke(app, [*arguments, "--res", "64"])
+    assert (same.exit_code, json.loads(same.stdout)["images_left"]) == (0, 0)
+    other = CliRunner().invoke(app, [*arguments, "--res", "96"])
+    assert other.exit_code == 2
+    assert "--res: 64 -> 96" in other.stderr
+    assert json.loads(other.stdout)["images"] == 8  # the plan is shown all the same
+    single = [*arguments[:-2], "--res", "64", "--format", "npy", "--output", str(done.output.with_suffix(""))]
+    assert CliRunner().invoke(app, single).exit_code == 0
+    with h5py.File(done.output.with_suffix("") / "index.h5", "r+") as file:
+        file["status"][:4] = 0
+    usage = shutil.disk_usage(done.output)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: usage._replace(free=64 * 16 * 20 * 2 * 4 - 1)
+    )  # four maps, less 1
+    for refused in (single, [*single, "--dry-run"]):
+        result = CliRunner().invoke(app, refused)
+        assert result.exit_code == 1
+        assert "needs 160.0 KiB, but" in result.stderr
+
+
+def test_two_extractions_do_not_write_one_output(extract_options, listener: Listener):
+    with locked(extract_options().output), pytest.raises(BrixelError, match=r"out.h5 is being written by another"):
+        extract(extract_options(), listener)
+    assert not extract_options().output.exists()
+    assert extract(extract_options(), listener).num_computed == 8
+    assert not list(extract_options().output.parent.glob("*.lock"))
+
+
 def test_outputs_of_the_wrong_kind_are_refused(extract_options, tmp_path: Path, listener: Listener):
     with pytest.raises(UsageError, match=r"is a folder; name a file, such as .*features.h5"):
         extract(extract_options(output=tmp_path), listener)
@@ -255,7 +322,7 @@ def test_an_output_to_be_replaced_gives_up_its_room(
 def test_a_disk_that_fills_up_meanwhile_is_no_traceback(
     extract_options, listener, monkeypatch, storage: str, preview: bool
 ):
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)

@@ -72,6 +72,17 @@ def test_a_file_that_changed_is_read_again(tmp_path: Path, reads: list[Path]) ->
     assert len(reads) == 2
 
 
+def test_an_edit_in_place_that_keeps_size_and_time_is_noticed(tmp_path: Path, reads: list[Path]) -> None:
+    path = old_file(tmp_path / "x", b"abc")
+    before = path.stat()
+    assert files_sha256([path]) == [ABC]
+    time.sleep(0.05)  # the clock of a file system ticks in milliseconds
+    path.write_bytes(b"abd")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert files_sha256([path]) == [text_digest("abd")]
+
+
 def test_a_file_that_changed_a_moment_ago_is_not_remembered(tmp_path: Path, reads: list[Path]) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert files_sha256([tmp_path / "x"]) == files_sha256([tmp_path / "x"]) == [ABC]

@@ -8,6 +8,7 @@ import random
 import struct
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from conftest import make_photograph
@@ -82,6 +83,27 @@ def test_a_reference_that_names_nothing_says_so(tmp_path: Path, reference: str, 
     path = {"EMPTY": str(tmp_path / "empty"), "LIST": str(tmp_path / "list.txt")}.get(reference, reference)
     with pytest.raises(UsageError, match=message):
         find_inputs([path], 1)
+
+
+def test_videos_in_a_folder_are_passed_over_and_named(tree: Path, tmp_path: Path):
+    (tree / "sub" / "film.mp4").write_bytes(b"")
+    found = find_inputs([str(tree)], 1)
+    assert found.passed_over == [tree / "sub" / "film.mp4"]
+    assert "c.webp" not in [item.name for item in found.items]
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.mov").write_bytes(b"")
+    message = (
+        r"No images in the folder .*films, but 1 videos, which are passed over unless they are named: --input .*a.mov"
+    )
+    with pytest.raises(UsageError, match=message + r" takes its frames \(with PyAV: pip install 'brixel\[video\]'\)"):
+        find_inputs([str(tmp_path / "films")], 1)
+
+
+def test_a_feature_file_is_no_image(tmp_path: Path):
+    with h5py.File(tmp_path / "photos.h5", "w") as file:
+        file["x"] = [1]
+    (item,) = find_inputs([str(tmp_path / "photos.h5")], 1).items
+    assert item.reason == "a file of HDF5, such as a feature file of brixel, not an image"
 
 
 def test_the_output_lies_beside_the_input(tree: Path):

@@ -215,7 +215,7 @@ def test_whole_images_are_predicted_at_the_scale_of_their_evaluation(
 ) -> None:
     changes = ["protocol.steps=2", "protocol.evaluate.scale=[2.0, 2.0]"]
     options = make_options(root, tmp_path / "out", sources=["backbone"], checkpoints=[model[0]], overrides=changes)
-    assert probe(options, listener).results["sources"]["backbone"]["input"] == {"64x80": 4}
+    assert probe(options, listener).results.sources["backbone"].input == {"64x80": 4}
     seen = []
     maps = FeatureExtractor.maps
     monkeypatch.setattr(FeatureExtractor, "maps", lambda self, px: seen.append(tuple(px.shape[2:])) or maps(self, px))

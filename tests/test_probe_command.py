@@ -37,17 +37,17 @@ def test_help_shows_examples() -> None:
     assert "brixel probe --recipe camvid --data data/camvid --checkpoint runs/vits --quick" in out
 
 
-def test_the_table_has_a_row_for_each_source_and_the_share_of_the_gap(command: list[str], tmp_path: Path) -> None:
+def test_the_table_has_a_row_for_each_source_and_the_recovered_gap(command: list[str], tmp_path: Path) -> None:
     code, out, err = invoke(*command, "--seeds", "2", "--per-class")
     assert code == 0, err
     lines = out.splitlines()
     assert lines[0] == ("mine: segmentation, protocol quick (changed: points=64, steps=3), student's input 32 px")
-    for row in ("backbone", "student", "teacher", "share of gap closed"):
+    for row in ("backbone", "student", "teacher", "recovered gap"):
         assert any(row in line for line in lines), row
     teacher = next(line for line in lines if "teacher" in line and "8x12" in line)
     assert teacher.count("+-") == 3
     assert "Trained on 6 images, evaluated on 4. Mean and standard deviation over seeds 0, 1." in out
-    assert "Share of gap: (source - backbone) / (teacher - backbone), of the means; -: the teacher is no better" in out
+    assert "Recovered gap: (source - backbone) / (teacher - backbone), of the means; -: the teacher is no better" in out
     assert "Fewer than three seeds: the spread says little." in out
     assert "\nIoU by class, mean over seeds" in out
     assert "\nBoundary IoU by class, mean over seeds" in out
@@ -67,7 +67,7 @@ def test_json_is_one_line_on_stdout(command: list[str]) -> None:
     assert (code, err, out.count("\n")) == (0, "", 1)
     result = json.loads(out)
     assert set(result["summary"]) == {"backbone", "student", "teacher"}
-    assert set(result["share_of_gap_closed"]["student"]) == {"miou", "pixel_accuracy", "boundary_iou"}
+    assert set(result["recovered_gap"]["student"]) == {"miou", "pixel_accuracy", "boundary_iou"}
     assert any(file.endswith("results.json") for file in result["files"])
 
 
@@ -152,7 +152,7 @@ def test_apply_writes_masks(command: list[str], root: Path, tmp_path: Path) -> N
     (["--recipe", "RECIPE", "--protocol", "jafr"], "No protocol jafr. Did you mean jafar? There are: jafar, "),
     (["--recipe", "RECIPE", "--protocol", "dinov3-nyu"], "The protocol dinov3-nyu is for depth, not for segmentation"),
     (["--recipe", "RECIPE", "--quick", "--protocol", "jafar"], "--quick is the protocol quick, and --protocol is jafar"),
-    (["--recipe", "RECIPE", "--size", "big"], "--size takes a side in pixels, such as 112, or HEIGHTxWIDTH"),
+    (["--recipe", "RECIPE", "--size", "big"], "--res takes a side in pixels, such as 112, or HEIGHTxWIDTH"),
     (["--recipe", "RECIPE", "--set", "protocol.lrr=1"], "protocol quick has 1 fault:\n  lrr: unknown key; did you mean lr?"),
     (["--recipe", "RECIPE", "--set", "protocol.side=9"], "protocol.name and protocol.side say what was published"),
     (["--recipe", "RECIPE", "--set", "data.rot=9"], "data.rot: unknown key; did you mean root?"),

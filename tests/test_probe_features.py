@@ -301,8 +301,8 @@ def test_a_probe_of_backbone_and_teacher_needs_no_student(
         overrides=["protocol.steps=2"],
     )  # fmt: skip
     done = probe(options, listener).results
-    assert list(done["summary"]) == ["backbone", "teacher"]
-    assert done["share_of_gap_closed"] == {}
+    assert list(done.summary) == ["backbone", "teacher"]
+    assert done.recovered_gap == {}
 
 
 def test_a_protocol_for_another_task_is_refused(root: Path, tmp_path: Path) -> None:

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import Listener
-from probe_sets import CLASSES, NAMES, make_options, make_set, noise, one_hot, results, write_features
+from probe_sets import (
+    CLASSES,
+    NAMES,
+    description,
+    make_options,
+    make_run,
+    make_set,
+    noise,
+    one_hot,
+    results,
+    write_features,
+)
 
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.heads import load_head
@@ -20,7 +31,8 @@ from brixel_cli.engines.probing import probing
 from brixel_cli.engines.probing import training as probe_training
 from brixel_cli.engines.probing.evaluation import evaluate_head
 from brixel_cli.engines.probing.features import Targets, open_maps, prepare
-from brixel_cli.engines.probing.probing import plan_only, probe, shares_of_gap, summarise
+from brixel_cli.engines.probing.probing import plan_only, probe
+from brixel_cli.engines.probing.results import ProbeResults, Summary, gaps_of, summarise
 from brixel_cli.engines.probing.training import batches
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
@@ -40,8 +52,8 @@ def answers(root: Path, tmp_path: Path) -> str:
 
 def figures(options: ProbeOptions, listener: Listener) -> dict[str, float]:
     """Of the only source and seed."""
-    (run,) = probe(options, listener).results["runs"]
-    return run["figures"]
+    (run,) = probe(options, listener).results.runs
+    return run.figures
 
 
 # Known answers
@@ -113,9 +125,9 @@ def test_every_protocol_runs(
         sources=["backbone", "student"],
     )  # fmt: skip
     done = probe(options, listener).results
-    assert done["settings"]["protocol"].startswith(f"{protocol} (changed: ")
-    for run in done["runs"]:
-        assert all(math.isfinite(value) for value in run["figures"].values() if not isinstance(value, list))
+    assert done.settings.protocol.startswith(f"{protocol} (changed: ")
+    for run in done.runs:
+        assert all(math.isfinite(value) for value in run.figures.values() if not isinstance(value, list))
 
 
 # Results
@@ -162,31 +174,41 @@ def test_the_result_says_all_that_a_figure_depends_on(root: Path, tmp_path: Path
     assert [row["image"] for row in images] == list(NAMES[6:])
 
 
-def test_shares_of_the_gap_by_hand() -> None:
-    sources = {"backbone": {"kind": "backbone"}, "student": {"kind": "student"}, "teacher": {"kind": "teacher"}}
+def test_recovered_gaps_by_hand() -> None:
+    sources = {kind: description(kind) for kind in ("backbone", "student", "teacher")}
     values = {"backbone": (0.4, 2.0), "student": (0.5, 1.5), "teacher": (0.6, 1.0)}
     runs = [
-        {
-            "source": name,
-            "seed": seed,
-            "figures": {"miou": a + (seed - 1) / 10, "rmse_m": b, "same": 1.0, "class_iou": [a, None]},
-        }
+        make_run(name, seed, {"miou": a + (seed - 1) / 10, "rmse_m": b, "same": 1.0, "class_iou": [a, math.nan]})
         for name, (a, b) in values.items()
         for seed in range(3)
     ]
-    summary = summarise(sources, runs)
-    assert summary["student"]["mean"]["miou"] == pytest.approx(0.5)
-    assert summary["student"]["spread"]["miou"] == pytest.approx(0.1)
-    assert summary["student"]["mean"]["class_iou"][0] == pytest.approx(0.5)
-    assert math.isnan(summary["student"]["mean"]["class_iou"][1])
-    shares = shares_of_gap(sources, summary)
-    assert list(shares) == ["student"]
-    assert (shares["student"]["miou"], shares["student"]["rmse_m"]) == (pytest.approx(0.5), pytest.approx(0.5))
-    assert math.isnan(shares["student"]["same"])
-    summary["teacher"]["mean"] |= {"miou": 0.3, "rmse_m": 2.1}  # no better than the backbone: no gap to close
-    assert all(math.isnan(shares_of_gap(sources, summary)["student"][name]) for name in ("miou", "rmse_m"))
+    summary = summarise(list(sources), runs)
+    assert summary["student"].mean_of("miou") == pytest.approx(0.5)
+    assert summary["student"].spread["miou"] == pytest.approx(0.1)
+    assert summary["student"].by_class("class_iou")[0] == pytest.approx(0.5)
+    assert math.isnan(summary["student"].by_class("class_iou")[1])
+    gaps = gaps_of(sources, summary)
+    assert list(gaps) == ["student"]
+    assert (gaps["student"]["miou"], gaps["student"]["rmse_m"]) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert math.isnan(gaps["student"]["same"])
+    worse = {**summary, "teacher": Summary(3, {"miou": 0.3, "rmse_m": 2.1}, {})}  # than the backbone: no gap
+    assert all(math.isnan(gaps_of(sources, worse)["student"][name]) for name in ("miou", "rmse_m"))
     del summary["teacher"]
-    assert shares_of_gap(sources, summary) == {}
+    assert gaps_of(sources, summary) == {}
+
+
+def test_results_are_read_back_and_so_are_those_of_earlier_versions(
+    root: Path, tmp_path: Path, model, listener: Listener
+) -> None:
+    done = probe(make_options(root, tmp_path / "out", checkpoints=[model[0]], overrides=FAST), listener).results
+    text = (tmp_path / "out" / "results.json").read_text()
+    read = ProbeResults.from_json(text)
+    assert read.to_json() == text
+    assert (read.settings, read.recipe, read.sources) == (done.settings, done.recipe, done.sources)
+    assert math.isnan(read.summary["student"].spread["miou"])  # of one seed; null in the file
+    earlier = json.loads(text)
+    earlier["share_of_gap_closed"] = earlier.pop("recovered_gap")
+    assert ProbeResults.from_json(json.dumps(earlier)).to_json() == text
 
 
 # Repeatability and resuming
@@ -257,7 +279,7 @@ def test_seeds_and_sources_are_added_to_what_is_there(
     before = run_files(tmp_path / "out")
     changes = {"checkpoints": [model[0]], "sources": ["backbone", answers], "overrides": FAST, "seeds": 2}
     done = probe(make_options(root, tmp_path / "out", **changes), listener).results
-    assert [(run["source"], run["seed"]) for run in done["runs"]] == [
+    assert [(run.source, run.seed) for run in done.runs] == [
         ("file answers.h5", 0), ("file answers.h5", 1), ("backbone", 0), ("backbone", 1),
     ]  # fmt: skip
     after = run_files(tmp_path / "out")
@@ -269,11 +291,12 @@ def test_a_finished_probe_computes_nothing(
 ) -> None:
     options = make_options(root, tmp_path / "out", checkpoints=[model[0]], overrides=FAST)
     first = probe(options, listener)
+    before = rows(tmp_path / "out")
     for file in (tmp_path / "out" / "features").iterdir():
         file.unlink()  # who needs the room may have it
     monkeypatch.setattr(probing, "prepare", lambda *_: pytest.fail("features were computed again"))
     again = probe(options, listener)
-    assert (again.results["runs"], again.files) == (first.results["runs"], first.files)
+    assert (rows(tmp_path / "out"), again.files) == (before, first.files)
 
 
 def test_other_settings_are_refused_by_name(root: Path, tmp_path: Path, answers: str, listener: Listener) -> None:
@@ -288,10 +311,10 @@ def test_other_settings_are_refused_by_name(root: Path, tmp_path: Path, answers:
         assert "Give --overwrite to begin anew, or another folder with --output." in text
         return text
 
-    assert "protocol_settings.lr: then 0.002, now 0.1" in refused(overrides=[*FAST, "protocol.lr=0.1"])
-    assert "size: then 32, now 48" in refused(size="48")
+    assert "protocol_settings.lr: 0.002 -> 0.1" in refused(overrides=[*FAST, "protocol.lr=0.1"])
+    assert "size: 32 -> 48" in refused(size="48")
     write_features(tmp_path / "answers.h5", root, noise(5))
-    assert "file answers.h5: bytes: then " in refused()
+    assert "file answers.h5: bytes: " in refused()
     (out / "pictures" / "depth_best.png").write_bytes(b"")  # of another task
     done = probe(make_options(root, out, sources=[answers], overrides=FAST, overwrite=True), listener)
     assert "depth_best.png" not in [path.name for path in done.files]

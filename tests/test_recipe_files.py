@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from brixel_cli.config.base import check_device
 from brixel_cli.config.distill import Recipe
-from brixel_cli.config.files import SHIPPED, dump_recipe, find_recipe, load_recipe, recipe_differences, shipped_recipes
+from brixel_cli.config.files import (
+    SHIPPED,
+    difference_lines,
+    differences,
+    dump_recipe,
+    find_recipe,
+    load_recipe,
+    shipped_recipes,
+)
 from brixel_cli.errors import UsageError
 
 LEAST = "name: least\nbackbone: {name: test_vit}\noptim: {steps: 4}\n"
@@ -374,7 +383,7 @@ def test_a_written_recipe_reads_back_equal(tmp_path: Path, name: str) -> None:
 
 def test_awkward_values_read_back_equal(tmp_path: Path) -> None:
     recipe = least(
-        tmp_path, "optim.lr=1e-7", "optim.weight_decay=1e22", "data.images='no'", "init='010'", "run.device='true'",
+        tmp_path, "optim.lr=1e-7", "optim.weight_decay=1e22", "data.images='no'", "init='010'",
         "data.val_images='1e-4'", "cache.directory='null'", "views.teacher_size=[448, 896]",
     )  # fmt: skip
     assert recipe.data.images == "no"
@@ -384,21 +393,50 @@ def test_awkward_values_read_back_equal(tmp_path: Path) -> None:
 
 
 def test_a_recipe_does_not_differ_from_itself() -> None:
-    assert recipe_differences(load_recipe("vitl"), load_recipe("vitl")) == []
+    assert differences(load_recipe("vitl"), load_recipe("vitl")) == {}
 
 
 def test_differences_name_the_key_and_both_values(tmp_path: Path) -> None:
     changed = least(tmp_path, "optim.lr=2e-3", "views.teacher_size=[512, 256]", "init=x.pth")
-    assert sorted(recipe_differences(least(tmp_path), changed)) == [
+    found = differences(least(tmp_path), changed)
+    assert found["optim.lr"] == (0.001, 0.002)
+    assert sorted(difference_lines(found)) == [
         'init: null -> "x.pth"',
         "optim.lr: 0.001 -> 0.002",
         "views.teacher_size: 1024 -> [512, 256]",
     ]
 
 
-def test_differences_pass_over_how_the_run_is_carried_out_and_where_the_cache_lies(tmp_path: Path) -> None:
-    changed = least(tmp_path, "run.device=cpu", "run.workers=7", "run.tensorboard=false", "cache.directory=elsewhere")
-    assert changed != least(tmp_path)
-    assert recipe_differences(least(tmp_path), changed) == []
-    cached = least(tmp_path, "cache.enabled=true")
-    assert recipe_differences(least(tmp_path), cached) == ["cache.enabled: false -> true"]
+def test_differences_pass_over_ignored_keys_and_sections(tmp_path: Path) -> None:
+    changed = least(tmp_path, "run.device=cpu", "run.workers=7", "cache.directory=elsewhere", "cache.enabled=true")
+    found = differences(least(tmp_path), changed, ignored=("run", "cache.directory"))
+    assert found == {"cache.enabled": (False, True)}
+    assert "run.device" in differences(least(tmp_path), changed)
+
+
+def test_differences_of_nested_values_of_a_file() -> None:
+    old = {"student": None, "res": 448, "versions": {"torch": "2.1", "timm": "1.0"}}
+    new = {"student": {"sha256": "a" * 64}, "res": 448, "versions": {"torch": "2.2", "timm": "1.0"}}
+    assert difference_lines(differences(old, new)) == [
+        'versions.torch: "2.1" -> "2.2"',
+        f'student.sha256: null -> "{"a" * 56}...',
+    ]
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "mps", "cuda", "cuda:1"])
+def test_devices(tmp_path: Path, device: str) -> None:
+    assert least(tmp_path, f"run.device={device}").run.device == device
+    check_device(device)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:one", "CPU", ""])
+def test_what_is_no_device(tmp_path: Path, device: str) -> None:
+    with pytest.raises(UsageError, match="--device: a device is auto, cpu, cuda, cuda:1"):
+        check_device(device)
+    with pytest.raises(UsageError, match="run.device: a device is auto"):
+        least(tmp_path, f"run.device='{device}'")
+
+
+def test_training_in_float16_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="run.precision float16 is for inference; train in bfloat16 or float32"):
+        least(tmp_path, "run.precision=float16")

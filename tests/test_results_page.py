@@ -13,6 +13,8 @@ import pytest
 from conftest import Listener
 from PIL import Image
 from portable_commands import distill_command, groups_of, portable, probe_command
+from probe_sets import description, make_run
+from probe_sets import make_results as make_probe_results
 from results_page import parse, read_notes, write_page
 from results_sections import LARGEST, WIDEST, picture
 from test_benchmark_report import fidelity, make_ablations, make_results
@@ -24,7 +26,7 @@ from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.probing.folder import ProbeFolder
-from brixel_cli.engines.probing.probing import shares_of_gap, summarise
+from brixel_cli.engines.probing.results import ProbeResults
 from brixel_cli.errors import BrixelError
 
 MACHINE = "/home/somebody/study"
@@ -188,29 +190,15 @@ def options_of(recipe: str, *overrides: str, **changes: Any) -> ProbeOptions:
 
 def probed(
     options: ProbeOptions, figures: dict[str, list[dict[str, float]]], checkpoint: str = "run/s.safetensors"
-) -> dict:
+) -> ProbeResults:
     """What results.json of a probe would hold, of figures by source and seed."""
     student = {"checkpoint": f"{MACHINE}/{checkpoint}", "student_sha256": "cd" * 32, "student_step": 7}
-    sources = {name: {"kind": name, "backbone": "vit", **(student if name == "student" else {})} for name in figures}
-    runs = [
-        {"source": name, "seed": seed, "figures": values}
-        for name, seeds in figures.items()
-        for seed, values in enumerate(seeds)
-    ]
-    summary = summarise(sources, runs)
-    data = {"train": {"images": 1367}, "evaluate": {"images": 233}}
-    settings = {
-        "recipe": options.recipe.name, "task": options.recipe.task, "protocol": options.protocol_name,
-        "protocol_settings": options.protocol.model_dump(), "size": options.size, "data": data,
-    }  # fmt: skip
-    return {
-        "settings": settings, "recipe": options.recipe.model_dump(), "sources": sources,
-        "seeds": list(range(options.seeds)), "summary": summary, "share_of_gap_closed": shares_of_gap(sources, summary),
-        "runs": runs,
-    }  # fmt: skip
+    sources = {name: description(name, **(student if name == "student" else {})) for name in figures}
+    runs = [make_run(name, seed, dict(values)) for name, seeds in figures.items() for seed, values in enumerate(seeds)]
+    return make_probe_results(options, sources, runs)
 
 
-def save_probe(folder: Path, results: dict, quantity: str) -> Path:
+def save_probe(folder: Path, results: ProbeResults, quantity: str) -> Path:
     (folder / "pictures").mkdir(parents=True)
     Image.new("RGB", (90, 60), "teal").save(folder / "pictures" / f"{quantity}_median.png")
     ProbeFolder(folder).write(results)
@@ -387,7 +375,7 @@ def test_a_runs_command_makes_its_recipe_again() -> None:
 )
 def test_a_probes_command_makes_its_options_again(recipe: str, overrides: list[str], changes: dict[str, Any]) -> None:
     options = options_of(recipe, *overrides, **changes)
-    figures = {name: [] for name in ("backbone", "student", "teacher")}
+    figures = {name: segmentation(*[0.5] * options.seeds) for name in ("backbone", "student", "teacher")}
     words = iter(shlex.split(probe_command(probed(options, figures, "students/dinov2_vits14.safetensors")))[2:])
     given: dict[str, list[str]] = {}
     for word in words:

@@ -37,7 +37,7 @@ PROBE = """
 
   brixel probe --recipe camvid --data data/camvid --checkpoint runs/vits --quick
 
-  brixel probe --recipe nyuv2 --checkpoint runs/vits --protocol brixel-nyu --size 288x384
+  brixel probe --recipe nyuv2 --checkpoint runs/vits --protocol brixel-nyu --res 288x384
 
   brixel probe --recipe camvid --checkpoint runs/a --checkpoint runs/b --set protocol.lr=1e-3 --per-class
 
@@ -53,7 +53,7 @@ BENCHMARK = """
 
   brixel benchmark --compare-highres --models vits,vitb,vitl,vithplus --output runs/family
 
-  brixel benchmark --compare-highres --checkpoint runs/vits --sizes 128..512 --images ~/photos
+  brixel benchmark --compare-highres --checkpoint runs/vits --res 128..512 --images ~/photos
 
   brixel benchmark --models vits,vitb,vitl,vithplus --budget 4GB --dry-run
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from brixel_cli.cli.console import Progress, is_first_process, print_files, print_json, print_table, say
 from brixel_cli.config.extract import ExtractOptions
-from brixel_cli.core.formatting import human_bytes
+from brixel_cli.core.formatting import human_bytes, human_seconds
 from brixel_cli.errors import BrixelError, UsageError
 
 if TYPE_CHECKING:
-    from brixel_cli.engines.extracting.extraction import Extracted
+    from brixel_cli.engines.extracting.extraction import Estimate, Extracted
     from brixel_cli.engines.extracting.plan import ExtractPlan
 
 MOST_LISTED = 20
@@ -31,12 +32,14 @@ def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_
         return
 
     # torch takes seconds to import: only now, when there is work for it.
-    from brixel_cli.engines.extracting.extraction import extract, plan_only
+    from brixel_cli.engines.extracting.extraction import extract, plan_only, rehearse
 
     if dry_run:
-        plan = plan_only(options, Progress())
-        _show_plan(plan, as_json)
-        plan.check_disk()
+        plan, estimate = plan_only(options, Progress()), None
+        try:
+            estimate = rehearse(plan, Progress())
+        finally:
+            _show_plan(plan, estimate, as_json)
         return
     done = extract(options, Progress())
     if as_json:
@@ -62,9 +65,9 @@ def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_
         )
 
 
-def _show_plan(plan: ExtractPlan, as_json: bool) -> None:
+def _show_plan(plan: ExtractPlan, estimate: Estimate | None, as_json: bool) -> None:
     if as_json:
-        print_json(plan.summary())
+        print_json(plan.summary() | (asdict(estimate) if estimate else {}))
     else:
         grids = list(plan.layout.rows_of_grid.items())
         rows = [
@@ -77,8 +80,15 @@ def _show_plan(plan: ExtractPlan, as_json: bool) -> None:
             ["disk needed", human_bytes(plan.bytes_needed)],
             ["disk free", human_bytes(plan.bytes_free)],
         ]
+        notes = []
+        if estimate:
+            rows += [
+                ["images to be computed", f"{estimate.images_left:,}"],
+                ["time for them, about", human_seconds(estimate.seconds)],
+            ]
+            notes = [f"Time: {estimate.how_timed}."]
         title = f"{plan.output}: {plan.spec.source} of {plan.spec.backbone}"
-        print_table(title, ["", ""], rows)
+        print_table(title, ["", ""], rows, notes)
         _show_failures(
             {item.name: reason for item, reason in zip(plan.inputs.items, plan.reasons, strict=True) if reason}
         )

@@ -7,10 +7,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, print_table, say
-from brixel_cli.config.base import Device, Precision
+from brixel_cli.config.base import Device, Precision, Side, parse_size
 from brixel_cli.config.files import load_recipe, shipped_recipes, with_overrides
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.probe import OUTPUT, ApplyOptions, ProbeOptions
@@ -22,6 +22,7 @@ from brixel_cli.errors import BrixelError, UsageError
 if TYPE_CHECKING:
     from brixel_cli.engines.probing.plan import ProbePlan
     from brixel_cli.engines.probing.probing import Probed
+    from brixel_cli.engines.probing.results import SourceDescription, Summary
 
 MOST_LISTED = 20
 PREFIX = "protocol."
@@ -33,7 +34,7 @@ TABLES = (
     ("within_11.25", "within_22.5", "within_30"),
 )
 """Metrics that stand in one table: no more than fit beside one another in 80 columns."""
-SHARED_TITLE = "share of gap closed"
+RECOVERED_TITLE = "recovered gap"
 
 
 def probe_options(
@@ -66,7 +67,7 @@ def probe_options(
     if data is not None:
         changes.append(f"data.root={json.dumps(str(data))}")
     if size is not None:
-        changes.append(f"size={_size(size)}")
+        changes.append(f"size={parse_size(size)}")
     loaded = load_recipe(recipe, changes, ProbeRecipe)
     rules = _protocol(protocol or loaded.protocol, loaded.name, overrides)
     folder = output or OUTPUT / loaded.name
@@ -116,7 +117,7 @@ def run_probe(options: ProbeOptions, per_class: bool, dry_run: bool, as_json: bo
     done = probe(options, Progress())
     files = [str(path) for path in done.files]
     if as_json:
-        print_json({**done.results, "files": files})
+        print_json({**done.results.to_dict(), "files": files})
         return
     _show_results(done, per_class)
     print_files(files)
@@ -171,16 +172,8 @@ def _protocol(name: str, data: str, overrides: Sequence[str]) -> Protocol:
         raise UsageError(f"No protocol {name}. {hint}There are: {', '.join(PROTOCOLS)}.")
     changes = [override.strip().removeprefix(PREFIX) for override in overrides if override.strip().startswith(PREFIX)]
     if any(change.partition("=")[0].strip() in ("name", "side") for change in changes):
-        raise UsageError("protocol.name and protocol.side say what was published: set the size with --size.")
+        raise UsageError("protocol.name and protocol.side say what was published: set the size with --res.")
     return with_overrides(published(name, data), changes, f"protocol {name}")
-
-
-def _size(text: str) -> str:
-    """A size as YAML: 112, or 288x384 for height and width."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise UsageError(f"--size takes a side in pixels, such as 112, or HEIGHTxWIDTH, such as 288x384; not {text}.")
-    return sides[0] if len(sides) == 1 else f"[{sides[0]}, {sides[1]}]"
 
 
 def _show_plan(plan: ProbePlan, as_json: bool) -> None:
@@ -219,58 +212,54 @@ def _show_plan(plan: ProbePlan, as_json: bool) -> None:
 
 
 def _show_results(done: Probed, per_class: bool) -> None:
-    results = done.results
-    settings, sources, summary = results["settings"], results["sources"], results["summary"]
-    align = settings["protocol_settings"]["align"]
-    present = set().union(*(entry["mean"] for entry in summary.values()))
+    results, settings, summary = done.results, done.results.settings, done.results.summary
+    align = settings.protocol_settings.align
+    present = set().union(*(entry.mean for entry in summary.values()))
     groups = [[name for name in group if name in present] for group in TABLES]
-    seeds = ", ".join(map(str, results["seeds"]))
-    data = settings["data"]
+    seeds = ", ".join(map(str, results.seeds))
     notes = [
-        f"Trained on {data['train']['images']:,} images, evaluated on {data['evaluate']['images']:,}. "
+        f"Trained on {settings.data['train'].images:,} images, evaluated on {settings.data['evaluate'].images:,}. "
         f"Mean and standard deviation over seeds {seeds}."
     ]
     if align:
         notes.append("Depth metrics are after fitting scale and shift of each image to the truth.")
-    if results["share_of_gap_closed"]:
+    if results.recovered_gap:
         notes.append(
-            "Share of gap: (source - backbone) / (teacher - backbone), of the means; "
+            "Recovered gap: (source - backbone) / (teacher - backbone), of the means; "
             "-: the teacher is no better than the backbone."
         )
-    if len(results["seeds"]) < 3:
+    if len(results.seeds) < 3:
         notes.append("Fewer than three seeds: the spread says little.")
-    title = _title(settings["recipe"], settings["task"], settings["protocol"], settings["size"])
+    title = _title(settings.recipe, settings.task, settings.protocol, settings.size)
     for names in filter(None, groups):
         columns = ["source", "grid", *(figure_title(name, align) for name in names)]
-        rows = [[label, _grid(sources[label]),
-                 *(figure_text(name, entry["mean"].get(name), entry["spread"].get(name)) for name in names)]
+        rows = [[label, _grid(results.sources[label]),
+                 *(figure_text(name, entry.mean_of(name), entry.spread.get(name)) for name in names)]
                 for label, entry in summary.items()]  # fmt: skip
-        for label, shares in results["share_of_gap_closed"].items():
-            only = len(results["share_of_gap_closed"]) == 1
-            rows.append([SHARED_TITLE if only else f"{SHARED_TITLE}, {label}", "",
+        for label, shares in results.recovered_gap.items():
+            only = len(results.recovered_gap) == 1
+            rows.append([RECOVERED_TITLE if only else f"{RECOVERED_TITLE}, {label}", "",
                          *(_percent(shares.get(name)) for name in names)])  # fmt: skip
         print_table(title, columns, rows)
     print_notes(notes)
-    if per_class and settings["classes"]:
-        _show_classes(settings["classes"], summary)
+    if per_class and settings.classes:
+        _show_classes(settings.classes, summary)
 
 
-def _show_classes(classes: Sequence[str], summary: Mapping[str, Any]) -> None:
+def _show_classes(classes: Sequence[str], summary: Mapping[str, Summary]) -> None:
     for kind, title in (("class_iou", "IoU"), ("class_boundary_iou", "Boundary IoU")):
-        rows = [
-            [name, *(_percent(entry["mean"][kind][number]) for entry in summary.values())]
-            for number, name in enumerate(classes)
-        ]
+        by_source = [entry.by_class(kind) for entry in summary.values()]
+        rows = [[name, *(_percent(values[number]) for values in by_source)] for number, name in enumerate(classes)]
         print_table(f"{title} by class, mean over seeds", ["class", *summary], rows, ["-: absent from the split."])
 
 
-def _title(recipe: str, task: str, protocol: str, size: Any) -> str:
+def _title(recipe: str, task: str, protocol: str, size: Side) -> str:
     side = size if isinstance(size, int) else "x".join(map(str, size))
     return f"{recipe}: {task.replace('_', ' and ')}, protocol {protocol}, student's input {side} px"
 
 
-def _grid(source: Mapping[str, Any]) -> str:
-    grids: list[str] = sorted(source["grid"], key=lambda grid: -int(source["grid"][grid]))
+def _grid(source: SourceDescription) -> str:
+    grids = sorted(source.grid, key=lambda grid: -source.grid[grid])
     return grids[0] + (f" and {len(grids) - 1} more" if len(grids) > 1 else "")
 
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 from brixel_cli.errors import UsageError
 
-Device = str
-"""`auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `engines.runtime` says what each means."""
+
+def _device(text: str) -> str:
+    if re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", text) is None:
+        raise ValueError(f"a device is auto, cpu, cuda, cuda:1 (the second GPU) or mps; found {text}")
+    return text
+
+
+Device = Annotated[str, AfterValidator(_device)]
+"""`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+"""Arithmetic of the networks. `auto`: bfloat16 where the device computes in it; on other GPUs float16, in training
+float32; elsewhere float32."""
 Side = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 """A size in pixels: one side, or [height, width]."""
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -23,6 +32,14 @@ class Section(BaseModel):
     """Frozen, and closed: a key that is not listed is a fault, never silently dropped."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+def check_device(text: str, option: str = "--device") -> None:
+    """Raise a UsageError that names the option unless the text names a device."""
+    try:
+        _device(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}.") from error
 
 
 def height_width(side: Side) -> tuple[int, int]:
@@ -46,7 +63,24 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def parse_sizes(text: str, patch_size: int) -> list[tuple[int, int]]:
+def parse_size(text: str, option: str = "--res") -> Side:
+    """A size in pixels: `112`, or `288x384` as [height, width].
+
+    Args:
+        text: of the user.
+        option: names it in errors.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    match = re.fullmatch(r"\s*([0-9]+)\s*(?:x\s*([0-9]+))?\s*", text.lower())
+    sides = [int(side) for side in match.groups() if side] if match else []
+    if not sides or min(sides) == 0:
+        raise UsageError(f"{option} takes a side in pixels, such as 112, or HEIGHTxWIDTH, such as 288x384; not {text}.")
+    return sides[0] if len(sides) == 1 else sides
+
+
+def parse_sizes(text: str, patch_size: int, option: str = "--res") -> list[tuple[int, int]]:
     """Sizes (height, width) in pixels: `112`, `96x128`, `84,112,168`, or a range `128..512`.
 
     A range has both ends and up to three sizes between, in equal ratios; its sizes are rounded to the patch.
@@ -57,15 +91,13 @@ def parse_sizes(text: str, patch_size: int) -> list[tuple[int, int]]:
     """
     sizes: list[tuple[int, int]] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:(x|\.\.)\s*(\d+))?\s*", part)
-        if match is None or int(match[1]) == 0 or (match[3] is not None and int(match[3]) == 0):
-            raise UsageError(f"--sizes takes 112, 96x128, 84,112,168 or 128..512, in pixels; not {text}.")
-        first, last = int(match[1]), int(match[3] or match[1])
-        if match[2] != "..":
-            sizes.append((first, last))
+        ends = [height_width(parse_size(end, option)) for end in part.split("..")]
+        if len(ends) == 1:
+            sizes += ends
             continue
-        if last <= first:
-            raise UsageError(f"--sizes {part.strip()}: the range runs from the smaller size to the larger.")
+        (first, _), (last, _) = ends[0], ends[-1]
+        if len(ends) > 2 or any(height != width for height, width in ends) or last <= first:
+            raise UsageError(f"{option} {part.strip()}: a range runs from a smaller side to a larger one: 128..512.")
         for step in range(MOST_SIZES):
             side = first * (last / first) ** (step / (MOST_SIZES - 1))
             side = max(round(side / patch_size), 1) * patch_size

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from brixel_cli.config.base import Device, Precision, parse_bytes, parse_sizes
+from brixel_cli.config.base import Device, Precision, check_device, parse_bytes, parse_sizes
 from brixel_cli.errors import UsageError
 
 ABLATION_STEPS = 300
@@ -38,7 +38,7 @@ class BenchmarkOptions:
 
     highres: bool = False
     models: str | None = None
-    sizes: str | None = None
+    sizes: str | None = field(default=None, metadata={"option": "res"})
     checkpoint: str | None = None
     backbone_weights: str | None = None
     images: Path | None = None
@@ -54,6 +54,7 @@ class BenchmarkOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         for name, value in (("--max-images", self.max_images), ("--batch-size", self.batch_size)):
             if value < 1:
                 raise UsageError(f"{name} must be at least 1, not {value}.")

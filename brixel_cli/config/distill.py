@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from brixel_cli.config.base import Fraction, Rate, Section, Side, Weight, height_width
+from brixel_cli.config.base import Device, Fraction, Precision, Rate, Section, Side, Weight, height_width
 
 
 class BackboneConfig(Section):
@@ -233,10 +233,11 @@ class OptimConfig(Section):
 class RunConfig(Section):
     """How the run is carried out. Only what stands here may differ when a run is resumed."""
 
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `mps`."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the networks; `auto` takes bfloat16 where the device computes in it. Losses are always float32."""
+    device: Device = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
+    precision: Precision = "auto"
+    """Arithmetic of the networks; `auto`: bfloat16 where the device computes in it, else float32. `float16` is for
+    inference only. Losses are always float32."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that read and crop photographs."""
     log_every: PositiveInt = 10
@@ -270,6 +271,8 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.cache.enabled and self.views.kind == "random":
             raise ValueError("cache.enabled needs views that stay the same: views.kind centre or fixed, not random")
+        if self.run.precision == "float16":
+            raise ValueError("run.precision float16 is for inference; train in bfloat16 or float32")
         for number, size in enumerate(self.views.teacher_sizes):
             for side in size:
                 if side % self.views.factor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from brixel_cli.config.base import Device, Precision
+from brixel_cli.config.base import Device, Precision, check_device
 from brixel_cli.errors import UsageError
 
 Source = Literal["student", "backbone", "teacher"]
@@ -55,6 +55,7 @@ class ExtractOptions:
     preview: bool = False
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         least = {
             "--res": self.res,
             "--every": self.every,

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -176,19 +176,33 @@ def missing_keys(reference: str, schema: type[Section] = Recipe) -> list[str]:
     return [key for key in _flatten(whole.model_dump()) if key not in given]
 
 
-def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
-    """Key paths outside `run` and `cache.directory` whose values differ, as `path: old -> new`."""
-    return [
-        f"{key}: {_shown(before)} -> {_shown(after)}"
-        for key, (before, after) in changed_values(old, new).items()
-        if not key.startswith("run.") and key != "cache.directory"
-    ]
+def differences(
+    old: Section | Mapping[str, Any], new: Section | Mapping[str, Any], ignored: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """What differs between two configurations: by key path the old value and the new one, None where there is none.
+
+    Args:
+        old: a section, or a mapping of JSON values, whose mappings may be nested.
+        new: as `old`.
+        ignored: key paths whose values may differ; a section's name ignores the whole section.
+    """
+    before, after = (_flatten(tree.model_dump() if isinstance(tree, Section) else tree) for tree in (old, new))
+    sections = tuple(f"{key}." for key in ignored)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in before | after
+        if before.get(key) != after.get(key) and key not in ignored and not key.startswith(sections)
+    }
 
 
-def changed_values(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
-    """The values that differ between two recipes of a schema, by key path: the old one and the new one."""
-    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
-    return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}
+def difference_lines(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Differences for people: `key.path: old -> new`, long values cut."""
+    return [f"{key}: {_shortened(before)} -> {_shortened(after)}" for key, (before, after) in found.items()]
+
+
+def _shortened(value: Any) -> str:
+    text = _shown(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class _Dumper(yaml.SafeDumper):
@@ -296,10 +310,10 @@ def _shown(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

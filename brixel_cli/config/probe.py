@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from brixel_cli.config.base import Device, Precision, Side
+from brixel_cli.config.base import Device, Precision, Side, check_device
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.protocols import Protocol, printed_name
 from brixel_cli.errors import UsageError
@@ -45,6 +45,7 @@ class ProbeOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         if self.recipe.task not in self.protocol.tasks:
             raise UsageError(
                 f"The protocol {self.protocol.name} is for {' and '.join(self.protocol.tasks)}, "
@@ -83,3 +84,6 @@ class ApplyOptions:
     device: Device = "auto"
     precision: Precision = "auto"
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_device(self.device)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 from PIL import Image
 
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.errors import BrixelError
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # only POSIX has it
+    fcntl = None
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system without locks answers."""
 
 
 @contextmanager
@@ -56,6 +68,55 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG atomically; raises as `replacing`."""
     with replacing(path) as partial:
         picture.save(partial, format="PNG")
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keep other processes from writing the same output, through a file beside it that is removed afterwards.
+
+    The system holds the lock for as long as this process lives, so that one left behind by a killed process does not
+    count. The file says who holds it. Where the file system has no locks, nothing is kept from anybody.
+
+    Raises:
+        BrixelError: another process holds the lock.
+    """
+    path = output.absolute().with_name(f"{output.name}.lock")
+    make_folder(path.parent)
+    with writing(path):
+        descriptor = _lock(path)
+    if descriptor is None:
+        raise BrixelError(
+            f"{output} is being written by another process ({path.read_text(encoding='utf-8').strip()}). "
+            "Wait until it ends, or name another output."
+        )
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """An open file that holds the lock; None where another process holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:  # else its holder has removed it meanwhile
+                os.truncate(descriptor, 0)
+                who = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+                os.write(descriptor, who.encode())
+                return descriptor
+        os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:

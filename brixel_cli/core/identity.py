@@ -1,7 +1,8 @@
 """Digests of files, tensors and settings: by these, caches and resumed runs know what they were made of.
 
-The SHA-256 of a file is remembered by its path, size and time of change in a small database of the user's cache folder
-(`$XDG_CACHE_HOME/brixel`, by default `~/.cache/brixel`), so that a large set of images is read only once.
+The SHA-256 of a file is remembered by its path, size and times of change (of its contents, and of its entry) in a small
+database of the user's cache folder (`$XDG_CACHE_HOME/brixel`, by default `~/.cache/brixel`), so that a large set of
+images is read only once.
 """
 
 from __future__ import annotations
@@ -91,30 +92,31 @@ def joint_digest(files: Iterable[tuple[str, Path]]) -> str:
     return whole.hexdigest()
 
 
-_Key = tuple[str, int, int]
-"""Absolute path, bytes, and time of the last change in nanoseconds."""
+_Key = tuple[str, int, int, int]
+"""Absolute path, bytes, time of the last change, which programs can set, and of the entry, which they cannot, in ns."""
 
 
 def _key(path: Path) -> _Key:
     try:
         stat = path.stat()
     except OSError:  # reading it will say why
-        return str(path.absolute()), -1, -1
-    return str(path.absolute()), stat.st_size, stat.st_mtime_ns
+        return str(path.absolute()), -1, -1, -1
+    return str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 class _Memory:
     """Digests of earlier calls. Where the database cannot be used, nothing is remembered and nothing fails."""
 
     def __init__(self) -> None:
-        self._new: list[tuple[str, int, int, str]] = []
+        self._new: list[tuple[str, int, int, int, str]] = []
         self._connection: sqlite3.Connection | None = None
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brixel"
         with contextlib.suppress(OSError, sqlite3.Error):
             cache.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(cache / "sha256.sqlite", timeout=5)
             self._connection.execute(
-                "create table if not exists files (path text primary key, bytes int, modified int, sha256 text)"
+                "create table if not exists contents"
+                " (path text primary key, bytes int, modified int, changed int, sha256 text)"
             )
 
     def __enter__(self) -> _Memory:
@@ -124,7 +126,7 @@ class _Memory:
         if self._connection is None:
             return
         with contextlib.suppress(sqlite3.Error), self._connection:
-            self._connection.executemany("insert or replace into files values (?, ?, ?, ?)", self._new)
+            self._connection.executemany("insert or replace into contents values (?, ?, ?, ?, ?)", self._new)
         self._connection.close()
 
     def recall(self, keys: Iterable[_Key]) -> dict[_Key, str]:
@@ -134,7 +136,7 @@ class _Memory:
             return known
         with contextlib.suppress(sqlite3.Error):
             for key in keys:
-                query = "select sha256 from files where path = ? and bytes = ? and modified = ?"
+                query = "select sha256 from contents where path = ? and bytes = ? and modified = ? and changed = ?"
                 row = self._connection.execute(query, key).fetchone()
                 if row is not None:
                     known[key] = str(row[0])

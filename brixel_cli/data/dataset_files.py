@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from brixel_cli.config.labelled import ProbeRecipe, Split
-from brixel_cli.data.images import image_files
+from brixel_cli.data.images import files_below
 from brixel_cli.errors import BrixelError
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -86,7 +86,7 @@ def _scan(root: Path, pattern: str, split: str) -> dict[str, dict[str, str]]:
     pattern = _filled(pattern, {"split": split})
     fits, start = _expression(pattern), _fixed_folder(pattern)
     found = {}
-    for path in image_files(root / start) if (root / start).is_dir() else []:
+    for path in files_below(root / start) if (root / start).is_dir() else []:
         relative = path.relative_to(root).as_posix()
         match = fits.fullmatch(relative)
         if match:

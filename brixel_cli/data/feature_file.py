@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brixel_cli.config.extract import Number, Storage
+from brixel_cli.core.files import make_folder, replacing
 from brixel_cli.core.losses import Basis
+from brixel_cli.core.weights import save_tensors
 from brixel_cli.data.row_store import DONE, FAILED, Array, Column, Store, positions_within_size
 from brixel_cli.errors import BrixelError
 
@@ -51,7 +54,7 @@ class Layout:
                 rows.setdefault(grid, []).append(row)
         return rows
 
-    @property
+    @cached_property
     def grid_rows(self) -> npt.NDArray[np.int64]:
         """Each image's row in the dataset of its grid; -1 for none. With one grid for all it is the image's own."""
         if len(self.rows_of_grid) == 1:
@@ -59,6 +62,12 @@ class Layout:
         else:
             within = positions_within_size(self.grids)
         return np.array([-1 if grid is None else at for grid, at in zip(self.grids, within, strict=True)], np.int64)
+
+    def dataset(self, part: str, row: int) -> tuple[str, int]:
+        """The dataset that holds a part (`features`, `scale`) of an image's map, and the map's row in it."""
+        grid = self.grids[row]
+        mixed = len(self.rows_of_grid) > 1 and grid is not None
+        return f"{part}/{grid[0]}x{grid[1]}" if grid and mixed else part, int(self.grid_rows[row])
 
     def shapes(self, grid: Grid) -> dict[str, Column]:
         """The datasets that one map consists of, without their place."""
@@ -146,6 +155,42 @@ def dequantise(values: Mapping[str, Array]) -> npt.NDArray[np.float32]:
     """A map as float32 from the datasets it was stored in."""
     features = values["features"].astype(np.float32)
     return features * values["scale"] if "scale" in values else features
+
+
+class MapWriter:
+    """Writes maps where a layout puts them: into the feature file, or into one file for each image, under its name.
+
+    Args:
+        store: the feature file, to be written to.
+        layout: with which it was made.
+    """
+
+    def __init__(self, store: Store, layout: Layout):
+        self.store, self.layout = store, layout
+        self._names = [bytes(name).decode() for name in store.array("paths")] if layout.storage != "h5" else []
+        self._files = single_file_names(self._names, layout.storage) if self._names else []
+
+    def write(self, row: int, values: Mapping[str, Array]) -> None:
+        """Store the datasets of one image's map, then mark the row as done.
+
+        Raises:
+            BrixelError: the disk refuses it.
+        """
+        if self._files:
+            path = self.store.path.parent / self._files[row]
+            make_folder(path.parent)
+            if self.layout.storage == "npy":
+                with replacing(path) as partial, open(partial, "wb") as file:
+                    np.save(file, values["features"])
+            else:
+                tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
+                description = json.dumps(self.store.description, sort_keys=True)
+                save_tensors(path, tensors, {"format": FORMAT, "path": self._names[row], "description": description})
+        else:
+            for part, value in values.items():
+                name, place = self.layout.dataset(part, row)
+                self.store.put(name, place, value)
+        self.store.mark(row, DONE)
 
 
 class FeatureFile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,9 @@ def open_image(path: Path, still: bool = False) -> Iterator[Image.Image]:
     """An image whose header has been read and found harmless; any fault within becomes a BrixelError."""
     try:
         with Image.open(path) as image:
+            if not image.width:  # Pillow knows some formats by name alone
+                ours = ", such as a feature file of brixel" if image.format == "HDF5" else ""
+                raise ValueError(f"a file of {image.format}{ours}, not an image")
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width}x{image.height}, over {MAX_PIXELS:,}"
                 raise ValueError(f"too many pixels (decompression bomb?): {size}")
@@ -81,12 +84,12 @@ def open_image(path: Path, still: bool = False) -> Iterator[Image.Image]:
         raise BrixelError(f"{_reason(error, path)}: {path}") from error
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Files below a folder that have the extension of an image, sorted; hidden files and folders are passed over."""
+def files_below(folder: Path, extensions: Collection[str] = EXTENSIONS) -> list[Path]:
+    """Files below a folder that have one of these extensions, sorted; hidden files and folders are passed over."""
     return [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in EXTENSIONS
+        if path.suffix.lower() in extensions
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     ]
@@ -106,7 +109,7 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Ski
         raise BrixelError(f"No folder of photographs at {folder}. Name yours with --images DIR.")
     found: list[Photograph] = []
     skipped: list[Skipped] = []
-    for path in image_files(folder):
+    for path in files_below(folder):
         relative = path.relative_to(folder)
         try:
             height, width = read_size(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from brixel_cli.data.images import EXTENSIONS, image_files, load_image, read_size
+from brixel_cli.data.images import EXTENSIONS, files_below, load_image, read_size
 from brixel_cli.data.video import VIDEO_EXTENSIONS, Video
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -45,11 +45,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All items, in the order in which they were named, and the folder that their names start from."""
+    """All items, in the order in which they were named.
+
+    Attributes:
+        root: the folder that their names start from.
+        items: images, and frames of videos.
+        videos: by path, those that frames are taken from.
+        passed_over: videos in the folders named, of which no frame is taken: a video has to be named itself.
+    """
 
     root: Path
     items: list[Item]
     videos: dict[Path, Video]
+    passed_over: list[Path]
 
     def load(self, item: Item) -> Image.Image:
         """The item's pixels, upright 8-bit RGB.
@@ -81,8 +89,11 @@ def find_inputs(
         UsageError: a reference names nothing, or nothing at all was found.
     """
     paths: list[Path] = []
+    passed_over: list[Path] = []
     for reference in references:
-        paths += _expand(reference)
+        found, others = _expand(reference)
+        paths += found
+        passed_over += others
     banned = [_absolute(folder) for folder in without]
     paths = [path for path in dict.fromkeys(_absolute(path) for path in paths) if not _below(path, banned)]
     if not paths:
@@ -96,7 +107,7 @@ def find_inputs(
             items += _frames(path, root, every, videos) if item is None else [item]
             if tick:
                 tick(1)
-    return Inputs(root, items, videos)
+    return Inputs(root, items, videos, [path for path in passed_over if _absolute(path) not in videos])
 
 
 def default_output(references: Sequence[str], suffix: str) -> Path:
@@ -110,25 +121,34 @@ def default_output(references: Sequence[str], suffix: str) -> Path:
     return first.with_name((first.name if first.is_dir() else first.stem) + suffix)
 
 
-def _expand(reference: str) -> list[Path]:
+def _expand(reference: str) -> tuple[list[Path], list[Path]]:
+    """The files that a reference names, and the videos that a folder holds besides."""
     path = Path(reference).expanduser()
     if path.is_dir():
-        found = image_files(path)
+        found, videos = files_below(path, EXTENSIONS), files_below(path, VIDEO_EXTENSIONS)
         if not found:
-            raise UsageError(
-                f"No images in the folder {path}. Files are taken by extension: {', '.join(sorted(EXTENSIONS))}."
-            )
-        return found
+            besides = f", but {describe_videos(videos)}" if videos else "."
+            taken = ", ".join(sorted(EXTENSIONS))
+            raise UsageError(f"No images in the folder {path}{besides} Files are taken by extension: {taken}.")
+        return found, videos
     if path.is_file():
-        return _read_list(path) if path.suffix.lower() in LIST_EXTENSIONS else [path]
+        return (_read_list(path) if path.suffix.lower() in LIST_EXTENSIONS else [path]), []
     if glob.has_magic(reference):
         matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(reference), recursive=True))]
         found = [match for match in matches if match.is_file()]
         if found:
-            return found
+            return found, []
         raise UsageError(f"The pattern {reference} matches no file.")
     raise UsageError(
         f"Nothing at {path}. --input takes a folder, an image, a video, a quoted glob, or a .txt list of paths."
+    )
+
+
+def describe_videos(videos: Sequence[Path]) -> str:
+    """How many videos were passed over, and how to take their frames."""
+    return (
+        f"{len(videos)} videos, which are passed over unless they are named: --input {videos[0]} takes its frames "
+        "(with PyAV: pip install 'brixel[video]')."
     )
 
 

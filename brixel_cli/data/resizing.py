@@ -11,15 +11,25 @@ from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli.config.extract import Fit
 from brixel_cli.data.views import centre_view
-from brixel_cli.errors import BrixelError
+from brixel_cli.errors import BrixelError, UsageError
 
 LEAST_SIDE = 8
+LEAST_PATCHES = 2
 MOST_ELONGATED = 8
 
 
 def snap(side: float, patch_size: int) -> int:
     """The multiple of the patch nearest to a side in pixels, at least one patch; halves go up."""
     return max(int(side / patch_size + 0.5), 1) * patch_size
+
+
+def check_res(res: int, patch_size: int) -> None:
+    """Raise a UsageError for a `--res` under two patches; from there on, rounding changes a side by a fifth at most."""
+    least = LEAST_PATCHES * patch_size
+    if res < least:
+        raise UsageError(
+            f"--res {res} is less than {LEAST_PATCHES} patches of {patch_size} pixels: give {least} or more."
+        )
 
 
 @dataclass(frozen=True)

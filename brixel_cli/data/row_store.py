@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from brixel_cli.core.files import check_disk, make_folder, replacing
+from brixel_cli.core.files import check_disk, make_folder, replacing, writing
 from brixel_cli.errors import BrixelError
 
 STATUS = "status"
@@ -216,6 +216,7 @@ class Store:
 
         Raises:
             ValueError: the value has not the shape of a row, or the store was opened read-only.
+            BrixelError: the disk refuses it.
         """
         if self._file < 0:
             raise ValueError(f"{self.path} was opened read-only")
@@ -224,9 +225,10 @@ class Store:
             raise ValueError(f"{name}: a row has shape {shape[1:]}, not {value.shape}")
         data = np.ascontiguousarray(value, dtype=dtype).reshape(-1).view(np.uint8).data
         place = (offset or 0) + row * len(data)
-        while data:
-            written = os.pwrite(self._file, data, place)
-            data, place = data[written:], place + written
+        with writing(self.path):
+            while data:
+                written = os.pwrite(self._file, data, place)
+                data, place = data[written:], place + written
 
     def mark(self, row: int, status: int) -> None:
         """Set the status of a row, after its values."""

@@ -71,6 +71,25 @@ def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> I
     return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
 
 
+def side_by_side(image: Image.Image, colours: Image.Image) -> Image.Image:
+    """An image, and beside it, at the same size, a picture of its map."""
+    canvas = Image.new("RGB", (2 * image.width, image.height))
+    canvas.paste(image)
+    canvas.paste(colours.resize(image.size, Image.Resampling.NEAREST), (image.width, 0))
+    return canvas
+
+
+def contact_sheet(pairs: Sequence[tuple[Image.Image, Image.Image]], across: int = 3) -> Image.Image:
+    """Pairs of an image and a picture of its map under headings, so many of them in a row."""
+    across = min(across, len(pairs))
+    blank = Image.new("RGB", (1, 1), "white")
+    tiles = [tile for pair in pairs for tile in pair]
+    tiles += [blank] * (-len(tiles) % (2 * across))
+    return panel(
+        ["image", "features"] * across, [tiles[at : at + 2 * across] for at in range(0, len(tiles), 2 * across)]
+    )
+
+
 def panel(titles: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     """Pictures in a grid under column titles; each is enlarged without smoothing to a height of 224 pixels."""
     tiles = [

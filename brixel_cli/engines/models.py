@@ -214,6 +214,7 @@ class FeatureExtractor:
             "mean": list(self.backbone.mean),
             "std": list(self.backbone.std),
             "precision": self.runtime.precision,
+            "tf32": False,
             "device": self.runtime.device.type,
             "versions": library_versions(),
         }

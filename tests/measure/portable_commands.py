@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from brixel_cli.config.distill import Recipe
-from brixel_cli.config.files import changed_values, load_recipe, shipped_recipes
+from brixel_cli.config.files import differences, load_recipe, shipped_recipes
 from brixel_cli.config.labelled import ProbeRecipe
-from brixel_cli.config.protocols import Protocol, published
+from brixel_cli.config.protocols import published
 from brixel_cli.core.shipped import shipped_students
+from brixel_cli.engines.probing.results import ModelDescription, ProbeResults
 
 PLACES = {
     "--images": "photos", "data.images": "photos", "data.val_images": "held_out", "--checkpoint": "RUN", "init": "RUN",
@@ -60,35 +60,36 @@ def distill_command(recipe: Recipe) -> str:
         "--images",
         "photos",
     ]
-    for key, (_, value) in changed_values(load_recipe(recipe.name) if shipped else recipe, recipe).items():
+    for key, (_, value) in differences(load_recipe(recipe.name) if shipped else recipe, recipe).items():
         words += _setting(key, value) if key != "data.images" and not key.startswith("run.") else []
     return shlex.join(words)
 
 
-def probe_command(results: Mapping[str, Any]) -> str:
+def probe_command(results: ProbeResults) -> str:
     """The command of a probe, from its results.json; with what it changed in the shipped recipe, and in the protocol."""
-    settings, sources = results["settings"], results["sources"]
-    name, size, kinds = settings["recipe"], settings["size"], [source["kind"] for source in sources.values()]
-    protocol = Protocol.model_validate_json(json.dumps(settings["protocol_settings"]))
+    settings, sources = results.settings, results.sources
+    name, size, kinds = settings.recipe, settings.size, [source.kind for source in sources.values()]
+    protocol = settings.protocol_settings
     shipped = load_recipe(name, [], ProbeRecipe) if name in shipped_recipes(ProbeRecipe) else None
     words = ["brixel", "probe", "--recipe", name if shipped else f"{name}.yaml"]
     words += ["--data", shipped.data.root if shipped else f"data/{name}"]
     words += ["--protocol", protocol.name] if shipped is None or shipped.protocol != protocol.name else []
     if shipped:
         words += ["--size", side(size)] if shipped.size != size else []
-        stored = ProbeRecipe.model_validate_json(json.dumps(results.get("recipe", shipped.model_dump())))
-        for key, (_, value) in changed_values(shipped, stored).items():
+        for key, (_, value) in differences(shipped, results.recipe).items():
             words += _setting(key, value) if key not in ("data.download", "protocol", "size") else []
-    for key, (_, value) in changed_values(published(protocol.name, name), protocol).items():
+    for key, (_, value) in differences(published(protocol.name, name), protocol).items():
         words += _setting(f"protocol.{key}", value)
     for label, source in sources.items():
         if tuple(kinds) != ("backbone", "student", "teacher"):
-            words += ["--source", label.removeprefix("file ") if source["kind"] == "file" else source["kind"]]
-        if source["kind"] == "student":
-            student = Path(source["checkpoint"]).stem
+            words += ["--source", label.removeprefix("file ") if source.kind == "file" else source.kind]
+        if isinstance(source, ModelDescription) and source.checkpoint:
+            student = Path(source.checkpoint).stem
             words += ["--checkpoint", student if student in shipped_students() else "RUN"]
-    words += [] if "student" in kinds or "backbone" not in kinds else ["--backbone", sources["backbone"]["backbone"]]
-    return shlex.join([*words, *(["--seeds", str(len(results["seeds"]))] if len(results["seeds"]) != 3 else [])])
+    plain = sources.get("backbone")
+    if "student" not in kinds and isinstance(plain, ModelDescription):
+        words += ["--backbone", plain.backbone]
+    return shlex.join([*words, *(["--seeds", str(len(results.seeds))] if len(results.seeds) != 3 else [])])
 
 
 def side(size: int | Sequence[int]) -> str:

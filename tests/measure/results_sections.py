@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from brixel_cli.engines.benchmarking.results import Model, Results, Row
 from brixel_cli.engines.benchmarking.student_probes import read_probe
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.probing.folder import ProbeFolder, file_name
+from brixel_cli.engines.probing.results import ModelDescription, ProbeResults, Summary
 from brixel_cli.errors import BrixelError
 
 FAITHFUL = {"l1": "L1", "cosine": "cosine", "edge": "edge"}
@@ -41,7 +43,7 @@ SIZE_COLUMNS = ("bilinear", "student", "recovered gap")
 TUNED_COLUMNS = ("set", "images", "views of each", "updates", "cosine, bilinear", "cosine, student", "recovered gap")
 PROBE_COLUMNS = ("set", "figure", *SOURCES, "recovered gap", "seeds", "protocol", "input", "images: training / test")
 ABLATION_COLUMNS = ("variant", "changes", "steps", *FAITHFUL.values(), "parameters", "image, ms")
-ABSENT: dict[str, dict[str, float]] = {"mean": {}, "spread": {}}
+ABSENT = Summary(0, {}, {})
 WIDEST, LARGEST = 1400, 200_000
 """Of a picture: pixels and bytes."""
 
@@ -50,7 +52,7 @@ WIDEST, LARGEST = 1400, 200_000
 
 
 def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+    return "-" if share is None or math.isnan(share) else f"{share:.1%}"
 
 
 def faithful(values: Mapping[str, float | None]) -> list[str]:
@@ -216,19 +218,19 @@ def tuned(stages: Sequence[tuple[RunFolder, Recipe]], probed: Sequence[Path]) ->
     return [*found, *(probes(probed, None) if probed else [])]
 
 
-def probe_rows(results: Mapping[str, Any]) -> list[list[str]]:
+def probe_rows(results: ProbeResults) -> list[list[str]]:
     """A row for each of the figures that the page shows of a probe's results."""
-    settings, summary = results["settings"], results["summary"]
+    settings, summary = results.settings, results.summary
     sources = [summary.get(name, ABSENT) for name in SOURCES]
-    closed = results["share_of_gap_closed"].get("student", {})
-    images = " / ".join(f"{settings['data'][split]['images']:,}" for split in ("train", "evaluate"))
-    seeds = "/".join(dict.fromkeys(str(source["seeds"]) for source in summary.values()))
+    recovered = results.recovered_gap.get("student", {})
+    images = " / ".join(f"{used.images:,}" for used in settings.data.values())
+    seeds = "/".join(dict.fromkeys(str(source.seeds) for source in summary.values()))
     rows = []
-    for metric in (metric for quantity in QUANTITIES[settings["task"]] for metric in PROBED[quantity]):
-        figures = [figure_text(metric, source["mean"].get(metric), source["spread"].get(metric)) for source in sources]
-        title = figure_title(metric, settings["protocol_settings"]["align"])
-        facts = [seeds, settings["protocol"], side(settings["size"]), images]
-        rows.append([settings["recipe"], title, *figures, percent(closed.get(metric)), *facts])
+    for metric in (metric for quantity in QUANTITIES[settings.task] for metric in PROBED[quantity]):
+        figures = [figure_text(metric, source.mean_of(metric), source.spread.get(metric)) for source in sources]
+        title = figure_title(metric, settings.protocol_settings.align)
+        facts = [seeds, settings.protocol, side(settings.size), images]
+        rows.append([settings.recipe, title, *figures, percent(recovered.get(metric)), *facts])
     return rows
 
 
@@ -237,16 +239,17 @@ def probes(folders: Sequence[Path], figures: Path | None) -> list[Block]:
     commands, rows, photos, students = list[str](), list[list[str]](), list[Photo](), list[str]()
     for folder in map(ProbeFolder, folders):
         results = folder.read()
-        if sum(source["kind"] == "student" for source in results["sources"].values()) > 1:
+        if sum(source.kind == "student" for source in results.sources.values()) > 1:
             raise BrixelError(f"{folder.path} has several students: the page has one.")
-        settings, student = results["settings"], results["sources"].get("student")
+        settings, student = results.settings, results.sources.get("student")
         commands.append(probe_command(results))
         rows += probe_rows(results)
-        students += [f"SHA-256 {student['student_sha256'][:12]}, step {student['student_step']}"] if student else []
-        name = file_name(f"{settings['recipe']}_{settings['protocol_settings']['name']}_{side(settings['size'])}")
+        if isinstance(student, ModelDescription):
+            students.append(f"SHA-256 {str(student.student_sha256)[:12]}, step {student.student_step}")
+        name = file_name(f"{settings.recipe}_{settings.protocol_settings.name}_{side(settings.size)}")
         name += f"_{len(photos)}" if any(photo.name == name for photo in photos) else ""
-        median = folder.pictures / f"{QUANTITIES[settings['task']][0]}_median.png"
-        caption = f"{settings['recipe']}, the median image: predictions above, truth and errors below."
+        median = folder.pictures / f"{QUANTITIES[settings.task][0]}_median.png"
+        caption = f"{settings.recipe}, the median image: predictions above, truth and errors below."
         photos += picture(median, name, caption, figures)
     main = [figure for folder in folders for figure in read_probe(folder)]
     remarks = [f"Mean and standard deviation over seeds. Student: {'; '.join(dict.fromkeys(students)) or '-'}."]

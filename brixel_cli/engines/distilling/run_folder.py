@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from brixel_cli.config.distill import Recipe
-from brixel_cli.config.files import dump_recipe, load_recipe, missing_keys, recipe_differences
+from brixel_cli.config.files import difference_lines, differences, dump_recipe, load_recipe, missing_keys
 from brixel_cli.core.backbone import same_model
 from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import csv_text, to_json
@@ -111,10 +111,10 @@ class RunFolder:
                 f"{self.path} was begun with another version of brixel, which had no {', '.join(unknown)}: "
                 f"say in {self.recipe} what they shall be, or use another folder."
             )
-        differences = recipe_differences(load_recipe(str(self.recipe)), recipe)
-        if differences:
+        changed = differences(load_recipe(str(self.recipe)), recipe, ignored=("run", "cache.directory"))
+        if changed:
             raise UsageError(
-                f"{self.path} was begun with another recipe:\n  " + "\n  ".join(differences) + "\n"
+                f"{self.path} was begun with another recipe:\n  " + "\n  ".join(difference_lines(changed)) + "\n"
                 "Resume it as it was begun (--resume --output DIR, without --recipe), or use another folder."
             )
 

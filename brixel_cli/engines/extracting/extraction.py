@@ -6,7 +6,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,19 +15,24 @@ import torch
 from torch import Tensor
 
 from brixel_cli.config.extract import ExtractOptions
-from brixel_cli.core.files import writing
+from brixel_cli.core.files import locked
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
-from brixel_cli.data.feature_file import FORMAT, FeatureFile, encode, text_array
-from brixel_cli.data.inputs import reason_of
+from brixel_cli.data.feature_file import FORMAT, FeatureFile, MapWriter, encode, text_array
+from brixel_cli.data.inputs import describe_videos, reason_of
 from brixel_cli.data.row_store import DONE, FAILED, MISSING, Array, Store, create_store
-from brixel_cli.engines.extracting.plan import ExtractPlan, make_plan, preview_folder
-from brixel_cli.engines.extracting.resuming import check_same, clear_output, describe
-from brixel_cli.engines.extracting.sinks import make_sink
+from brixel_cli.engines.extracting.plan import (
+    CONTACT_SHEET,
+    ExtractPlan,
+    check_same,
+    describe,
+    make_plan,
+    preview_folder,
+)
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime, share_memory_pools
+from brixel_cli.engines.runtime import Runtime, call_seconds, share_memory_pools
 from brixel_cli.engines.streams import WriteBehind, num_workers, read_ahead
 from brixel_cli.errors import BrixelError
 
@@ -72,6 +77,63 @@ def plan_only(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
         return make_plan(options, reporter)
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """How long an extraction will take.
+
+    Attributes:
+        images_left: still to be computed.
+        seconds: for all of them, without the preview; None where no image of the batch can be decoded.
+        how_timed: how this was obtained.
+    """
+
+    images_left: int
+    seconds: float | None
+    how_timed: str
+
+
+def rehearse(plan: ExtractPlan, reporter: Reporter) -> Estimate:
+    """Make all checks of `extract`, compute one batch, and estimate the rest from it; nothing is written.
+
+    Raises:
+        BrixelError: as `extract`.
+    """
+    share_memory_pools()
+    options = plan.options
+    runtime = Runtime(options.device, options.precision)
+    with _quiet_pillow():
+        plan.check_disk()
+        model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
+        if plan.store_path.exists() and not options.overwrite:
+            store = Store(plan.store_path)
+            check_same(plan, model, store, reporter)
+            missing = {row for row in range(len(store)) if store.status[row] == MISSING}
+        else:
+            missing = {row for row, size in enumerate(plan.model_sizes) if size is not None}
+        rows_of_size = {size: [r for r in rows if r in missing] for size, rows in _rows_of_size(plan).items()}
+        rows_of_size = {size: rows for size, rows in rows_of_size.items() if rows}
+        if not rows_of_size:
+            return Estimate(0, 0.0, "nothing is left to be computed")
+        size, rows = max(rows_of_size.items(), key=lambda item: len(item[1]))
+        batch = rows[: model.batch_sizes({size: len(rows)}, options.batch_size)[size]]
+        loaded: list[Tensor | str] = []
+        reading = call_seconds(lambda: loaded.extend(_read_batch(plan, batch, model)), runtime.device)
+        if all(isinstance(pixels, str) for pixels in loaded):
+            return Estimate(len(missing), None, f"none of the first {len(batch)} images can be decoded")
+        pixels = _stack(loaded)
+        model.maps(pixels)  # not timed: the first pass allocates, and on a GPU chooses its kernels
+        computing = call_seconds(lambda: encode(model.maps(pixels), options.dtype, None), runtime.device)
+    # On a CPU the threads that read share its cores with the model; a GPU computes meanwhile.
+    of_batch = reading + computing if runtime.device.type == "cpu" else max(reading, computing)
+    area = sum(height * width * len(rows) for (height, width), rows in rows_of_size.items())
+    others = ", other sizes by their area" if len(rows_of_size) > 1 else ""
+    return Estimate(
+        sum(len(rows) for rows in rows_of_size.values()),
+        of_batch / len(batch) * area / (size[0] * size[1]),
+        f"one batch of {len(batch)} images of {size[0]}x{size[1]} pixels was computed{others}",
+    )
+
+
 def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     """Compute the features of every image that has none yet.
 
@@ -79,42 +141,48 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     whether the run was interrupted or not, and however many processes share it.
 
     Raises:
-        BrixelError: something the user can mend; an image that fails is none of it, unless `strict`.
+        BrixelError: something the user can fix; an image that fails is none of it, unless `strict`.
     """
     share_memory_pools()
     runtime = Runtime(options.device, options.precision)
     with _quiet_pillow():
         plan = make_plan(options, reporter)
         _announce(plan, reporter)
-        if runtime.is_first:
-            plan.check_disk()
-        else:
-            runtime.wait()  # until the first process has created the file
-        model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
-        if runtime.is_first and (options.overwrite or not plan.store_path.exists()):
-            _create(plan, model, reporter)
-        store = Store(plan.store_path, writable=True)
-        check_same(plan, model, store, reporter)
-        if runtime.is_first:
-            runtime.wait()
-        status = store.status
-        runtime.wait()  # every process has read the same status before the first row is filled
-        chunks = [chunk for chunk in plan_chunks(plan, store) if any(status[row] == MISSING for row in chunk)]
-        num_before = int(np.sum(status == DONE))
-        began = time.perf_counter()
-        bar_of_images = reporter.bar("extract", len(status), int(np.sum(status != MISSING)), "image")
-        with _threads(int(store.description["threads"])), bar_of_images as bar:
-            for count in _compute(plan, model, store, status, chunks[runtime.rank :: runtime.world_size]):
-                bar.update(count * runtime.world_size)
-        store.flush()
-        runtime.wait()
-        seconds = time.perf_counter() - began
-        features = FeatureFile(plan.store_path)
-        pictures: list[Path] = []
-        if options.preview and runtime.is_first:
-            from brixel_cli.engines.extracting.preview import write_previews
+        with locked(plan.output) if runtime.is_first else nullcontext():
+            return _extract(plan, runtime, reporter)
 
-            pictures = write_previews(features, plan, preview_folder(plan.output), reporter)
+
+def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extracted:
+    options = plan.options
+    if runtime.is_first:
+        plan.check_disk()
+    else:
+        runtime.wait()  # until the first process has created the file
+    model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
+    if runtime.is_first and (options.overwrite or not plan.store_path.exists()):
+        _create(plan, model, reporter)
+    store = Store(plan.store_path, writable=True)
+    if runtime.is_first:
+        check_same(plan, model, store, reporter)
+        runtime.wait()
+    status = store.status
+    runtime.wait()  # every process has read the same status before the first row is filled
+    chunks = [chunk for chunk in plan_chunks(plan, store) if any(status[row] == MISSING for row in chunk)]
+    num_before = int(np.sum(status == DONE))
+    began = time.perf_counter()
+    bar_of_images = reporter.bar("extract", len(status), int(np.sum(status != MISSING)), "image")
+    with _threads(int(store.description["threads"])), bar_of_images as bar:
+        for count in _compute(plan, model, store, status, chunks[runtime.rank :: runtime.world_size]):
+            bar.update(count * runtime.world_size)
+    store.flush()
+    runtime.wait()
+    seconds = time.perf_counter() - began
+    features = FeatureFile(plan.store_path)
+    pictures: list[Path] = []
+    if options.preview and runtime.is_first:
+        from brixel_cli.engines.extracting.preview import write_previews
+
+        pictures = write_previews(features, plan, reporter)
     num_done = int(np.sum(features.status == DONE))
     return Extracted(
         plan.output, len(features), num_before, num_done - num_before, features.failures, seconds, pictures
@@ -147,11 +215,11 @@ def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> N
         "threads": torch.get_num_threads(),
         "batch_sizes": {f"{h}x{w}": count for (h, w), count in batch_sizes.items()},
     }
-    filled = plan.filled()
+    filled = plan.filled(plan.digests(reporter))
     if plan.options.pca is not None:
         basis = _fit_pca(plan, model, reporter)
         filled |= {"pca_components": basis.components.numpy(), "pca_mean": basis.mean.numpy()}
-    clear_output(plan)  # as late as can be: should the model or the images fail, what is there stays
+    _clear_output(plan)  # as late as can be: should the model or the images fail, what is there stays
     create_store(
         plan.store_path, len(plan.reasons), plan.layout.columns, description, filled, attributes={"format": FORMAT}
     )
@@ -162,7 +230,7 @@ def _compute(
 ) -> Iterator[int]:
     """Fill the missing rows of these chunks; yields the number of rows settled, chunk by chunk."""
     polite = model.runtime.device.type == "cpu"
-    sink = make_sink(plan, store)
+    writer = MapWriter(store, plan.layout)
     basis = _stored_basis(store)
     spare: deque[dict[str, Tensor]] = deque(maxlen=1)
 
@@ -171,13 +239,11 @@ def _compute(
 
     def write(finished: _Finished) -> None:
         tensors = {name: tensor.cpu() for name, tensor in finished.tensors.items()}
-        with writing(plan.output):
-            for row, place in finished.rows:
-                sink.write(row, {name: _planes(tensor[place]) for name, tensor in tensors.items()})
-                store.mark(row, DONE)
+        for row, place in finished.rows:
+            writer.write(row, {name: _planes(tensor[place]) for name, tensor in tensors.items()})
         spare.append(finished.tensors)
 
-    with WriteBehind[_Finished](write, polite).running() as writer:
+    with WriteBehind[_Finished](write, polite).running() as behind:
         for chunk, loaded in read_ahead(chunks, load, _workers(plan), polite):
             missing = {row for row in chunk if status[row] == MISSING}
             for row, pixels in zip(chunk, loaded, strict=True):
@@ -193,8 +259,23 @@ def _compute(
                             rows.append((row, place))
                         else:
                             _fail(plan, store, row, _overflow(plan))
-                writer.put(_Finished(rows, tensors))
+                behind.put(_Finished(rows, tensors))
             yield len(missing)
+
+
+def _clear_output(plan: ExtractPlan) -> None:
+    """Remove what `--overwrite` replaces: our own feature file, single files and contact sheet, nothing else."""
+    if plan.store_path.exists():
+        for file in FeatureFile(plan.store_path).single_files:
+            file.unlink(missing_ok=True)
+        plan.store_path.unlink()
+    (preview_folder(plan.output) / CONTACT_SHEET).unlink(missing_ok=True)
+
+
+def _read_batch(plan: ExtractPlan, rows: Sequence[int], model: FeatureExtractor) -> list[Tensor | str]:
+    """Pixels of some rows, or the reasons why there are none; read as they are in `_compute`."""
+    polite = model.runtime.device.type == "cpu"
+    return next(read_ahead([rows], lambda row: _load(plan, row), _workers(plan), polite))[1]
 
 
 def _load(plan: ExtractPlan, row: int) -> Tensor | str:
@@ -279,6 +360,8 @@ def _announce(plan: ExtractPlan, reporter: Reporter) -> None:
             f"{plan.num_snapped} sizes were rounded to multiples of the patch, {plan.spec.patch_size} pixels, "
             f"by {plan.most_snapped:.1f} at most"
         )
+    if plan.inputs.passed_over:
+        reporter.say(describe_videos(plan.inputs.passed_over))
 
 
 def _workers(plan: ExtractPlan) -> int:

@@ -1,7 +1,11 @@
-"""What an extraction will do, from headers and the model's description alone, before any weights are read."""
+"""What an extraction will do: sizes, grids and bytes, from headers and the model's description; and whether it may.
+
+An output that is there is continued where it was begun with the same model, options and images.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,15 +14,29 @@ from typing import Any
 import numpy as np
 
 from brixel_cli.config.extract import ExtractOptions
+from brixel_cli.config.files import difference_lines, differences
 from brixel_cli.core.files import check_disk, free_bytes
-from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile, Layout, text_array
+from brixel_cli.core.identity import files_sha256
+from brixel_cli.data.feature_file import FORMAT, INDEX_NAME, REASON_BYTES, FeatureFile, Layout, text_array
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
-from brixel_cli.data.resizing import Fitting
-from brixel_cli.data.row_store import FAILED, MISSING, Array
+from brixel_cli.data.resizing import Fitting, check_res
+from brixel_cli.data.row_store import FAILED, MISSING, Array, Store
 from brixel_cli.engines.distilling.run_folder import default_student
-from brixel_cli.engines.models import ModelSpec, model_spec
+from brixel_cli.engines.models import FeatureExtractor, ModelSpec, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
+
+DIGEST_LENGTH = 64
+ADVISORY = ("device", "versions", "backbone_weights", "tf32")
+"""Differences here can change the last bits at most, or nothing: they are warned of, not refused."""
+OF_STUDENT = ("student.adapter", "student.step", "student.released")
+"""Told by its SHA-256 already."""
+OPTIONS = {key: f"--{key}" for key in ("source", "res", "fit", "dtype", "pca", "precision", "backbone")} | {
+    "storage": "--format",
+    "student.sha256": "--checkpoint, student.sha256",
+}
+MOST_NAMED = 3
+CONTACT_SHEET = "contact_sheet.png"
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ class ExtractPlan:
     @property
     def bytes_needed(self) -> int:
         """Bytes on the disk, index included."""
-        return self.layout.bytes_needed + sum(array.nbytes for array in self.filled().values())
+        return self.layout.bytes_needed + sum(array.nbytes for array in self.filled([""] * len(self.reasons)).values())
 
     @property
     def bytes_free(self) -> int:
@@ -81,21 +99,31 @@ class ExtractPlan:
             BrixelError: it does not fit.
             UsageError: `overwrite` would replace a file that is not ours.
         """
-        path, given_up = self.store_path, 0
-        if path.exists():
-            if not self.options.overwrite:
+        path, needed = self.store_path, self.bytes_needed
+        if path.exists() and not self.options.overwrite:
+            if self.options.storage == "h5":
                 return
+            needed = round(self.layout.bytes_needed * float(np.mean(FeatureFile(path).status == MISSING)))
+        elif path.exists():
             try:
                 FeatureFile(path)
             except BrixelError as error:
                 raise UsageError(
                     f"{error}\n--overwrite replaces feature files only: name another --output, or delete it yourself."
                 ) from error
-            given_up = path.stat().st_blocks * 512
-        check_disk(self.output.absolute().parent, self.bytes_needed - given_up, f"{self.output}")
+            needed -= path.stat().st_blocks * 512
+        check_disk(self.output.absolute().parent, needed, f"{self.output}")
 
-    def filled(self) -> dict[str, Array]:
-        """Datasets that are known before the first forward pass."""
+    def digests(self, reporter: Reporter) -> list[str]:
+        """SHA-256 (hex) of each row's file; empty where nothing of it can be used."""
+        items = self.inputs.items
+        paths = list(dict.fromkeys(item.path for item in items if not item.reason))  # a video has many rows
+        with reporter.bar("reading contents", len(paths), unit="file") as bar:
+            known = dict(zip(paths, files_sha256(paths, bar.update), strict=True))
+        return [known.get(item.path, "") for item in items]
+
+    def filled(self, digests: Sequence[str]) -> dict[str, Array]:
+        """Datasets that are known before the first forward pass, with the SHA-256 of each row's file."""
         items = self.inputs.items
         zero = (0, 0)
         return {
@@ -108,6 +136,7 @@ class ExtractPlan:
             "grid_row": self.layout.grid_rows,
             "file_size": np.array([item.file_size for item in items], np.int64),
             "modified": np.array([item.modified for item in items], np.int64),
+            "sha256": text_array(digests, DIGEST_LENGTH),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -139,6 +168,7 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
     if not options.inputs:
         raise UsageError("--input is missing: a folder, an image, a video, a quoted glob, or a .txt list of paths.")
     spec = model_of(options, reporter)
+    check_res(options.res, spec.patch_size)
     if options.pca is not None and options.pca > spec.embed_dim:
         raise UsageError(f"--pca {options.pca}: the maps of {spec.backbone} have only {spec.embed_dim} channels.")
     suffix = ".h5" if options.storage == "h5" else f"_{options.storage}"
@@ -190,3 +220,72 @@ def model_of(options: ExtractOptions, reporter: Reporter) -> ModelSpec:
     return model_spec(
         options.source, checkpoint=checkpoint, backbone=options.backbone, weights=options.backbone_weights
     )
+
+
+def describe(plan: ExtractPlan, model: FeatureExtractor) -> dict[str, Any]:
+    """What the numbers of a file are; continuing it compares this, but for what is advisory."""
+    options = plan.options
+    return model.describe() | {
+        "res": options.res,
+        "fit": options.fit,
+        "dtype": options.dtype,
+        "pca": options.pca,
+        "storage": options.storage,
+    }
+
+
+def check_same(plan: ExtractPlan, model: FeatureExtractor, store: Store, reporter: Reporter) -> None:
+    """Refuse to continue a file that was begun with another model, other options or other images; names what differs.
+
+    Images are the same where their contents are; in a file without digests, where size and time of change are.
+
+    Raises:
+        UsageError: the file differs from what is asked for.
+    """
+    found = store.attributes.get("format", "unmarked")
+    if found != FORMAT:
+        raise UsageError(f"{store.path} is of format {found}, not {FORMAT}. Name another file with --output.")
+    new = describe(plan, model)
+    old = {key: store.description.get(key) for key in new}
+    changed = differences(old, new, ignored=(*ADVISORY, *OF_STUDENT))
+    lines = difference_lines({OPTIONS.get(key, key): values for key, values in changed.items()})
+    lines += _image_differences(plan, store, reporter, fitted_alike=not {"res", "fit"} & set(changed))
+    if lines:
+        listed = "\n  ".join(lines)
+        raise UsageError(
+            f"{plan.output} was begun with something else (in the file -> asked for now):\n  {listed}\n"
+            "Give the same command to continue it, --overwrite to begin anew, or another file with --output."
+        )
+    advisory = {key: description for key, description in new.items() if key in ("device", "versions")}
+    for line in difference_lines(differences({key: old[key] for key in advisory}, advisory)):
+        reporter.warn(f"{plan.output} was begun with another {line}: the last bits of new rows may differ.")
+    asked, kept = plan.options.batch_size, store.description["batch_sizes"]
+    if asked is not None and any(asked != size for size in kept.values()):
+        reporter.say(
+            f"batches stay composed as the file was begun, {max(kept.values())} images at most, {asked} at once"
+        )
+
+
+def _image_differences(plan: ExtractPlan, store: Store, reporter: Reporter, fitted_alike: bool) -> list[str]:
+    """What differs in the images, a line each; sizes count only where they were fitted by the same options."""
+    old = [bytes(name).decode() for name in store.array("paths")]
+    new = [item.name for item in plan.inputs.items]
+    if old != new:
+        gone, come = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+        lines = [f"{len(come)} images are new: {_some(come)}"] if come else []
+        lines += [f"{len(gone)} images are gone: {_some(gone)}"] if gone else []
+        return lines or ["the images come in another order"]
+    after = plan.filled(plan.digests(reporter))
+    changed = (store.array("file_size") != after["file_size"]) | (store.array("modified") != after["modified"])
+    if "sha256" in store:
+        before = store.array("sha256").astype(after["sha256"].dtype)
+        known = (before != b"") & (after["sha256"] != b"")
+        changed = np.where(known, before != after["sha256"], changed)
+    if fitted_alike:
+        changed |= (store.array("model_size") != after["model_size"]).any(axis=1)
+    rows = np.flatnonzero(changed)
+    return [f"{len(rows)} images have changed since: {_some([new[row] for row in rows])}"] if len(rows) else []
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + (" ..." if len(names) > MOST_NAMED else "")

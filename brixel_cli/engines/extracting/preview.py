@@ -9,22 +9,20 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from brixel_cli.core.files import writing
+from brixel_cli.core.files import make_folder, save_picture
 from brixel_cli.core.pca import RunningPca
 from brixel_cli.data.feature_file import FeatureFile, picture_names
-from brixel_cli.drawing.feature_maps import Palette, panel
-from brixel_cli.engines.extracting.plan import ExtractPlan
+from brixel_cli.drawing.feature_maps import Palette, contact_sheet, side_by_side
+from brixel_cli.engines.extracting.plan import CONTACT_SHEET, ExtractPlan, preview_folder
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError
 
 BASIS_IMAGES = 64
 RANGE_IMAGES = 16
 SHEET_IMAGES = 48
-SHEET_PAIRS = 3
-CONTACT_SHEET = "contact_sheet.png"
 
 
-def write_previews(features: FeatureFile, plan: ExtractPlan, folder: Path, reporter: Reporter) -> list[Path]:
+def write_previews(features: FeatureFile, plan: ExtractPlan, reporter: Reporter) -> list[Path]:
     """Write a picture for each image that has features, and a contact sheet of up to 48 of them.
 
     The colours are the first three principal components over a sample of the set, so that equal colours mean equal
@@ -36,7 +34,7 @@ def write_previews(features: FeatureFile, plan: ExtractPlan, folder: Path, repor
     rows = features.rows
     if not rows:
         return []
-    palette = _palette(features)
+    folder, palette = preview_folder(plan.output), _palette(features)
     names = picture_names(features.paths)
     on_sheet = set(_spread(rows, SHEET_IMAGES))
     pairs: list[tuple[Image.Image, Image.Image]] = []
@@ -45,15 +43,13 @@ def write_previews(features: FeatureFile, plan: ExtractPlan, folder: Path, repor
             colours = palette.paint(torch.from_numpy(features[row]))
             pair = (_seen(plan, features, row), colours)
             path = folder / names[row]
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _side_by_side(*pair).save(path)
+            make_folder(path.parent)
+            save_picture(side_by_side(*pair), path)
             if row in on_sheet:
                 pairs.append(pair)
             bar.update(1)
     sheet = folder / CONTACT_SHEET
-    with writing(sheet):
-        _contact_sheet(pairs).save(sheet)
+    save_picture(contact_sheet(pairs), sheet)
     return [sheet, folder]
 
 
@@ -74,22 +70,6 @@ def _seen(plan: ExtractPlan, features: FeatureFile, row: int) -> Image.Image:
     except BrixelError:
         height, width = (int(side) for side in features.model_size[row])
         return Image.new("RGB", (width, height), "grey")
-
-
-def _side_by_side(image: Image.Image, colours: Image.Image) -> Image.Image:
-    canvas = Image.new("RGB", (2 * image.width, image.height))
-    canvas.paste(image)
-    canvas.paste(colours.resize(image.size, Image.Resampling.NEAREST), (image.width, 0))
-    return canvas
-
-
-def _contact_sheet(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
-    across = min(SHEET_PAIRS, len(pairs))
-    blank = Image.new("RGB", (1, 1), "white")
-    tiles = [tile for pair in pairs for tile in pair]
-    tiles += [blank] * (-len(tiles) % (2 * across))
-    rows = [tiles[at : at + 2 * across] for at in range(0, len(tiles), 2 * across)]
-    return panel(["image", "features"] * across, rows)
 
 
 def _spread(rows: list[int], most: int) -> list[int]:

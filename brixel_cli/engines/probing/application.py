@@ -36,6 +36,7 @@ from brixel_cli.drawing.predictions import (
 from brixel_cli.engines.extracting.plan import model_of
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec
 from brixel_cli.engines.probing.evaluation import finish
+from brixel_cli.engines.probing.results import FileDescription, HeadDescription, as_dict
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.engines.streams import num_workers, read_ahead
@@ -90,13 +91,13 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
         BrixelError: something the user can mend: no head, no images, other weights than those it was trained on.
     """
     runtime = Runtime(options.device, options.precision)
-    head, said = load_head(options.head)
+    head, said = _load_head(options.head)
     extract, size = _extract_options(options, said)
-    spec = dataclasses.replace(model_of(extract, reporter), factor=_described(said)["factor"])
-    output = options.output or default_output(options.inputs, f"_{said['recipe']['task']}")
+    spec = dataclasses.replace(model_of(extract, reporter), factor=_model_of(said)["factor"])
+    output = options.output or default_output(options.inputs, f"_{said.recipe.task}")
     inputs = find_inputs(options.inputs, every=1, without=[output])
-    model = FeatureExtractor(spec, runtime, reporter, size_option="--size")
-    _check_weights(options.head, _described(said), spec, model)
+    model = FeatureExtractor(spec, runtime, reporter)
+    _check_weights(options.head, _model_of(said), spec, model)
     _begin(output, options, said)
     head.to(runtime.device)
     names = picture_names([item.name for item in inputs.items])
@@ -119,7 +120,7 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
         raise BrixelError(
             f"None of the {len(inputs.items)} images found can be used.{listed}\nName others with --input."
         )
-    what = f"{said['recipe']['task']} by {said['label']}, trained on {said['recipe']['name']}"
+    what = f"{said.recipe.task} by {said.label}, trained on {said.recipe.name}"
     notes = [f"{quantity}: {UNITS[quantity]}." for quantity in head.spec.quantities]
     folders = [output / folder for quantity in head.spec.quantities for folder in (quantity, f"{quantity}_preview")]
     return Applied(
@@ -127,11 +128,19 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     )
 
 
-def _extract_options(options: ApplyOptions, said: dict[str, Any]) -> tuple[ExtractOptions, Side]:
+def _load_head(path: Path) -> tuple[Head, HeadDescription]:
+    head, said = load_head(path)
+    try:
+        return head, HeadDescription.from_dict(said)
+    except ValueError as error:
+        raise WeightsError(f"{path}: its description cannot be read: {error}. Train the head again.") from error
+
+
+def _extract_options(options: ApplyOptions, said: HeadDescription) -> tuple[ExtractOptions, Side]:
     """How the model of the head's source is loaded, and the student's input."""
-    source, size = dict(said["source"]), said["size"]
-    if source["kind"] == "file":
-        inner = source["description"]
+    source, size = as_dict(said.source), said.size
+    if isinstance(said.source, FileDescription):
+        inner = said.source.description
         if "backbone" not in inner or inner.get("pca") or inner.get("dtype") == "int8":
             raise BrixelError(
                 f"{options.head} was trained on the features of {source['path']}, which brixel cannot compute for "
@@ -150,11 +159,9 @@ def _extract_options(options: ApplyOptions, said: dict[str, Any]) -> tuple[Extra
     return made, size
 
 
-def _described(said: dict[str, Any]) -> dict[str, Any]:
+def _model_of(said: HeadDescription) -> dict[str, Any]:
     """What is said of the model: by the head, or by the feature file that it was trained on."""
-    source: dict[str, Any] = said["source"]
-    described: dict[str, Any] = source["description"] if source["kind"] == "file" else source
-    return described
+    return said.source.description if isinstance(said.source, FileDescription) else as_dict(said.source)
 
 
 def _check_weights(path: Path, said: dict[str, Any], spec: ModelSpec, model: FeatureExtractor) -> None:
@@ -175,14 +182,14 @@ def _check_weights(path: Path, said: dict[str, Any], spec: ModelSpec, model: Fea
             )
 
 
-def _begin(output: Path, options: ApplyOptions, said: dict[str, Any]) -> None:
+def _begin(output: Path, options: ApplyOptions, said: HeadDescription) -> None:
     """Make the folder and say what is in it; predictions of another head are not mixed with."""
     description = {
         "head": str(options.head.absolute()),
         "head_sha256": file_sha256(options.head),
-        "classes": _classes(said),
-        **{key: said[key] for key in ("label", "protocol", "size", "seed", "source", "versions")},
-        "recipe": said["recipe"]["name"],
+        "classes": said.recipe.data.labels.classes if said.recipe.data.labels else [],
+        **{key: as_dict(said)[key] for key in ("label", "protocol", "size", "seed", "source", "versions")},
+        "recipe": said.recipe.name,
     }
     path = output / DESCRIPTION
     if path.exists() and description["head_sha256"] not in path.read_text(encoding="utf-8") and not options.overwrite:
@@ -196,20 +203,15 @@ def _begin(output: Path, options: ApplyOptions, said: dict[str, Any]) -> None:
     write_text(path, to_json(description, indent=1) + "\n")
 
 
-def _classes(said: dict[str, Any]) -> list[str]:
-    labels = said["recipe"]["data"]["labels"]
-    return list(labels["classes"]) if labels else []
-
-
 def _loaded(
-    inputs: Inputs, said: dict[str, Any], size: Side, spec: ModelSpec, runtime: Runtime
+    inputs: Inputs, said: HeadDescription, size: Side, spec: ModelSpec, runtime: Runtime
 ) -> Iterator[tuple[int, _Loaded | str]]:
     """Each image with its views, or the reason why there is none; read ahead of whoever takes them."""
-    kind: FieldKind = said["evaluate"]["kind"]
-    kind = kind if kind in ("stretch", "slide") else "whole"
+    crops = said.evaluate
+    kind: FieldKind = crops.kind if crops.kind in ("stretch", "slide") else "whole"
     fitting = Fitting(size if isinstance(size, int) else min(size), "short", spec.patch_size)
     side = size if isinstance(size, int) else (size[0], size[1])
-    least, most = said["evaluate"].get("scale", (1.0, 1.0)) if said["source"]["kind"] != "file" else (1.0, 1.0)
+    scale = (1.0, 1.0) if isinstance(said.source, FileDescription) else crops.scale
 
     def load(number: int) -> _Loaded | str:
         item: Item = inputs.items[number]
@@ -221,9 +223,7 @@ def _loaded(
         except BrixelError as error:
             return reason_of(error, item.path).removesuffix("; --fit centre takes it")  # here nothing does
         shape = image.height, image.width
-        fields = plan_fields(
-            kind, [shape], side, spec.patch_size, stride=said["evaluate"]["stride"], scale=(least, most)
-        )
+        fields = plan_fields(kind, [shape], side, spec.patch_size, stride=crops.stride, scale=scale)
         return _Loaded(image, fields, [np.asarray(cut_image(image, field, spec.enlarge)) for field in fields])
 
     workers = 1 if inputs.videos else num_workers()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.heads import QUANTITIES
-from brixel_cli.data.feature_file import Grid, encode
+from brixel_cli.data.feature_file import Grid, MapWriter, encode
 from brixel_cli.data.fields_of_view import FieldOfView, cut_image, cut_map, cut_target
 from brixel_cli.data.images import load_image
 from brixel_cli.data.labelled import LabelledSet, Sample
@@ -51,14 +51,12 @@ class StoredMaps:
         self.store = Store(split.maps.path)
         self.grids = [grid for grid in split.layout.grids if grid is not None]
         self.channels = split.layout.channels
-        self._places = split.layout.grid_rows
-        self._mixed = len(split.layout.rows_of_grid) > 1
+        self._layout = split.layout
 
     def read(self, positions: Sequence[int]) -> Tensor:
         """Maps (B, D, h, w), float32, of fields whose grids are equal."""
-        grid = self.grids[positions[0]]
-        name = f"features/{grid[0]}x{grid[1]}" if self._mixed else "features"
-        return torch.from_numpy(self.store.read(name, [int(self._places[at]) for at in positions])).float()
+        places = [self._layout.dataset("features", at) for at in positions]
+        return torch.from_numpy(self.store.read(places[0][0], [place for _, place in places])).float()
 
 
 class FileMaps:
@@ -229,14 +227,9 @@ def _image_loader(labelled: LabelledSet, fields: Sequence[FieldOfView], enlarge:
 
 def _write(split: SplitPlan, store: Store, chunk: Sequence[int], maps: Array) -> None:
     assert split.layout is not None
-    places = split.layout.grid_rows
-    mixed = len(split.layout.rows_of_grid) > 1
+    writer = MapWriter(store, split.layout)
     for position, map_ in zip(chunk, maps, strict=True):
-        grid = split.layout.grids[position]
-        assert grid is not None
-        name = f"features/{grid[0]}x{grid[1]}" if mixed else "features"
-        store.put(name, int(places[position]), map_)
-        store.mark(position, DONE)
+        writer.write(position, {"features": map_})
 
 
 def _opened(part: StoredPart) -> Store:

@@ -15,13 +15,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from brixel_cli.config.files import difference_lines, differences
 from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import csv_text, to_json
+from brixel_cli.engines.probing.results import ProbeResults, Run, Settings, SourceDescription, as_dict
 from brixel_cli.errors import BrixelError, UsageError
 
-FORMAT = "brixel-probe-1"
+PLACES = ("checkpoint", "backbone_weights", "path", "description.backbone_weights")
+"""Of a source, where its files are: another place makes no other source."""
 
 
 class ProbeFolder:
@@ -46,7 +48,7 @@ class ProbeFolder:
         """The metrics of each image, of a source and seed."""
         return self.path / "images" / f"{file_name(label)}_seed{seed}.csv"
 
-    def begin(self, settings: Mapping[str, Any], sources: Mapping[str, Any], overwrite: bool) -> list[dict[str, Any]]:
+    def begin(self, settings: Settings, sources: Mapping[str, SourceDescription], overwrite: bool) -> list[Run]:
         """Make the folder, or continue what is there.
 
         Args:
@@ -63,13 +65,13 @@ class ProbeFolder:
         """
         if overwrite:
             self._clear()
-        earlier = self.read() if self.results.exists() else {}
-        if earlier:
-            changed = _changes(earlier["settings"], json.loads(to_json(settings)))
+        earlier = self.read() if self.results.exists() else None
+        if earlier is not None:
+            changed = difference_lines(differences(as_dict(earlier.settings), as_dict(settings)))
             for label, source in sources.items():
-                if label in earlier["sources"]:
-                    now = json.loads(to_json(source))
-                    changed += [f"{label}: {line}" for line in _changes(earlier["sources"][label], now)]
+                if label in earlier.sources:
+                    found = differences(as_dict(earlier.sources[label]), as_dict(source), PLACES)
+                    changed += [f"{label}: {line}" for line in difference_lines(found)]
             if changed:
                 raise UsageError(
                     f"{self.path} holds a probe that was begun with something else:\n  " + "\n  ".join(changed) + "\n"
@@ -82,29 +84,31 @@ class ProbeFolder:
             raise BrixelError(
                 f"The folder {self.path} cannot be made: {error.strerror}. Choose another one."
             ) from error
-        runs: list[dict[str, Any]] = earlier.get("runs", [])
-        return [run for run in runs if self.head(run["source"], run["seed"]).is_file()]
+        runs = earlier.runs if earlier is not None else []
+        return [run for run in runs if self.head(run.source, run.seed).is_file()]
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> ProbeResults:
         """The results as written.
 
         Raises:
             BrixelError: they cannot be read, or are of another format.
         """
         try:
-            results: dict[str, Any] = json.loads(self.results.read_text(encoding="utf-8"))
-            if results["format"] != FORMAT:
-                raise ValueError(f"its format is {results['format']}, not {FORMAT}")
-        except (OSError, ValueError, KeyError) as error:
+            return ProbeResults.from_json(self.results.read_bytes())
+        except (OSError, ValueError) as error:
             raise BrixelError(f"{self.results} cannot be read: {error}. Give --overwrite to begin anew.") from error
-        return results
 
-    def write(self, results: Mapping[str, Any]) -> None:
+    def write(self, results: ProbeResults) -> None:
         """Write results.json and results.csv."""
-        write_text(self.results, to_json({"format": FORMAT, **results}, indent=1) + "\n")
-        runs: Sequence[Mapping[str, Any]] = results["runs"]
-        names = list(dict.fromkeys(name for run in runs for name, value in run["figures"].items() if _is_number(value)))
-        rows = [[run["source"], run["seed"], *(run["figures"].get(name) for name in names)] for run in runs]
+        write_text(self.results, results.to_json())
+        numbers = [
+            {name: value for name, value in run.figures.items() if not isinstance(value, list)} for run in results.runs
+        ]
+        names = list(dict.fromkeys(name for figures in numbers for name in figures))
+        rows = [
+            [run.source, run.seed, *(figures.get(name) for name in names)]
+            for run, figures in zip(results.runs, numbers, strict=True)
+        ]
         write_text(self.table, csv_text(["source", "seed", *names], rows))
 
     def write_run(self, label: str, seed: int, curve: Sequence[Mapping[str, float]], names: Sequence[str],
@@ -143,26 +147,3 @@ class ProbeFolder:
 def file_name(label: str) -> str:
     """A source's label as part of a file name."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", label)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) or value is None
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs; where the same weights lie does not matter."""
-    lines = []
-    for key in {**old, **new}:
-        if key in ("checkpoint", "backbone_weights", "path"):
-            continue
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            lines += _changes(before, now, f"{prefix}{key}.")
-        elif before != now:
-            lines.append(f"{prefix}{key}: then {_short(before)}, now {_short(now)}")
-    return lines
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,32 +10,43 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.heads import HeadSpec, save_head
-from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
 from brixel_cli.data.labelled import LabelledSet
 from brixel_cli.engines.probing.evaluation import evaluate_head
 from brixel_cli.engines.probing.features import Maps, Targets, open_maps, prepare
 from brixel_cli.engines.probing.folder import ProbeFolder
-from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan, make_plan
+from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan, SplitPlan, make_plan
 from brixel_cli.engines.probing.report import write_curves, write_pictures
-from brixel_cli.engines.probing.sources import ModelSource, kind_of, resolve_sources
+from brixel_cli.engines.probing.results import (
+    CropsUsed,
+    FileDescription,
+    HeadDescription,
+    ModelDescription,
+    ProbeResults,
+    Run,
+    Settings,
+    SourceDescription,
+    SplitUsed,
+    Versions,
+    gaps_of,
+    summarise,
+)
+from brixel_cli.engines.probing.sources import ModelSource, resolve_sources
 from brixel_cli.engines.probing.training import train_head
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, library_versions
 from brixel_cli.errors import UsageError
-
-LIBRARIES = ("torchmetrics", "numpy", "h5py")
 
 
 @dataclass(frozen=True)
 class Probed:
     """How a probe ended: what results.json holds, and the files that were written."""
 
-    results: dict[str, Any]
+    results: ProbeResults
     files: list[Path]
 
 
@@ -62,9 +72,9 @@ def probe(options: ProbeOptions, reporter: Reporter) -> Probed:
     folder = ProbeFolder(options.output)
     settings, described = _settings(plan, runtime), {item.source.label: _describe(item) for item in plan.sources}
     runs = folder.begin(settings, described, options.overwrite)
-    done = {(run["source"], run["seed"]) for run in runs}
+    done = {(run.source, run.seed) for run in runs}
     if folder.results.exists():
-        described = folder.read()["sources"] | described
+        described = folder.read().sources | described
     missing = [(item, seed) for item in plan.sources for seed in range(options.seeds)
                if (item.source.label, seed) not in done]  # fmt: skip
     if missing:
@@ -76,7 +86,7 @@ def probe(options: ProbeOptions, reporter: Reporter) -> Probed:
                 runs.append(run)
                 folder.write(_results(options, settings, described, runs))
     order = {label: place for place, label in enumerate(described)}
-    runs.sort(key=lambda run: (order[run["source"]], run["seed"]))
+    runs.sort(key=lambda run: (order[run.source], run.seed))
     results = _results(options, settings, described, runs)
     folder.write(results)
     return Probed(results, _files(folder, plan, results, bool(missing), runtime))
@@ -92,7 +102,7 @@ def _plan(options: ProbeOptions, runtime: Runtime, reporter: Reporter) -> ProbeP
 
 def _run_source(
     plan: ProbePlan, item: SourcePlan, seeds: Sequence[int], folder: ProbeFolder, runtime: Runtime, reporter: Reporter
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Run]:
     """Train and evaluate the missing seeds of a source; yields a row of the results for each."""
     options, protocol, label = plan.options, plan.options.protocol, item.source.label
     maps = {"train": open_maps(item, item.train), "evaluate": open_maps(item, item.evaluate)}
@@ -110,16 +120,16 @@ def _run_source(
             )
         folder.write_run(label, seed, trained.curve, item.evaluate.labelled.names, evaluated.images)
         save_head(folder.head(label, seed), trained.head, _head_description(plan, item, seed))
-        yield {
-            "source": label,
-            "seed": seed,
-            "figures": evaluated.figures,
-            "final_loss": trained.curve[-1]["loss"],
-            "train_seconds": round(trained.seconds, 3),
-            "evaluate_seconds": round(time.perf_counter() - began, 3),
-            "steps_per_second": round(trained.steps_per_second, 2),
-            "versions": _versions(),  # a probe can be continued with others
-        }
+        yield Run(
+            source=label,
+            seed=seed,
+            figures=evaluated.figures,
+            final_loss=trained.curve[-1]["loss"],
+            train_seconds=round(trained.seconds, 3),
+            evaluate_seconds=round(time.perf_counter() - began, 3),
+            steps_per_second=round(trained.steps_per_second, 2),
+            versions=_versions(),
+        )
 
 
 def head_spec(options: ProbeOptions, maps: Maps) -> HeadSpec:
@@ -137,132 +147,81 @@ def head_spec(options: ProbeOptions, maps: Maps) -> HeadSpec:
     )
 
 
-def _settings(plan: ProbePlan, runtime: Runtime) -> dict[str, Any]:
+def _settings(plan: ProbePlan, runtime: Runtime) -> Settings:
     """All that every figure depends on."""
-    options, train, evaluate = plan.options, plan.sources[0].train.labelled, plan.sources[0].evaluate.labelled
+    options = plan.options
     labels = options.recipe.data.labels
-    return {
-        "recipe": options.recipe.name,
-        "task": options.recipe.task,
-        "protocol": options.protocol_name,
-        "protocol_settings": options.protocol.model_dump(),
-        "size": options.size,
-        "data": {
-            "train": {"split": options.recipe.data.train.model_dump(), "images": len(train),
-                      "sha256": train.fingerprint()},
-            "evaluate": {"split": options.recipe.data.evaluate.model_dump(), "images": len(evaluate),
-                         "sha256": evaluate.fingerprint()},
+    splits: dict[Split, SplitPlan] = {"train": plan.sources[0].train, "evaluate": plan.sources[0].evaluate}
+    return Settings(
+        recipe=options.recipe.name,
+        task=options.recipe.task,
+        protocol=options.protocol_name,
+        protocol_settings=options.protocol,
+        size=options.size,
+        data={
+            name: SplitUsed(getattr(options.recipe.data, name), len(split.labelled), split.labelled.fingerprint())
+            for name, split in splits.items()
         },
-        "classes": labels.classes if labels and options.recipe.task == "segmentation" else None,
-        "precision": runtime.precision,
-        "device": runtime.device.type,
-    }  # fmt: skip
+        classes=labels.classes if labels and options.recipe.task == "segmentation" else None,
+        precision=runtime.precision,
+        device=runtime.device.type,
+    )
 
 
-def _describe(item: SourcePlan) -> dict[str, Any]:
-    described = {"kind": kind_of(item.source), **item.source.identity()}
-    if isinstance(item.source, ModelSource):
-        enlarge, source = item.source.enlarge, item.source
-        inputs = Counter(f"{f.size[0] * enlarge}x{f.size[1] * enlarge}" for f in item.evaluate.fields)
-        grids = Counter("x".join(map(str, source.grid(field.size))) for field in item.evaluate.fields)
-        described |= {"input": dict(inputs), "grid": dict(grids)}
-    else:
-        grids = Counter("x".join(map(str, grid)) for grid in open_maps(item, item.evaluate).grids)
-        described |= {"input": None, "grid": dict(grids)}
-    return described
+def _describe(item: SourcePlan) -> SourceDescription:
+    source, fields = item.source, item.evaluate.fields
+    if isinstance(source, ModelSource):
+        inputs = Counter(f"{f.size[0] * source.enlarge}x{f.size[1] * source.enlarge}" for f in fields)
+        grids = Counter("x".join(map(str, source.grid(field.size))) for field in fields)
+        return ModelDescription(kind=source.kind, input=dict(inputs), grid=dict(grids), **source.identity())
+    grids = Counter("x".join(map(str, grid)) for grid in open_maps(item, item.evaluate).grids)
+    return FileDescription(kind="file", grid=dict(grids), **source.identity())
 
 
 def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str, Any]:
-    options = plan.options
+    options, crops = plan.options, plan.options.protocol.evaluate
+    assert crops.kind != "random"  # the protocol has refused it
+    return HeadDescription(
+        recipe=options.recipe,
+        protocol=options.protocol_name,
+        evaluate=CropsUsed(crops.kind, options.protocol.stride(options.size), (crops.scale[0], crops.scale[1])),
+        size=options.size,
+        seed=seed,
+        label=item.source.label,
+        source=_describe(item),
+        versions=_versions(),
+    ).to_dict()
+
+
+def _versions() -> Versions:
     return {
-        "recipe": options.recipe.model_dump(),
-        "protocol": options.protocol_name,
-        "evaluate": {"kind": options.protocol.evaluate.kind, "stride": options.protocol.stride(options.size),
-                     "scale": options.protocol.evaluate.scale},
-        "size": options.size,
-        "seed": seed,
-        "label": item.source.label,
-        "source": _describe(item),
-        "versions": _versions(),
-    }  # fmt: skip
-
-
-def _versions() -> dict[str, Any]:
-    return library_versions() | {name: version(name) for name in LIBRARIES} | {"threads": torch.get_num_threads()}
+        **library_versions(),
+        **{name: version(name) for name in ("torchmetrics", "numpy", "h5py")},
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _results(
-    options: ProbeOptions, settings: dict[str, Any], described: dict[str, Any], runs: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    summary = summarise(described, runs)
-    return {
-        "settings": settings,
-        "recipe": options.recipe.model_dump(),
-        "sources": described,
-        "seeds": sorted({run["seed"] for run in runs}),
-        "versions": _versions(),
-        "summary": summary,
-        "share_of_gap_closed": shares_of_gap(described, summary),
-        "runs": list(runs),
-    }
+    options: ProbeOptions, settings: Settings, sources: dict[str, SourceDescription], runs: Sequence[Run]
+) -> ProbeResults:
+    summary = summarise(list(sources), runs)
+    return ProbeResults(
+        settings=settings,
+        recipe=options.recipe,
+        sources=sources,
+        seeds=sorted({run.seed for run in runs}),
+        versions=_versions(),
+        summary=summary,
+        recovered_gap=gaps_of(sources, summary),
+        runs=list(runs),
+    )
 
 
-def summarise(sources: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """For each source: mean and standard deviation over its seeds, of every figure; of lists, class by class."""
-    summary: dict[str, Any] = {}
-    for label in sources:
-        figures = [run["figures"] for run in runs if run["source"] == label]
-        if not figures:
-            continue
-        means: dict[str, Any] = {}
-        spreads: dict[str, float] = {}
-        for name, value in figures[0].items():
-            values = [some[name] for some in figures]
-            if isinstance(value, list):
-                means[name] = [_nanmean(column) for column in zip(*values, strict=True)]
-            else:
-                means[name], spreads[name] = mean_and_spread([math.nan if v is None else v for v in values])
-        summary[label] = {"seeds": len(figures), "mean": means, "spread": spreads}
-    return summary
-
-
-def shares_of_gap(sources: dict[str, Any], summary: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """(source - plain) / (teacher - plain) of the means, for every source besides those two; empty without them.
-
-    1 is the teacher, 0 the plain backbone; nan where the teacher is no better than that: there is no gap to close.
-    """
-    by_kind = {sources[label]["kind"]: means["mean"] for label, means in summary.items()}
-    if not {"backbone", "teacher"} <= set(by_kind):
-        return {}
-    plain, teacher = by_kind["backbone"], by_kind["teacher"]
-    return {
-        label: {
-            name: _share(name, plain[name], value, teacher[name])
-            for name, value in entry["mean"].items()
-            if not isinstance(value, list) and name in plain and name in teacher
-        }
-        for label, entry in summary.items()
-        if sources[label]["kind"] in ("student", "file")
-    }
-
-
-def _share(name: str, plain: float, value: float, teacher: float) -> float:
-    sign = 1 if name.removesuffix("_image_mean") in HIGHER_IS_BETTER else -1
-    return (value - plain) / (teacher - plain) if sign * (teacher - plain) > 0 else math.nan
-
-
-def _nanmean(values: Sequence[float | None]) -> float:
-    there = [value for value in values if value is not None and not math.isnan(value)]
-    return float(np.mean(there)) if there else math.nan
-
-
-def _files(
-    folder: ProbeFolder, plan: ProbePlan, results: dict[str, Any], changed: bool, runtime: Runtime
-) -> list[Path]:
+def _files(folder: ProbeFolder, plan: ProbePlan, results: ProbeResults, changed: bool, runtime: Runtime) -> list[Path]:
     """Draw what is for the eye, where the figures have changed; all files that there are."""
     if changed:
-        write_curves(folder, list(results["summary"]), results["seeds"])
+        write_curves(folder, list(results.summary), results.seeds)
         write_pictures(folder, plan, runtime)
     pictures = sorted(folder.pictures.glob("*.png"))
-    heads = [folder.head(run["source"], run["seed"]) for run in results["runs"]]
+    heads = [folder.head(run.source, run.seed) for run in results.runs]
     return [folder.results, folder.table, folder.curves, *pictures, *heads]

@@ -71,7 +71,7 @@ class ModelSource:
 
     def load(self, runtime: Runtime, reporter: Reporter) -> FeatureExtractor:
         """The model itself; errors as `FeatureExtractor`."""
-        return FeatureExtractor(self.spec, runtime, reporter, size_option="--size")
+        return FeatureExtractor(self.spec, runtime, reporter)
 
 
 @dataclass(frozen=True)

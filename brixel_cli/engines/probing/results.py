@@ -1,0 +1,307 @@
+"""What a probe found out, and its form on disk: results.json, and the description inside each saved head."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import AliasChoices, BeforeValidator, Field, TypeAdapter, ValidationError
+
+from brixel_cli.config.base import Side
+from brixel_cli.config.labelled import ProbeRecipe, Split, SplitConfig, Task
+from brixel_cli.config.protocols import Protocol
+from brixel_cli.core.formatting import to_json
+from brixel_cli.core.metrics import recovered_gap
+from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
+
+FORMAT = "brixel-probe-1"
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""JSON has no nan: there it is null."""
+Value = Number | list[Number]
+"""A metric of a whole set, or of each class."""
+Versions = dict[str, str | int]
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A source that computed its features here.
+
+    Attributes:
+        kind, source: which model it is.
+        backbone, backbone_weights, backbone_sha256: timm name of the backbone, and its weights.
+        checkpoint, student_sha256, student_step: of the student; None for the other sources.
+        factor: output grid over token grid of the student; the teacher's input over the student's.
+        patch_size: in pixels.
+        channels: of the feature maps.
+        input: number of evaluation crops of each input size, as `HEIGHTxWIDTH`.
+        grid: the same by the size of the feature map.
+    """
+
+    kind: Literal["backbone", "student", "teacher"]
+    source: Literal["backbone", "student", "teacher"]
+    backbone: str
+    backbone_weights: str
+    backbone_sha256: str
+    checkpoint: str | None
+    student_sha256: str | None
+    student_step: int | None
+    factor: int
+    patch_size: int
+    channels: int
+    input: dict[str, int]
+    grid: dict[str, int]
+
+
+@dataclass(frozen=True)
+class FileDescription:
+    """A source whose features were read from a file of `brixel extract`; `description` is what that file says."""
+
+    kind: Literal["file"]
+    source: Literal["file"]
+    path: str
+    bytes: int
+    description: dict[str, Any]
+    grid: dict[str, int]
+    input: None = None
+
+
+SourceDescription = ModelDescription | FileDescription
+
+
+@dataclass(frozen=True)
+class SplitUsed:
+    """The images of a split: how they were chosen, how many, and the SHA-256 of all their files."""
+
+    split: SplitConfig
+    images: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that every figure depends on, besides source and seed.
+
+    Attributes:
+        recipe: its name.
+        task: what is predicted.
+        protocol: its name, with everything that is not as published.
+        protocol_settings: its values.
+        size: the student's input in pixels.
+        data: both splits.
+        classes: names of the classes; None without a segmentation.
+        precision: arithmetic of the networks.
+        device: type of the device.
+    """
+
+    recipe: str
+    task: Task
+    protocol: str
+    protocol_settings: Protocol
+    size: Side
+    data: dict[Split, SplitUsed]
+    classes: list[str] | None
+    precision: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One head: the figures of a source and seed.
+
+    Attributes:
+        source: label of the source.
+        seed: of the training.
+        figures: of the whole split, by metric; nan where nothing counts.
+        final_loss: mean over the last steps.
+        train_seconds, evaluate_seconds, steps_per_second: the time it took.
+        versions: of the libraries; a probe can be continued with others.
+    """
+
+    source: str
+    seed: int
+    figures: dict[str, Value]
+    final_loss: float
+    train_seconds: float
+    evaluate_seconds: float
+    steps_per_second: float
+    versions: Versions
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of a source over its seeds: mean, and standard deviation (nan for one seed; not for class by class)."""
+
+    seeds: int
+    mean: dict[str, Value]
+    spread: dict[str, Number]
+
+    def mean_of(self, metric: str) -> float:
+        """The mean of a metric of the whole set; nan where it was not measured."""
+        value = self.mean.get(metric, math.nan)
+        return math.nan if isinstance(value, list) else value
+
+    def by_class(self, metric: str) -> list[float]:
+        """The means of a metric that is measured class by class; empty where it was not."""
+        value = self.mean.get(metric, [])
+        return value if isinstance(value, list) else []
+
+
+@dataclass(frozen=True)
+class ProbeResults:
+    """All of a probe.
+
+    Attributes:
+        settings: all that every figure depends on.
+        recipe: of the probe.
+        sources: by label.
+        seeds: that were trained.
+        versions: of the libraries at the end.
+        summary: by label.
+        recovered_gap: of the mean of each metric, by label; see `core.metrics.recovered_gap`.
+        runs: a row for each source and seed.
+        format: of the file.
+    """
+
+    settings: Settings
+    recipe: ProbeRecipe
+    sources: dict[str, SourceDescription]
+    seeds: list[int]
+    versions: Versions
+    summary: dict[str, Summary]
+    recovered_gap: Annotated[
+        dict[str, dict[str, Number]], Field(validation_alias=AliasChoices("recovered_gap", "share_of_gap_closed"))
+    ]
+    runs: list[Run]
+    format: str = FORMAT
+
+    def to_dict(self) -> dict[str, Any]:
+        """As results.json has it; nan is still a number."""
+        return as_dict(self)
+
+    def to_json(self) -> str:
+        """As results.json has it; nan becomes null."""
+        return to_json(self.to_dict(), indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str | bytes) -> ProbeResults:
+        """Read back what this or an earlier version wrote.
+
+        Raises:
+            ValueError: it holds something else.
+        """
+        content = json.loads(text)
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != FORMAT:
+            raise ValueError(f"its format is {found}, not {FORMAT}")
+        return _validated(ProbeResults, content)
+
+
+@dataclass(frozen=True)
+class CropsUsed:
+    """How a protocol looks at the images of its evaluation; see `config.protocols.FieldConfig`."""
+
+    kind: Literal["whole", "centre", "stretch", "slide"]
+    stride: int | None
+    scale: tuple[float, float] = (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class HeadDescription:
+    """What is to be known of a saved head, to use it on other images.
+
+    Attributes:
+        recipe, protocol, size, seed: of its training.
+        evaluate: how images are looked at.
+        label: of its source.
+        source: of its features.
+        versions: of the libraries.
+    """
+
+    recipe: ProbeRecipe
+    protocol: str
+    evaluate: CropsUsed
+    size: Side
+    seed: int
+    label: str
+    source: SourceDescription
+    versions: Versions
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the head's file has it."""
+        return as_dict(self)
+
+    @staticmethod
+    def from_dict(said: Mapping[str, Any]) -> HeadDescription:
+        """Read back what this or an earlier version wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        return _validated(HeadDescription, said)
+
+
+def _validated(kind: type[Part], content: object) -> Part:
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def as_dict(part: Any) -> dict[str, Any]:
+    """Any of these dataclasses as mappings and lists."""
+    plain: dict[str, Any] = TypeAdapter(type(part)).dump_python(part)
+    return plain
+
+
+def summarise(labels: Sequence[str], runs: Sequence[Run]) -> dict[str, Summary]:
+    """For each source: mean and standard deviation over its seeds, of every figure; of lists, class by class."""
+    summary: dict[str, Summary] = {}
+    for label in labels:
+        figures = [run.figures for run in runs if run.source == label]
+        if not figures:
+            continue
+        means: dict[str, Value] = {}
+        spreads: dict[str, float] = {}
+        for name in figures[0]:
+            values = [some[name] for some in figures]
+            single = [value for value in values if not isinstance(value, list)]
+            if single:
+                means[name], spreads[name] = mean_and_spread(single)
+            else:
+                classes = [value for value in values if isinstance(value, list)]
+                means[name] = [_mean_of_known(column) for column in zip(*classes, strict=True)]
+        summary[label] = Summary(len(figures), means, spreads)
+    return summary
+
+
+def gaps_of(sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary]) -> dict[str, dict[str, float]]:
+    """The recovered gap of each metric's mean, for every source besides backbone and teacher; empty without them."""
+    by_kind = {sources[label].kind: means for label, means in summary.items()}
+    if not {"backbone", "teacher"} <= set(by_kind):
+        return {}
+    backbone, teacher = by_kind["backbone"], by_kind["teacher"]
+    return {
+        label: {
+            name: recovered_gap(
+                backbone.mean_of(name),
+                value,
+                teacher.mean_of(name),
+                higher_is_better=name.removesuffix("_image_mean") in HIGHER_IS_BETTER,
+            )
+            for name, value in entry.mean.items()
+            if not isinstance(value, list) and name in backbone.mean and name in teacher.mean
+        }
+        for label, entry in summary.items()
+        if sources[label].kind in ("student", "file")
+    }
+
+
+def _mean_of_known(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
