@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from brixel_cli.engines.ablating.ablation import ablate
 from brixel_cli.engines.ablating.results import read_ablations
 from brixel_cli.engines.ablating.variants import GROUPS, find_groups
 from brixel_cli.engines.distilling.run_folder import RunFolder
+from brixel_cli.engines.distilling.training_images import TrainingImages
 from brixel_cli.errors import BrixelError, UsageError
 
 CACHED = ["cache.enabled=true", "views.kind=fixed"]
@@ -201,6 +203,25 @@ def test_other_steps_and_other_photographs_are_other_runs(run, mine: Path, tmp_p
     assert len(runs_of(tmp_path / "out")) == 2
     run("data.val_fraction=0.4", steps=1)
     assert len(runs_of(tmp_path / "out")) == 3
+
+
+def test_an_image_edited_in_place_makes_other_runs(run, mine: Path, tmp_path: Path, photographs: Path) -> None:
+    mine.write_text("base: {}\n")
+    folder = tmp_path / "images"
+    shutil.copytree(photographs, folder)
+    first = run(f"data.images={folder}", steps=1)
+    shutil.copyfile(folder / "3.png", folder / "2.png")  # of the same size
+    second = run(f"data.images={folder}", steps=1)
+    assert len(runs_of(tmp_path / "out")) == 2
+    assert first.photographs != second.photographs
+
+
+def test_a_run_named_by_names_and_sizes_as_of_old_is_found(run, mine: Path, tmp_path: Path, monkeypatch) -> None:
+    mine.write_text("base: {}\n")
+    with monkeypatch.context() as older:
+        older.setattr(TrainingImages, "sha256", lambda self, *_: self.names_and_sizes)
+        first = run(steps=1)
+    assert run(steps=1).variants[0].folder == first.variants[0].folder
 
 
 def test_groups_share_the_run_of_equal_variants(run, tmp_path: Path, mine: Path) -> None:

@@ -182,7 +182,7 @@ def test_a_dry_run_without_photographs_or_weights_still_tells_the_cost(tiny_reci
 def test_a_model_that_does_not_fit_is_counted_but_not_timed(
     tiny_recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("brixel_cli.engines.distilling.planning.free_memory", lambda device: 1000)
+    monkeypatch.setattr("brixel_cli.engines.distilling.plan.free_memory", lambda device: 1000)
     plan = json.loads(invoke("distill", "--recipe", str(tiny_recipe_file), "--dry-run", "--json")[1])
     assert plan["step_seconds"] is None
     assert plan["how_timed"].startswith("not timed: needs ")

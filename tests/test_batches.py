@@ -16,7 +16,7 @@ from brixel_cli.data.images import Photograph, scan_folder
 from brixel_cli.data.row_store import Store
 from brixel_cli.data.views import Views, reduce_view
 from brixel_cli.engines.distilling.batches import OnlineBatches, batch_keys
-from brixel_cli.engines.distilling.cache import open_cache
+from brixel_cli.engines.distilling.cache import CachedBatches, CacheFile
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
 
@@ -31,6 +31,12 @@ def backbone() -> Backbone:
 def recipe(tiny_recipe_file: Path) -> Recipe:
     changes = ["views.kind=fixed", "views.per_image=2", "cache.enabled=true", "run.precision=float32"]
     return load_recipe(str(tiny_recipe_file), changes)
+
+
+def open_cache(
+    recipe: Recipe, folder: Path, backbone: Backbone, parts: list[Views], runtime: Runtime, listener: Listener
+) -> list[CachedBatches]:
+    return CacheFile(recipe, folder, backbone, parts, runtime, listener).fill()
 
 
 def views_of(recipe: Recipe, backbone: Backbone) -> Views:
@@ -266,3 +272,25 @@ def test_a_photograph_that_has_gone_is_named(
     assert str(caught.value) == (
         f"{tmp_path}/0.png cannot be read: No such file or directory. Make it readable, or remove it."
     )
+
+
+@pytest.mark.parametrize(("value", "largest"), [(1e5, "100000"), (float("nan"), "nan")])
+def test_a_target_that_float16_cannot_hold_is_refused_and_its_image_named(
+    recipe: Recipe, backbone: Backbone, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch,
+    value: float, largest: str,
+) -> None:  # fmt: skip
+    original = Backbone.last_map
+
+    def last_map(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+        maps = original(self, images)
+        maps[-1, 0, 0, 0] = value
+        return maps
+
+    monkeypatch.setattr(Backbone, "last_map", last_map)
+    views, runtime = views_of(recipe, backbone), Runtime(recipe.run.device, recipe.run.precision)
+    with pytest.raises(BrixelError) as caught:
+        open_cache(recipe, tmp_path, backbone, [views], runtime, listener)
+    message = str(caught.value)
+    assert message.startswith("1.png: the teacher's feature map cannot be cached")
+    assert f"largest value {largest}" in message
+    assert "--set cache.enabled=false" in message

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,11 @@ from brixel_cli.config.distill import CacheConfig, OptimConfig, Recipe
 from brixel_cli.config.files import load_recipe
 from brixel_cli.core.student import load_student
 from brixel_cli.core.weights import load_tensors
+from brixel_cli.data.row_store import Store
 from brixel_cli.engines.distilling.batches import batch_keys
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
-from brixel_cli.engines.distilling.setup import make_adapter
-from brixel_cli.engines.distilling.trainer import Trainer, learning_rate, num_steps, with_noise
+from brixel_cli.engines.distilling.trainer import Trainer, learning_rate, make_adapter, num_steps, with_noise
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -65,8 +66,8 @@ def test_a_run_leaves_what_it_promises(tiny_recipe: Recipe, tmp_path: Path, list
         ("train", 1), ("train", 2), ("validation", 2), ("train", 3), ("train", 4), ("validation", 4),
     ]  # fmt: skip
     assert {"loss", "l1", "edge", "spectral", "cosine", "grad_norm", "lr", "images_per_second"} <= lines[0].keys()
-    assert done.results["best"]["num_images"] == 2
-    assert "6 training and 2 held-out photographs, 0 skipped" in listener.said[0]
+    assert done.results.best.num_images == 2
+    assert "6 training and 2 held-out images, 0 skipped" in listener.said[0]
 
 
 def test_only_the_adapter_is_stored_and_it_loads_in_one_line(
@@ -83,10 +84,10 @@ def test_only_the_adapter_is_stored_and_it_loads_in_one_line(
 def test_training_improves_on_the_bilinear_backbone(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
     recipe = with_changes(tiny_recipe_file, "optim.steps=60", "optim.lr=5e-3", "run.validate_every=60",
                           "run.checkpoint_every=60", "loss.spectral.weight=0.0")  # fmt: skip
-    best = distill(recipe, RunFolder(tmp_path / "run"), listener).results["best"]
-    assert best["student"]["l1"] < best["backbone"]["l1"]
-    assert best["student"]["cosine"] > best["backbone"]["cosine"]
-    assert best["gap_closed"]["cosine"] > 0.05
+    best = distill(recipe, RunFolder(tmp_path / "run"), listener).results.best
+    assert best.student["l1"] < best.backbone["l1"]
+    assert best.student["cosine"] > best.backbone["cosine"]
+    assert best.gap_closed["cosine"] > 0.05
 
 
 def test_the_same_recipe_gives_the_same_bits(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:
@@ -125,7 +126,7 @@ def test_training_with_noise_repeats_and_is_another_training(
 def test_gradients_reach_only_the_adapter(tiny_recipe_file: Path, kind: str, listener: Listener) -> None:
     from brixel_cli.core.backbone import load_backbone
     from brixel_cli.engines.distilling.batches import OnlineBatches
-    from brixel_cli.engines.distilling.setup import find_photographs, make_views
+    from brixel_cli.engines.distilling.training_images import find_images, make_views
 
     recipe = with_changes(tiny_recipe_file, f"adapter.kind={kind}", "adapter.deformable.drop_path=0.0")
     backbone = load_backbone("test_vit", "random")
@@ -133,7 +134,7 @@ def test_gradients_reach_only_the_adapter(tiny_recipe_file: Path, kind: str, lis
     trainer = Trainer(
         recipe, make_adapter(recipe, backbone, listener), Runtime(recipe.run.device, recipe.run.precision)
     )
-    views, _ = make_views(recipe, find_photographs(recipe), backbone)
+    views, _ = make_views(recipe, find_images(recipe), backbone)
     batches = OnlineBatches(views, backbone, trainer.runtime, workers=0)
     for _ in range(4):  # the first updates wake layers that start at zero, from the last one backwards
         trainer.update(batches.iterate(batch_keys(views, range(1), 4)), lr=1e-3)
@@ -150,10 +151,10 @@ def test_a_run_over_several_sizes(tiny_recipe_file: Path, tmp_path: Path, listen
         tiny_recipe_file, "views.kind=fixed", "views.per_image=2", "views.other_sizes=[[64, 128]]", "cache.enabled=true"
     )
     whole = distill(recipe, RunFolder(tmp_path / "whole"), listener)
-    assert whole.results["steps"] == 4
+    assert whole.results.steps == 4
     online = recipe.model_copy(update={"cache": CacheConfig()})
     computed = distill(online, RunFolder(tmp_path / "online"), listener)
-    assert computed.results["best"]["student"]["l1"] == pytest.approx(whole.results["best"]["student"]["l1"], rel=1e-2)
+    assert computed.results.best.student["l1"] == pytest.approx(whole.results.best.student["l1"], rel=1e-2)
 
 
 def test_more_sizes_than_views(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
@@ -243,10 +244,71 @@ def test_a_run_is_neither_overwritten_nor_mixed_by_accident(
         UsageError, match=r"another version of brixel, which had no optim.map_noise: say in .*recipe.yaml"
     ):
         distill(tiny_recipe, folder, listener, resume=True)
-    assert distill(other, folder, listener, overwrite=True).results["steps"] == 4
+    assert distill(other, folder, listener, overwrite=True).results.steps == 4
+
+
+def test_a_run_interrupted_while_its_cache_is_filled_can_be_resumed(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("views.kind=fixed", "views.per_image=2", "cache.enabled=true")
+    recipe, folder = with_changes(tiny_recipe_file, *changes), RunFolder(tmp_path / "run")
+    written: list[int] = []
+    original = Store.write
+
+    def write(self: Store, row: int, values: object) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(row)
+        original(self, row, values)
+
+    monkeypatch.setattr(Store, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        distill(recipe, folder, listener)
+    assert listener.said[-1] == f"continue this run with: brixel distill --resume --output {tmp_path / 'run'}"
+    monkeypatch.setattr(Store, "write", original)
+    assert distill(recipe_of(tmp_path / "run"), folder, listener, resume=True).results.steps == 4
+
+
+def test_a_cache_that_does_not_fit_on_the_disk_leaves_the_run_that_was_there(
+    tiny_recipe: Recipe, tiny_recipe_file: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    before = tensors_of(tmp_path / "run", "student.safetensors")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 10))
+    cached = with_changes(tiny_recipe_file, "cache.enabled=true", "views.kind=fixed")
+    with pytest.raises(BrixelError, match="has 10 B free"):
+        distill(cached, RunFolder(tmp_path / "run"), listener, overwrite=True)
+    assert recipe_of(tmp_path / "run") == tiny_recipe
+    assert tensors_of(tmp_path / "run", "student.safetensors").keys() == before.keys()
+
+
+def test_a_run_cannot_be_made_longer_and_says_how_to_train_on(
+    tiny_recipe: Recipe, tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    longer = with_changes(tiny_recipe_file, "optim.steps=8")
+    with pytest.raises(
+        UsageError, match=r"length of the run in .*run cannot be changed \(optim.steps: 4 -> 8\).*--init .*run "
+    ):
+        distill(longer, RunFolder(tmp_path / "run"), listener, resume=True)
 
 
 # Updates that must not happen
+
+
+def test_memory_that_runs_out_is_an_error_that_names_the_options(
+    tiny_recipe: Recipe, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(self: Trainer, *_: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(
+        BrixelError, match="Out of memory with 4 images in a pass and a teacher input of 128x128"
+    ) as caught:
+        distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    for option in ("optim.accumulate", "adapter.checkpointing", "backbone.dtype", "optim.batch_size"):
+        assert option in str(caught.value)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
@@ -330,7 +392,7 @@ def test_every_knob_trains(
     tiny_recipe_file: Path, tmp_path: Path, changes: tuple[str, ...], listener: Listener
 ) -> None:
     results = distill(with_changes(tiny_recipe_file, *changes), RunFolder(tmp_path / "run"), listener).results
-    assert all(math.isfinite(value) for value in results["best"]["student"].values())
+    assert all(math.isfinite(value) for value in results.best.student.values())
     if "run.tensorboard=true" in changes:
         assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
@@ -417,9 +479,7 @@ def test_a_run_works_from_any_folder(tiny_recipe_file: Path, tmp_path: Path, lis
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_student(tmp_path / "run")(torch.randn(1, 3, 32, 32)).shape == (1, 64, 8, 8)
-    assert (
-        distill(recipe_of(tmp_path / "run"), RunFolder(tmp_path / "run"), listener, resume=True).results["steps"] == 4
-    )
+    assert distill(recipe_of(tmp_path / "run"), RunFolder(tmp_path / "run"), listener, resume=True).results.steps == 4
 
 
 def recipe_of(folder: Path) -> Recipe:

@@ -141,14 +141,14 @@ def test_the_linear_part_is_fitted_before_the_first_step(
     results = {}
     for name, views in (("fitted", 2048), ("two", 2), ("zero", 0)):
         recipe = with_changes(tiny_recipe_file, *still, f"optim.linear_views={views}")
-        results[name] = distill(recipe, RunFolder(tmp_path / name), listener).results["best"]
+        results[name] = distill(recipe, RunFolder(tmp_path / name), listener).results.best
     said = [line for line in listener.said if line.startswith("linear part fitted")]
     assert [line.split(",")[0] for line in said] == ["linear part fitted on 6 views", "linear part fitted on 2 views"]
     fitted, zero = (linear_weight(tmp_path / name) for name in ("fitted", "zero"))
     assert fitted.abs().max() > 1e-4
     assert zero.abs().max() < 1e-10
-    assert results["fitted"]["student"]["cosine"] > results["fitted"]["backbone"]["cosine"] + 0.01
-    assert results["zero"]["student"]["cosine"] == pytest.approx(results["zero"]["backbone"]["cosine"], abs=1e-4)
+    assert results["fitted"].student["cosine"] > results["fitted"].backbone["cosine"] + 0.01
+    assert results["zero"].student["cosine"] == pytest.approx(results["zero"].backbone["cosine"], abs=1e-4)
     # A student to begin with keeps its own.
     again = with_changes(tiny_recipe_file, *still, f"init={tmp_path / 'fitted'}", "seed=5", "backbone.weights=random")
     distill(again, RunFolder(tmp_path / "again"), listener)

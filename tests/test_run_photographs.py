@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import Listener, make_photograph, with_changes
 
+from brixel_cli.config.distill import Recipe
+from brixel_cli.config.files import load_recipe
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError, UsageError
@@ -29,8 +31,8 @@ def test_unusable_photographs_are_listed_with_reasons_and_skipped(
     assert 'small.png,"too small: 40x40, shorter side under 128"' in listed
     assert "text.jpg,not an image that Pillow can read" in listed
     assert "cut.png,image file is truncated" in listed
-    assert results["num_skipped"] == 3
-    assert any("damaged photographs were replaced" in message for message in listener.warned)
+    assert results.num_skipped == 3
+    assert any("damaged images were replaced" in message for message in listener.warned)
 
 
 def test_no_photographs_is_an_error(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
@@ -51,7 +53,7 @@ def test_a_held_out_folder_of_its_own(tiny_recipe_file: Path, tmp_path: Path, li
         make_photograph(folder / f"{number}.png", 100 + number)
     recipe = with_changes(tiny_recipe_file, f"data.val_images={folder}", "data.max_val_images=2")
     results = distill(recipe, RunFolder(tmp_path / "run"), listener).results
-    assert results["best"]["num_images"] == 2
+    assert results.best.num_images == 2
     assert "8 training and 2 held-out" in listener.said[0]
 
 
@@ -65,10 +67,59 @@ def test_the_photographs_of_a_resumed_run_must_be_the_same(
     recipe = with_changes(tiny_recipe_file, f"data.images={folder}")
     distill(recipe, RunFolder(tmp_path / "run"), listener)
     make_photograph(folder / "late.png", 50)
+    with pytest.raises(UsageError, match=r"The images are not those that .* was begun with: 5 training and 1 held"):
+        distill(recipe, RunFolder(tmp_path / "run"), listener, resume=True)
+
+
+def own_images(tiny_recipe_file: Path, folder: Path, *changes: str) -> Recipe:
+    """A recipe on six images of one's own."""
+    folder.mkdir()
+    for number in range(6):
+        make_photograph(folder / f"{number}.png", number)
+    return with_changes(tiny_recipe_file, f"data.images={folder}", *changes)
+
+
+def test_an_image_edited_in_place_is_noticed_when_a_run_is_resumed(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    recipe = own_images(tiny_recipe_file, tmp_path / "mine")
+    distill(recipe, RunFolder(tmp_path / "run"), listener)
+    make_photograph(tmp_path / "mine" / "2.png", 99)
     with pytest.raises(
-        UsageError, match=r"The photographs are not those that .* was begun with: 5 training and 1 held"
+        UsageError, match=r"The images are not those .*: 5 training and 1 held-out \(\w+\), the contents"
     ):
         distill(recipe, RunFolder(tmp_path / "run"), listener, resume=True)
+
+
+def test_a_run_whose_images_have_moved_goes_on_with_the_new_folder(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    first = distill(own_images(tiny_recipe_file, tmp_path / "mine"), RunFolder(tmp_path / "run"), listener)
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    stored = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
+    with pytest.raises(BrixelError, match=r"No folder of .* at .*mine. Name yours with --images DIR"):
+        distill(stored, RunFolder(tmp_path / "run"), listener, resume=True)
+    moved = load_recipe(str(tmp_path / "run" / "recipe.yaml"), [f"data.images={tmp_path / 'moved'}"])
+    assert distill(moved, RunFolder(tmp_path / "run"), listener, resume=True).results == first.results
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).data.images == str(tmp_path / "moved")
+    make_photograph(tmp_path / "moved" / "2.png", 99)
+    with pytest.raises(UsageError, match=r"The images are not those that .* was begun with"):
+        distill(moved, RunFolder(tmp_path / "run"), listener, resume=True)
+
+
+def test_a_run_of_an_older_brixel_knows_its_images_by_name_and_size(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    recipe, run = own_images(tiny_recipe_file, tmp_path / "mine"), RunFolder(tmp_path / "run")
+    first = distill(recipe, run, listener)
+    tensors, facts = run.load_state()
+    del facts["images_sha256"]
+    run.save_state(tensors, facts)
+    assert distill(recipe, run, listener, resume=True).results == first.results
+    run.save_state(tensors, facts)
+    make_photograph(tmp_path / "mine" / "2.png", 2, width=300, height=300)
+    with pytest.raises(UsageError, match="The images are not those that"):
+        distill(recipe, run, listener, resume=True)
 
 
 def test_held_out_photographs_are_never_trained_on(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
@@ -81,9 +132,9 @@ def test_held_out_photographs_are_never_trained_on(tiny_recipe_file: Path, tmp_p
         tiny_recipe_file, f"data.images={tmp_path / 'all'}", f"data.val_images={tmp_path / 'all' / 'val'}"
     )
     distill(recipe, RunFolder(tmp_path / "run"), listener)
-    assert "5 training and 2 held-out photographs" in listener.said[0]
+    assert "5 training and 2 held-out images" in listener.said[0]
     same = with_changes(tiny_recipe_file, f"data.images={tmp_path / 'all'}", f"data.val_images={tmp_path / 'all'}")
-    with pytest.raises(BrixelError, match="All photographs in data.images .* are held out by data.val_images"):
+    with pytest.raises(BrixelError, match="All images in data.images .* are held out by data.val_images"):
         distill(same, RunFolder(tmp_path / "other"), listener)
 
 
@@ -99,7 +150,7 @@ def test_damaged_photographs_are_told_again_after_resuming(
     (folder / "3.png").write_bytes(data[: len(data) // 2])
     recipe = with_changes(tiny_recipe_file, f"data.images={folder}", f"cache.enabled={cached}")
     first = distill(recipe, RunFolder(tmp_path / "run"), listener)
-    assert first.results["num_skipped"] == 1
+    assert first.results.num_skipped == 1
     listed = (tmp_path / "run" / "skipped.csv").read_text()
     assert "3.png,image file is truncated" in listed
     again = distill(recipe, RunFolder(tmp_path / "run"), Listener(), resume=True)
@@ -117,8 +168,8 @@ def test_a_damaged_held_out_photograph_does_not_count(
     data = (folder / "1.png").read_bytes()
     (folder / "1.png").write_bytes(data[: len(data) // 2])
     recipe = with_changes(tiny_recipe_file, f"data.val_images={folder}")
-    assert distill(recipe, RunFolder(tmp_path / "run"), listener).results["best"]["num_images"] == 2
+    assert distill(recipe, RunFolder(tmp_path / "run"), listener).results.best.num_images == 2
     for number in (0, 2):
         (folder / f"{number}.png").write_bytes((folder / "1.png").read_bytes())
-    with pytest.raises(BrixelError, match=r"None of the 3 .*photographs can be read"):
+    with pytest.raises(BrixelError, match=r"None of the 3 .*images can be read"):
         distill(recipe, RunFolder(tmp_path / "other"), listener)

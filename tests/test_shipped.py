@@ -23,8 +23,7 @@ from brixel_cli.core import shipped
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.shipped import DEFAULT_STUDENT, STUDENTS, shipped_student, shipped_students
 from brixel_cli.core.student import load_student, read_adapter, save_student
-from brixel_cli.engines.distilling.run_folder import default_student
-from brixel_cli.engines.distilling.setup import resolve_paths
+from brixel_cli.engines.distilling.run_folder import default_student, resolve_paths
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 

@@ -268,7 +268,7 @@ def test_a_set_of_damaged_photographs_is_an_error_that_tells_the_first_reason(da
         damage(path)
     with pytest.raises(BrixelError) as caught:
         _ = views[0, 2]
-    assert str(caught.value) == ("None of the 4 photographs can be read; the first: not an image that Pillow can read.")
+    assert str(caught.value) == ("None of the 4 images can be read; the first: not an image that Pillow can read.")
 
 
 # --- holding out ---
@@ -323,7 +323,7 @@ def test_one_photograph_cannot_be_split(count: int) -> None:
     with pytest.raises(BrixelError) as caught:
         split_photographs(listed(count), 0.5, 64)
     assert str(caught.value) == (
-        "One photograph cannot be split into training and held-out ones: add more, or give data.val_images."
+        "One image cannot be split into training and held-out ones: add more, or give data.val_images."
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from brixel_cli.cli.console import Progress, print_files, print_json, print_table, say
 from brixel_cli.config.distill import Recipe
@@ -14,7 +14,8 @@ from brixel_cli.core.formatting import human_bytes
 from brixel_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from brixel_cli.engines.distilling.planning import Plan
+    from brixel_cli.engines.distilling.distillation import Results
+    from brixel_cli.engines.distilling.plan import Plan
 
 TITLES = {"l1": "L1", "cosine": "cosine", "edge": "edge", "spectral": "spectral"}
 
@@ -37,7 +38,7 @@ def run_distill(
         raise UsageError("--resume continues a run and --overwrite begins it anew: give one of them.")
     recipe, folder = _recipe_and_folder(recipe_name, output, overrides, resume)
     if dry_run:
-        from brixel_cli.engines.distilling.planning import plan
+        from brixel_cli.engines.distilling.plan import plan
 
         _show_plan(plan(recipe, Progress()), recipe, as_json)
         return
@@ -49,7 +50,7 @@ def run_distill(
     done = distill(recipe, RunFolder(folder), Progress(), resume=resume, overwrite=overwrite)
     files = [str(path) for path in done.files]
     if as_json:
-        print_json({**done.results, "files": files})
+        print_json({**dataclasses.asdict(done.results), "files": files})
     else:
         _show_results(done.results, recipe)
         print_files(files)
@@ -70,20 +71,19 @@ def _recipe_and_folder(
     return recipe, output or Path("runs") / recipe.name
 
 
-def _show_results(results: dict[str, Any], recipe: Recipe) -> None:
-    best = results["best"]
+def _show_results(results: Results, recipe: Recipe) -> None:
+    best = results.best
     (height, width), (big_height, big_width) = recipe.student_hw, recipe.views.teacher_hw
     rows = [
-        ["backbone, bilinear", *(f"{best['backbone'][name]:.4f}" for name in TITLES)],
-        ["student", *(f"{best['student'][name]:.4f}" for name in TITLES)],
-        ["share of gap closed", *(_percent(best["gap_closed"][name]) for name in TITLES)],
+        ["backbone, bilinear", *(f"{best.backbone[name]:.4f}" for name in TITLES)],
+        ["student", *(f"{best.student[name]:.4f}" for name in TITLES)],
+        ["recovered gap", *(_percent(best.gap_closed[name]) for name in TITLES)],
     ]
     print_table(
-        f"{best['num_images']} held-out photographs, {height}x{width} px "
-        f"against the teacher at {big_height}x{big_width} px",
+        f"{best.num_images} held-out images, {height}x{width} px against the teacher at {big_height}x{big_width} px",
         ["", *TITLES.values()],
         rows,
-        [f"Best student: step {best['step']} of {results['steps']}. The teacher: L1, edge, spectral 0; cosine 1."],
+        [f"Best student: step {best.step} of {results.steps}. The teacher: L1, edge, spectral 0; cosine 1."],
     )
 
 

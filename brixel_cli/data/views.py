@@ -1,4 +1,4 @@
-"""Views: which part of which photograph the teacher sees, and how the student's view follows from it."""
+"""Views: training crops, which the teacher sees, and the student's reduced ones."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def reduce_view(teacher_views: Tensor, factor: int) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """A teacher view that was made: normalised pixels (3, H, W), the photograph's name, and files found unreadable."""
+    """A teacher view that was made: normalised pixels (3, H, W), the image's name, and files found unreadable."""
 
     pixels: Tensor
     name: str
@@ -99,9 +99,9 @@ class View:
 
 
 class Views(Dataset[View]):
-    """The teacher views of a set of photographs, indexed by (epoch, number of the view).
+    """The teacher views of a set of images, indexed by (epoch, number of the view).
 
-    A photograph that turns out to be damaged is replaced by the next one of the list, and reported in the view.
+    An image that turns out to be damaged is replaced by the next one of the list, and reported in the view.
 
     Args:
         photographs: as found by `scan_folder`.
@@ -127,11 +127,11 @@ class Views(Dataset[View]):
         return len(self.photographs) * self.config.per_image
 
     def size_number(self, epoch: int, number: int) -> int:
-        """Which of the config's sizes a view has; random views of a photograph change it from epoch to epoch."""
+        """Which of the config's sizes a view has; random views of an image change it from epoch to epoch."""
         return (number + (epoch if self.config.kind == "random" else 0)) % self.config.num_sizes
 
     def photograph(self, number: int) -> Photograph:
-        """The photograph that a view is to be cut from."""
+        """The image that a view is to be cut from."""
         return self.photographs[number // self.config.per_image]
 
     def __getitem__(self, key: tuple[int, int]) -> View:
@@ -152,25 +152,23 @@ class Views(Dataset[View]):
                 epoch_of_view = epoch if self.config.kind == "random" else 0
                 view = random_view(image, size, self.config, seed_of(self.seed, epoch_of_view, number))
             return View(normalise(view, self.mean, self.std), photograph.name, tuple(skipped))
-        raise BrixelError(
-            f"None of the {len(self.photographs)} photographs can be read; the first: {skipped[0].reason}."
-        )
+        raise BrixelError(f"None of the {len(self.photographs)} images can be read; the first: {skipped[0].reason}.")
 
 
 def split_photographs(
     photographs: Sequence[Photograph], fraction: float, most: int
 ) -> tuple[list[Photograph], list[Photograph]]:
-    """Training and held-out photographs: about `fraction` is held out, at least one.
+    """Training and held-out images: about `fraction` is held out, at least one.
 
-    The choice depends on each file's name alone, so that a growing folder keeps its held-out photographs. No more
+    The choice depends on each file's name alone, so that a growing folder keeps its held-out images. No more
     than `most` of them are returned; the others are not trained on either.
 
     Raises:
-        BrixelError: there are fewer than two photographs.
+        BrixelError: there are fewer than two images.
     """
     if len(photographs) < 2:
         raise BrixelError(
-            "One photograph cannot be split into training and held-out ones: add more, or give data.val_images."
+            "One image cannot be split into training and held-out ones: add more, or give data.val_images."
         )
 
     def place(photograph: Photograph) -> float:

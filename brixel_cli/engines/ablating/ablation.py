@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions
 from brixel_cli.config.distill import Recipe
@@ -34,9 +34,9 @@ from brixel_cli.engines.ablating.results import (
 from brixel_cli.engines.ablating.variants import Planned, Variant, find_groups
 from brixel_cli.engines.benchmarking.environment import describe_environment
 from brixel_cli.engines.distilling.distillation import distill
-from brixel_cli.engines.distilling.run_folder import RunFolder
-from brixel_cli.engines.distilling.setup import Photographs, find_photographs, resolve_paths
-from brixel_cli.engines.distilling.training_cost import count_training
+from brixel_cli.engines.distilling.plan import count_training
+from brixel_cli.engines.distilling.run_folder import RunFolder, resolve_paths
+from brixel_cli.engines.distilling.training_images import TrainingImages, find_images
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, keep_freed_memory
 from brixel_cli.errors import BrixelError, UsageError
@@ -44,6 +44,13 @@ from brixel_cli.errors import BrixelError, UsageError
 RUNS = "ablations"
 POINTS = 4
 """Validations in a run, the last at its end."""
+
+
+class _Images(NamedTuple):
+    """The images of a recipe, and the digest of their contents."""
+
+    images: TrainingImages
+    sha256: str
 
 
 def ablate(options: AblationOptions, reporter: Reporter, probe: ProbeOptions | None = None) -> Ablations:
@@ -70,11 +77,11 @@ def ablate(options: AblationOptions, reporter: Reporter, probe: ProbeOptions | N
     recipes = [item.recipe for item in planned]
     runtime = Runtime(recipes[0].run.device, recipes[0].run.precision, training=True)
     keep_freed_memory(runtime.device)  # trainings do, and images are timed alike whether one came before or not
-    photographs = _find_photographs(recipes)
+    images = _find_images(recipes)
     times = UpdateTimes(folder / RUNS / "update_seconds.json", runtime).measure(recipes, reporter)
     inference = measure_inference(recipes, runtime, reporter)
     recipes = [_with_steps(recipe, options, time.first) for recipe, time in zip(recipes, times, strict=True)]
-    runs = _run_folders(folder / RUNS, [item.variant for item in planned], recipes, photographs)
+    runs = _run_folders(folder / RUNS, [item.variant for item in planned], recipes, images)
     rows = [_row(*facts, folder) for facts in zip(planned, recipes, runs, times, inference, strict=True)]
     base = recipes[0]
     results = Ablations(
@@ -89,7 +96,7 @@ def ablate(options: AblationOptions, reporter: Reporter, probe: ProbeOptions | N
         equal=options.equal,
         budget=options.budget,
         environment=describe_environment(runtime),
-        photographs=photographs[0].fingerprint,
+        photographs=f"{images[0].images.counted} ({images[0].sha256[:12]})",
         variants=tuple(rows),
     )
     earlier = _earlier(folder)
@@ -151,14 +158,15 @@ def _recipe(options: AblationOptions, variant: Variant) -> Recipe:
     return resolve_paths(recipe)
 
 
-def _find_photographs(recipes: Sequence[Recipe]) -> list[Photographs]:
-    """The photographs of each recipe; a folder is looked through once."""
-    found: dict[str, Photographs] = {}
-    for recipe in recipes:
-        key = recipe.data.model_dump_json() + recipe.views.model_dump_json()
+def _find_images(recipes: Sequence[Recipe]) -> list[_Images]:
+    """The images of each recipe; a folder is looked through, and its files are read, once."""
+    found: dict[str, _Images] = {}
+    keys = [recipe.data.model_dump_json() + recipe.views.model_dump_json() for recipe in recipes]
+    for key, recipe in zip(keys, recipes, strict=True):
         if key not in found:
-            found[key] = find_photographs(recipe)
-    return [found[recipe.data.model_dump_json() + recipe.views.model_dump_json()] for recipe in recipes]
+            images = find_images(recipe)
+            found[key] = _Images(images, images.sha256())
+    return [found[key] for key in keys]
 
 
 def _with_steps(recipe: Recipe, options: AblationOptions, update_seconds: float) -> Recipe:
@@ -175,21 +183,25 @@ def _with_steps(recipe: Recipe, options: AblationOptions, update_seconds: float)
 
 
 def _run_folders(
-    runs: Path, variants: Sequence[Variant], recipes: Sequence[Recipe], photographs: Sequence[Photographs]
+    runs: Path, variants: Sequence[Variant], recipes: Sequence[Recipe], images: Sequence[_Images]
 ) -> list[RunFolder]:
     """For each variant the folder of the run of its digest, under whatever name that was begun, or a new one."""
     found: dict[str, RunFolder] = {}
-    digests = [_digest(*facts) for facts in zip(recipes, photographs, strict=True)]
-    for variant, digest in zip(variants, digests, strict=True):
-        present = sorted(runs.glob(f"*-{digest}"))
+    digests = []
+    for variant, recipe, its_images in zip(variants, recipes, images, strict=True):
+        digest = _digest(recipe, its_images.sha256)
+        # Older runs are named by a digest of the images' names and sizes.
+        former = _digest(recipe, its_images.images.names_and_sizes)
+        present = sorted(runs.glob(f"*-{digest}")) or sorted(runs.glob(f"*-{former}"))
         found.setdefault(digest, RunFolder(present[0] if present else runs / f"{variant.name}-{digest}"))
+        digests.append(digest)
     return [found[digest] for digest in digests]
 
 
-def _digest(recipe: Recipe, photographs: Photographs) -> str:
+def _digest(recipe: Recipe, images: str) -> str:
     """Of all that the result of a run depends on."""
     facts = recipe.model_dump(exclude={"run": True, "cache": {"directory"}})
-    return _short([facts, recipe.run.precision, recipe.run.device, photographs.fingerprint])
+    return _short([facts, recipe.run.precision, recipe.run.device, images])
 
 
 def _short(facts: Any) -> str:

@@ -21,8 +21,8 @@ from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.latency import interleaved
 from brixel_cli.engines.benchmarking.results import Latency
 from brixel_cli.engines.distilling.batches import Batch
-from brixel_cli.engines.distilling.setup import make_adapter
-from brixel_cli.engines.distilling.training_cost import random_batch, random_update
+from brixel_cli.engines.distilling.plan import random_batch, random_update
+from brixel_cli.engines.distilling.trainer import make_adapter
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, call_seconds
 

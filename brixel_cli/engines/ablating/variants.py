@@ -12,7 +12,7 @@ from typing import Any
 
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_variants
-from brixel_cli.engines.distilling.training_cost import TrainingCounts
+from brixel_cli.engines.distilling.plan import TrainingCounts
 from brixel_cli.errors import UsageError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")

@@ -18,7 +18,7 @@ from brixel_cli.data.images import Photograph, scan_folder
 from brixel_cli.data.views import Views
 from brixel_cli.engines.benchmarking.results import Model
 from brixel_cli.engines.distilling.run_folder import default_student
-from brixel_cli.engines.distilling.setup import find_photographs
+from brixel_cli.engines.distilling.training_images import find_images
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
@@ -217,7 +217,7 @@ def find_photos(candidate: Candidate, options: BenchmarkOptions, reporter: Repor
         return None
     data = candidate.recipe.data
     try:
-        held_out = find_photographs(candidate.recipe).held_out
+        held_out = find_images(candidate.recipe).held_out
     except BrixelError as error:
         reporter.warn(f"{candidate.name}: no fidelity. {str(error).splitlines()[0]}")
         return None

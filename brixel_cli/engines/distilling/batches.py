@@ -1,4 +1,4 @@
-"""Which views make a training batch, and batches computed from photographs as they are needed."""
+"""Which views make a training batch, and batches computed from images as they are needed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Batch:
         images: the student's normalised views (B, 3, H, W).
         maps: the backbone's four maps of them, each (B, D, h, w).
         targets: the teacher's maps (B, D, factor * h, factor * w), float32, or float16 from a cache.
-        names: the photographs, for messages.
+        names: the images, for messages.
         replaced: for each, whether it stands in for a damaged one.
     """
 
@@ -54,7 +54,7 @@ def batch_keys(
     """Which views each pass of each step takes: a new shuffle every epoch, a pure function of the views and the step.
 
     The global batch of a step is the same however it is divided over passes and processes. Its views are of one size;
-    of as many steps as there are sizes each takes one, in an order that changes.
+    sizes are interleaved, in an order that changes.
 
     Args:
         views: to be trained on; their seed is that of the shuffles.
@@ -107,7 +107,7 @@ def compute_maps(
 
 
 class OnlineBatches:
-    """Reads and crops photographs in worker processes; runs backbone and teacher on each batch."""
+    """Reads and crops images in worker processes; runs backbone and teacher on each batch."""
 
     def __init__(self, views: Views, backbone: Backbone, runtime: Runtime, workers: int):
         self.views, self.backbone, self.runtime, self.workers = views, backbone, runtime, workers

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -60,7 +61,7 @@ class CacheLayout:
 
     @property
     def columns(self) -> dict[str, Column]:
-        """Every dataset; `photograph` is the one that each view was really cut from."""
+        """Every dataset; `photograph` is the number of the image that each view was really cut from."""
         columns = {"photograph": Column((), "int32")}
         for (height, width), count in Counter(self.sizes).items():
             fine = self.factor * self.patch_size
@@ -99,7 +100,7 @@ class CachedBatches:
                 self.skipped.append(Skipped(wanted.name, _damage(wanted.path)))
 
     def _used(self, number: int) -> str:
-        """The photograph that a view was cut from: another than the wanted one where that was damaged."""
+        """The image that a view was cut from: another than the wanted one where that was damaged."""
         return self.views.photographs[int(self.store.read("photograph", [self.first_row + number])[0])].name
 
     def iterate(self, keys: Iterable[Sequence[Key]]) -> Iterator[Batch]:
@@ -121,67 +122,104 @@ class CachedBatches:
         return torch.from_numpy(self.store.read(self.layout.dataset(kind, rows[0]), places)).to(self.device)
 
 
-def open_cache(
-    recipe: Recipe, run_folder: Path, backbone: Backbone, parts: Sequence[Views], runtime: Runtime, reporter: Reporter
-) -> list[CachedBatches]:
-    """Fill the cache of these views, or what is missing of it, and open it; one source for each part.
+class CacheFile:
+    """The file of a run's cache, for its parts one after the other: training and held-out views.
 
     The file is named by a fingerprint of all that its numbers depend on, so that a cache is never read by mistake.
     An interrupted filling goes on where it stopped; several processes fill disjoint rows.
 
     Raises:
-        BrixelError: it does not fit on the disk, or a photograph cannot be read.
+        BrixelError: it does not fit on the disk, or an image cannot be read.
     """
-    photographs = [photograph for views in parts for photograph in views.photographs]
-    with reporter.bar("check photographs", len(photographs), unit="photograph") as bar:
-        sha256 = files_sha256([photograph.path for photograph in photographs], bar.update)
-    description = {
-        "format": CACHE_FORMAT,
-        "backbone": [backbone.name, backbone.sha256, str(backbone.dtype)],
-        "precision": runtime.precision,
-        "views": recipe.views.model_dump(),
-        "seed": recipe.seed,
-        "photographs": [photograph.name for photograph in photographs],
-        "sha256": sha256,
-        "parts": [len(views) for views in parts],
-    }
-    fingerprint = json_digest(description)
-    folder = Path(recipe.cache.directory) if recipe.cache.directory else run_folder / "cache"
-    path = folder / f"{fingerprint[:16]}.h5"
-    num_rows = sum(len(views) for views in parts)
-    layout = cache_layout(parts, backbone)
-    if runtime.is_first and not path.exists():
-        needed = human_bytes(bytes_needed(num_rows, layout.columns))
-        reporter.say(f"cache: {num_rows} views need {needed} on disk, at {path}")
-        others = [file for file in folder.glob("*.h5") if file != path] if folder.is_dir() else []
-        if others:
-            taken = human_bytes(sum(file.stat().st_size for file in others))
-            reporter.say(f"cache: {len(others)} other files in {folder} take {taken}; delete those no longer needed")
-        create_store(path, num_rows, layout.columns, description)
-    runtime.wait()
-    store = Store(path, writable=True)
-    starts = [sum(len(views) for views in parts[:number]) for number in range(len(parts))]
-    missing = {int(row) for row in store.missing}
-    runtime.wait()  # every process has read the same list before the first row is filled
-    with reporter.bar("cache", num_rows, num_rows - len(missing), "view") as bar:
-        for views, first_row in zip(parts, starts, strict=True):
-            rows = [row for row in range(first_row, first_row + len(views)) if row in missing]
-            at_once = min(CACHE_BATCH, recipe.optim.images_per_pass(runtime.world_size))
-            chunks = batches_of_one_size(
-                rows[runtime.rank :: runtime.world_size], lambda row: layout.sizes[row], at_once
-            )
-            numbers = {photograph.name: number for number, photograph in enumerate(views.photographs)}
-            online = OnlineBatches(views, backbone, runtime, recipe.run.workers)
-            batches = online.iterate([(0, row - first_row) for row in chunk] for chunk in chunks)
-            for chunk, batch in zip(chunks, batches, strict=True):
-                tensors = {"images": batch.images, "maps": torch.stack(batch.maps, dim=1), "targets": batch.targets}
-                for place, row in enumerate(chunk):
-                    for kind, tensor in tensors.items():
-                        store.put(layout.dataset(kind, row), layout.positions[row], tensor[place].half().cpu().numpy())
-                    store.write(row, {"photograph": np.array(numbers[batch.names[place]], np.int32)})
-                bar.update(len(chunk) * runtime.world_size)
-    runtime.wait()
-    return [CachedBatches(store, layout, views, row, runtime.device) for views, row in zip(parts, starts, strict=True)]
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_folder: Path,
+        backbone: Backbone,
+        parts: Sequence[Views],
+        runtime: Runtime,
+        reporter: Reporter,
+    ):
+        self.recipe, self.backbone, self.parts, self.runtime, self.reporter = recipe, backbone, parts, runtime, reporter
+        images = [image for views in parts for image in views.photographs]
+        description = {
+            "format": CACHE_FORMAT,
+            "backbone": [backbone.name, backbone.sha256, str(backbone.dtype)],
+            "precision": runtime.precision,
+            "views": recipe.views.model_dump(),
+            "seed": recipe.seed,
+            "photographs": [image.name for image in images],
+            "sha256": files_sha256([image.path for image in images]),
+            "parts": [len(views) for views in parts],
+        }
+        folder = Path(recipe.cache.directory) if recipe.cache.directory else run_folder / "cache"
+        self.path = folder / f"{json_digest(description)[:16]}.h5"
+        self.num_rows = sum(len(views) for views in parts)
+        self.layout = cache_layout(parts, backbone)
+        if runtime.is_first and not self.path.exists():
+            needed = human_bytes(bytes_needed(self.num_rows, self.layout.columns))
+            reporter.say(f"cache: {self.num_rows} views need {needed} on disk, at {self.path}")
+            others = [file for file in folder.glob("*.h5") if file != self.path] if folder.is_dir() else []
+            if others:
+                taken = human_bytes(sum(file.stat().st_size for file in others))
+                reporter.say(
+                    f"cache: {len(others)} other files in {folder} take {taken}; delete those no longer needed"
+                )
+            create_store(self.path, self.num_rows, self.layout.columns, description)
+        runtime.wait()
+
+    def fill(self) -> list[CachedBatches]:
+        """Compute the rows that are missing, and open the file: a source of batches for each part.
+
+        Raises:
+            BrixelError: an image cannot be read, or its maps are not finite.
+        """
+        runtime, store = self.runtime, Store(self.path, writable=True)
+        starts = [sum(len(views) for views in self.parts[:number]) for number in range(len(self.parts))]
+        missing = {int(row) for row in store.missing}
+        runtime.wait()  # every process has read the same list before the first row is filled
+        with self.reporter.bar("cache", self.num_rows, self.num_rows - len(missing), "view") as bar:
+            for views, first_row in zip(self.parts, starts, strict=True):
+                rows = [row for row in range(first_row, first_row + len(views)) if row in missing]
+                for count in self._fill(store, views, first_row, rows[runtime.rank :: runtime.world_size]):
+                    bar.update(count * runtime.world_size)
+        runtime.wait()
+        return [
+            CachedBatches(store, self.layout, views, row, runtime.device)
+            for views, row in zip(self.parts, starts, strict=True)
+        ]
+
+    def _fill(self, store: Store, views: Views, first_row: int, rows: list[int]) -> Iterator[int]:
+        """Compute rows of a part; yields the number of each batch."""
+        layout, runtime = self.layout, self.runtime
+        at_once = min(CACHE_BATCH, self.recipe.optim.images_per_pass(runtime.world_size))
+        chunks = batches_of_one_size(rows, lambda row: layout.sizes[row], at_once)
+        numbers = {image.name: number for number, image in enumerate(views.photographs)}
+        online = OnlineBatches(views, self.backbone, runtime, self.recipe.run.workers)
+        batches = online.iterate([(0, row - first_row) for row in chunk] for chunk in chunks)
+        for chunk, batch in zip(chunks, batches, strict=True):
+            tensors = {"images": batch.images, "maps": torch.stack(batch.maps, dim=1), "targets": batch.targets}
+            for place, row in enumerate(chunk):
+                for kind, tensor in tensors.items():
+                    values = _as_float16(tensor[place], kind, batch.names[place])
+                    store.put(layout.dataset(kind, row), layout.positions[row], values)
+                store.write(row, {"photograph": np.array(numbers[batch.names[place]], np.int32)})
+            yield len(chunk)
+
+
+def _as_float16(tensor: Tensor, kind: str, name: str) -> npt.NDArray[np.float16]:
+    """One image's values as they are stored; raises a BrixelError that names the image where they are not finite."""
+    values: npt.NDArray[np.float16] = tensor.half().cpu().numpy()
+    if not np.isfinite(values).all():
+        what = {"images": "view", "maps": "backbone's feature maps", "targets": "teacher's feature map"}[kind]
+        largest = float(tensor.float().abs().max())
+        raise BrixelError(
+            f"{name}: the {what} cannot be cached: not finite, or beyond float16's 65504 (largest value {largest:g}). "
+            "Compute in float32 (--set run.precision=float32), remove the image, or train without a cache "
+            "(--set cache.enabled=false)."
+        )
+    return values
 
 
 def _damage(path: Path) -> str:

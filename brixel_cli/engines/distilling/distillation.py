@@ -1,14 +1,15 @@
-"""Distillation: the training loop, from a recipe and a folder of photographs to a student on disk."""
+"""Distillation: the training loop, from a recipe and a folder of images to a student on disk."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import dump_recipe
@@ -17,31 +18,45 @@ from brixel_cli.core.files import save_picture, write_text
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.student import StudentCard, save_student
 from brixel_cli.data.images import Skipped, describe_skipped
+from brixel_cli.data.views import Views
 from brixel_cli.engines.distilling.batches import Batches, OnlineBatches, batch_keys
-from brixel_cli.engines.distilling.cache import open_cache
-from brixel_cli.engines.distilling.initial_fits import fit_edge_basis, fit_linear_part
-from brixel_cli.engines.distilling.run_folder import RunFolder
-from brixel_cli.engines.distilling.setup import (
-    check_view_sizes,
-    find_photographs,
-    make_adapter,
-    make_views,
-    resolve_paths,
-)
-from brixel_cli.engines.distilling.trainer import Trainer, learning_rate, num_steps
-from brixel_cli.engines.distilling.validation import Validation, validate
+from brixel_cli.engines.distilling.cache import CacheFile
+from brixel_cli.engines.distilling.closed_form import fit_edge_basis, fit_linear_part
+from brixel_cli.engines.distilling.run_folder import RunFolder, resolve_paths
+from brixel_cli.engines.distilling.trainer import Trainer, learning_rate, make_adapter, num_steps
+from brixel_cli.engines.distilling.training_images import TrainingImages, check_view_sizes, find_images, make_views
+from brixel_cli.engines.distilling.validation import HeldOut, validate
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.runtime import Runtime, memory_errors
 from brixel_cli.errors import BrixelError, UsageError
 
 MOST_REFUSED = 3
 
 
 @dataclass(frozen=True)
-class Distilled:
-    """How a run ended."""
+class Results:
+    """How a run ended, as results.json has it.
 
-    results: dict[str, Any]
+    Attributes:
+        steps: updates that were made.
+        best: fidelity of the best student, which is the one to be used.
+        num_skipped: images that were left out.
+    """
+
+    steps: int
+    best: HeldOut
+    num_skipped: int
+
+    def to_json(self) -> str:
+        """As results.json has it; nan becomes null."""
+        return to_json(dataclasses.asdict(self), indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a run returns: its results, and the files that were written."""
+
+    results: Results
     files: list[Path]
 
 
@@ -57,11 +72,8 @@ def distill(
         resume: continue the run in the folder from its last checkpoint, to the same result.
         overwrite: begin anew over a run that is there.
 
-    Returns:
-        The final table, as in results.json, and the files that were written.
-
     Raises:
-        BrixelError: something the user can mend; what was computed before stays in the folder.
+        BrixelError: something the user can fix; what was computed before stays in the folder.
     """
     recipe = resolve_paths(recipe)
     if resume or not overwrite:
@@ -73,165 +85,200 @@ def distill(
             f"optim.batch_size {recipe.optim.batch_size} cannot be shared out over {runtime.world_size} processes "
             f"with {recipe.optim.accumulate} passes each: give a multiple of {share}."
         )
+    per_pass = recipe.optim.images_per_pass(runtime.world_size)
+    height, width = recipe.views.teacher_hw
+    with memory_errors(
+        f"with {per_pass} images in a pass and a teacher input of {height}x{width} pixels",
+        "Split each update into more passes (--set optim.accumulate=N), recompute activations "
+        "(--set adapter.checkpointing=true), hold the backbone in bfloat16 (--set backbone.dtype=bfloat16), or lower "
+        "optim.batch_size.",
+    ):
+        return _distill(recipe, folder, reporter, runtime, resume)
 
-    # Photographs, backbone and adapter.
-    photographs = find_photographs(recipe)
+
+def _distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, runtime: Runtime, resume: bool) -> Distilled:
+    # Images, backbone and adapter.
+    images = find_images(recipe)
     torch.manual_seed(recipe.seed)
     backbone = load_backbone(recipe.backbone.name, recipe.backbone.weights, recipe.backbone.dtype, str(runtime.device))
     check_view_sizes(recipe, backbone.patch_size)
     trainer = Trainer(recipe, make_adapter(recipe, backbone, reporter), runtime)
     reporter.say(
-        f"{len(photographs.training)} training and {len(photographs.held_out)} held-out photographs, "
-        f"{len(photographs.skipped)} skipped; {runtime.device.type}, {runtime.precision}, "
+        f"{images.counted} images, {len(images.skipped)} skipped; {runtime.device.type}, {runtime.precision}, "
         f"{runtime.world_size} process(es)"
     )
-    if photographs.skipped:
-        reporter.warn(f"skipped {len(photographs.skipped)} photographs:\n{describe_skipped(photographs.skipped)}")
+    if images.skipped:
+        reporter.warn(f"skipped {len(images.skipped)} images:\n{describe_skipped(images.skipped)}")
+    with reporter.bar("check images", len(images.training) + len(images.held_out), unit="image") as bar:
+        facts = {"photographs": images.names_and_sizes, "images_sha256": images.sha256(bar.update)}
 
     # The state of an interrupted run.
     stored = folder.load_state() if resume else None
     if stored:
-        if stored[1]["photographs"] != photographs.fingerprint:
-            raise UsageError(
-                f"The photographs are not those that {folder.path} was begun with: {stored[1]['photographs']} then, "
-                f"{photographs.fingerprint} now. Put them back as they were, or begin a run in another folder."
-            )
+        folder.check_images(stored[1], facts)
         trainer.restore(*stored)
         reporter.say(f"resuming {folder.path} after step {trainer.step}")
 
-    # Where batches come from. The disk may not suffice: an old run in this folder is cleared away only after that.
-    training_views, held_out_views = make_views(recipe, photographs, backbone)
-    sources: list[Batches]
-    if recipe.cache.enabled:
-        sources = list(open_cache(recipe, folder.path, backbone, [training_views, held_out_views], runtime, reporter))
-    else:
-        sources = [OnlineBatches(v, backbone, runtime, recipe.run.workers) for v in (training_views, held_out_views)]
-    training, held_out = sources
+    # The disk may not suffice for a cache: an old run in this folder is cleared away only after that.
+    parts = make_views(recipe, images, backbone)
+    cache = CacheFile(recipe, folder.path, backbone, parts, runtime, reporter) if recipe.cache.enabled else None
     if runtime.is_first:
         if resume:
             write_text(folder.recipe, dump_recipe(recipe))  # what stands under `run` may have changed
         else:
             folder.begin(recipe)
-        folder.write_skipped(photographs.skipped)
+        folder.write_skipped(images.skipped)
         folder.rewind_metrics(trainer.step)
     runtime.wait()
+    try:
+        sources: list[Batches]
+        if cache:
+            sources = list(cache.fill())
+        else:
+            sources = [OnlineBatches(views, backbone, runtime, recipe.run.workers) for views in parts]
+        fit_edge_basis(trainer, sources[0], parts[0])
+        if recipe.fits_linear_part and not stored:
+            fit_linear_part(trainer, sources[0], parts[0], reporter)
+        return _Run(recipe, folder, reporter, runtime, images, facts, backbone, trainer, parts, sources).train()
+    except KeyboardInterrupt:
+        reporter.say(f"continue this run with: brixel distill --resume --output {folder.path}")
+        raise
 
-    fit_edge_basis(trainer, training, training_views)
-    if recipe.fits_linear_part and not stored:
-        fit_linear_part(trainer, training, training_views, reporter)
-    total = num_steps(recipe.optim, len(training_views))
-    writer = _tensorboard(recipe, folder, runtime, trainer.step)
 
-    def check_up() -> None:
-        """Validate, keep the best student, write the checkpoint."""
-        if trainer.step % recipe.run.validate_every == 0 or trainer.step == total:
-            at_once = recipe.optim.images_per_pass(runtime.world_size)
-            validation = validate(trainer.deployed, backbone, held_out, len(held_out_views), runtime, at_once)
-            improved = _is_better(validation, trainer.best)
+@dataclass(frozen=True)
+class _Run:
+    """All that the training loop works with."""
+
+    recipe: Recipe
+    folder: RunFolder
+    reporter: Reporter
+    runtime: Runtime
+    images: TrainingImages
+    facts: dict[str, str]
+    backbone: Backbone
+    trainer: Trainer
+    views: tuple[Views, Views]
+    batches: list[Batches]
+
+    def train(self) -> Distilled:
+        """The loop, from the trainer's step to the end."""
+        recipe, runtime, trainer, folder = self.recipe, self.runtime, self.trainer, self.folder
+        optim, views = recipe.optim, self.views[0]
+        total = num_steps(optim, len(views))
+        writer = _tensorboard(recipe, folder, runtime, trainer.step)
+        steps = range(trainer.step, total)
+        keys = batch_keys(views, steps, optim.batch_size, optim.accumulate, runtime.rank, runtime.world_size)
+        passes = self.batches[0].iterate(keys)
+        steps_per_epoch = len(views) / optim.batch_size
+        with self.reporter.bar("distil", total, trainer.step, "step") as bar:
+            while trainer.step < total:
+                began = time.perf_counter()
+                lr = learning_rate(optim, trainer.step, total, steps_per_epoch)
+                values, names = trainer.update(passes, lr)
+                speed = optim.batch_size / (time.perf_counter() - began)
+                terms = " ".join(f"{name} {value:.3f}" for name, value in values.items() if name != "grad_norm")
+                bar.set_postfix_str(f"{terms} lr {lr:.1e} {speed:.0f} img/s", refresh=False)
+                bar.update(1)
+                if trainer.refused_in_a_row:
+                    self.report_refusal(values, runtime.gather(names))
+                if runtime.is_first and (trainer.step % recipe.run.log_every == 0 or trainer.step == total):
+                    figures = {"lr": lr, "images_per_second": round(speed, 2), **values}
+                    folder.log({"kind": "train", "step": trainer.step, **figures})
+                    _write_scalars(writer, "train", figures, trainer.step)
+                last = trainer.step == total
+                validates = last or trainer.step % recipe.run.validate_every == 0
+                if validates:
+                    self.validate(writer)
+                if validates or trainer.step % recipe.run.checkpoint_every == 0:
+                    self.checkpoint()
+        if writer:
+            writer.close()
+        return self.finish()
+
+    def validate(self, writer: Any) -> None:
+        """Measure the student, and keep it where it is the best so far."""
+        trainer, runtime = self.trainer, self.runtime
+        at_once = self.recipe.optim.images_per_pass(runtime.world_size)
+        held_out, picture = validate(
+            trainer.deployed, self.backbone, self.batches[1], len(self.views[1]), runtime, at_once, trainer.step
+        )
+        improved = held_out.better_than(trainer.best)
+        if improved:
+            trainer.best = held_out
+        if runtime.is_first:
+            _record_validation(held_out, picture, self.folder, writer)
             if improved:
-                trainer.best = _summary(validation, trainer.step)
-            if runtime.is_first:
-                _record_validation(validation, trainer.step, folder, writer)
-                if improved:
-                    save_student(folder.student, trainer.deployed.state_dict(), _card(recipe, backbone, trainer.step))
-        damaged = runtime.gather([(item.name, item.reason) for item in training.skipped + held_out.skipped])
+                save_student(self.folder.student, trainer.deployed.state_dict(), self.card())
+
+    def checkpoint(self) -> None:
+        """Write all that resuming needs, and report damaged images that were found since the last time."""
+        trainer, runtime, folder = self.trainer, self.runtime, self.folder
+        skipped = [item for source in self.batches for item in source.skipped]
+        damaged = runtime.gather([(item.name, item.reason) for item in skipped])
         if not set(damaged) <= set(trainer.damaged.items()):
             trainer.damaged |= dict(sorted(damaged))
             listed = describe_skipped(_skipped(trainer.damaged))
-            reporter.warn(f"{len(trainer.damaged)} damaged photographs were replaced by others:\n{listed}")
+            self.reporter.warn(f"{len(trainer.damaged)} damaged images were replaced by others:\n{listed}")
         if runtime.is_first:
-            save_student(folder.last, trainer.deployed.state_dict(), _card(recipe, backbone, trainer.step))
+            save_student(folder.last, trainer.deployed.state_dict(), self.card())
             tensors, facts = trainer.state()
-            folder.save_state(tensors, {**facts, "photographs": photographs.fingerprint})
+            folder.save_state(tensors, {**facts, **self.facts})
 
-    # The loop.
-    optim = recipe.optim
-    steps = range(trainer.step, total)
-    keys = batch_keys(training_views, steps, optim.batch_size, optim.accumulate, runtime.rank, runtime.world_size)
-    passes = training.iterate(keys)
-    steps_per_epoch = len(training_views) / recipe.optim.batch_size
-    with reporter.bar("distil", total, trainer.step, "step") as bar:
-        while trainer.step < total:
-            began = time.perf_counter()
-            lr = learning_rate(recipe.optim, trainer.step, total, steps_per_epoch)
-            values, names = trainer.update(passes, lr)
-            speed = recipe.optim.batch_size / (time.perf_counter() - began)
-            terms = " ".join(f"{name} {value:.3f}" for name, value in values.items() if name != "grad_norm")
-            bar.set_postfix_str(f"{terms} lr {lr:.1e} {speed:.0f} img/s", refresh=False)
-            bar.update(1)
-            if trainer.refused_in_a_row:
-                _report_refusal(trainer, values, runtime.gather(names), folder, reporter)
-            if runtime.is_first and (trainer.step % recipe.run.log_every == 0 or trainer.step == total):
-                folder.log(
-                    {"kind": "train", "step": trainer.step, "lr": lr, "images_per_second": round(speed, 2), **values}
-                )
-                _write_scalars(writer, "train", {"lr": lr, "images_per_second": speed, **values}, trainer.step)
-            due = trainer.step % recipe.run.checkpoint_every == 0 or trainer.step % recipe.run.validate_every == 0
-            if due or trainer.step == total:
-                check_up()
-    if writer:
-        writer.close()
-    return _finish(trainer, folder, photographs.skipped + _skipped(trainer.damaged))
+    def report_refusal(self, values: dict[str, float], names: list[str]) -> None:
+        """Name the images of an update that was refused; raises a BrixelError after too many in a row."""
+        trainer, folder = self.trainer, self.folder
+        listed = ", ".join(sorted(set(names)))
+        what = f"loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
+        if self.runtime.is_first:
+            folder.log({"kind": "refused", "step": trainer.step, "names": sorted(set(names))})
+        if trainer.refused_in_a_row >= MOST_REFUSED:
+            raise BrixelError(
+                f"{MOST_REFUSED} updates in a row were refused ({what}), the last at step {trainer.step} on: {listed}. "
+                "Look at these images, lower optim.lr, or set run.precision=float32. "
+                f"{folder.path} keeps its last checkpoint."
+            )
+        self.reporter.warn(f"update {trainer.step} refused ({what}) on: {listed}")
+
+    def finish(self) -> Distilled:
+        """The results, of the best student, and the list of files."""
+        trainer, folder, best = self.trainer, self.folder, self.trainer.best
+        assert best is not None
+        skipped = self.images.skipped + _skipped(trainer.damaged)
+        results = Results(trainer.step, best, len(skipped))
+        if self.runtime.is_first:
+            folder.write_skipped(skipped)
+            write_text(folder.results, results.to_json())
+        self.runtime.wait()
+        pictures = dict.fromkeys(folder.picture(step) for step in (best.step, trainer.step))
+        written = [folder.student, folder.last, folder.results, folder.metrics, folder.skipped, *pictures]
+        return Distilled(results, [path for path in written if path.exists()])
+
+    def card(self) -> StudentCard:
+        """What the student's file says of itself."""
+        recipe, backbone = self.recipe, self.backbone
+        return StudentCard(
+            backbone=backbone.name,
+            backbone_weights=backbone.weights,
+            backbone_sha256=backbone.sha256,
+            embed_dim=backbone.embed_dim,
+            factor=recipe.views.factor,
+            adapter=recipe.adapter,
+            step=self.trainer.step,
+            student_size=recipe.student_hw,
+            backbone_signature=backbone.signature(),
+        )
 
 
 def _skipped(damaged: dict[str, str]) -> list[Skipped]:
     return [Skipped(name, reason) for name, reason in damaged.items()]
 
 
-def _is_better(validation: Validation, best: dict[str, Any] | None) -> bool:
-    """Whether an adapter surpasses the best so far in held-out cosine; one that is not a number never does."""
-    cosine = validation.student["cosine"]
-    if best is None:
-        return True
-    former = best["student"]["cosine"]
-    return math.isfinite(cosine) and (former is None or not math.isfinite(former) or cosine > former)
-
-
-def _card(recipe: Recipe, backbone: Backbone, step: int) -> StudentCard:
-    return StudentCard(
-        backbone=backbone.name,
-        backbone_weights=backbone.weights,
-        backbone_sha256=backbone.sha256,
-        embed_dim=backbone.embed_dim,
-        factor=recipe.views.factor,
-        adapter=recipe.adapter,
-        step=step,
-        student_size=recipe.student_hw,
-        backbone_signature=backbone.signature(),
-    )
-
-
-def _summary(validation: Validation, step: int) -> dict[str, Any]:
-    return {
-        "step": step,
-        "num_images": validation.num_images,
-        "backbone": validation.backbone,
-        "student": validation.student,
-        "gap_closed": validation.gap_closed,
-    }
-
-
-def _record_validation(validation: Validation, step: int, folder: RunFolder, writer: Any) -> None:
-    folder.log({"kind": "validation", **_summary(validation, step)})
+def _record_validation(held_out: HeldOut, picture: Image.Image, folder: RunFolder, writer: Any) -> None:
+    figures = dataclasses.asdict(held_out)
+    folder.log({"kind": "validation", **figures})
     for row in ("backbone", "student", "gap_closed"):
-        _write_scalars(writer, f"held_out/{row}", getattr(validation, row), step)
-    save_picture(validation.picture, folder.picture(step))
-
-
-def _report_refusal(
-    trainer: Trainer, values: dict[str, float], names: list[str], folder: RunFolder, reporter: Reporter
-) -> None:
-    listed = ", ".join(sorted(set(names)))
-    what = f"loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
-    if trainer.runtime.is_first:
-        folder.log({"kind": "refused", "step": trainer.step, "names": sorted(set(names))})
-    if trainer.refused_in_a_row >= MOST_REFUSED:
-        raise BrixelError(
-            f"{MOST_REFUSED} updates in a row were refused ({what}), the last at step {trainer.step} on: {listed}. "
-            "Look at these photographs, lower optim.lr, or set run.precision=float32. "
-            f"{folder.path} keeps its last checkpoint."
-        )
-    reporter.warn(f"update {trainer.step} refused ({what}) on: {listed}")
+        _write_scalars(writer, f"held_out/{row}", figures[row], held_out.step)
+    save_picture(picture, folder.picture(held_out.step))
 
 
 def _tensorboard(recipe: Recipe, folder: RunFolder, runtime: Runtime, step: int) -> Any:
@@ -246,16 +293,3 @@ def _write_scalars(writer: Any, group: str, values: dict[str, float], step: int)
     if writer:
         for name, value in values.items():
             writer.add_scalar(f"{group}/{name}", value, step)
-
-
-def _finish(trainer: Trainer, folder: RunFolder, skipped: list[Skipped]) -> Distilled:
-    """The closing table, of the best student, and the list of files."""
-    assert trainer.best is not None
-    results = {"steps": trainer.step, "best": trainer.best, "num_skipped": len(skipped)}
-    if trainer.runtime.is_first:
-        folder.write_skipped(skipped)
-        write_text(folder.results, to_json(results, indent=2) + "\n")
-    trainer.runtime.wait()
-    pictures = dict.fromkeys(folder.picture(step) for step in (trainer.best["step"], trainer.step))
-    written = [folder.student, folder.last, folder.results, folder.metrics, folder.skipped, *pictures]
-    return Distilled(results, [path for path in written if path.exists()])

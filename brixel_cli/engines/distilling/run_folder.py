@@ -7,7 +7,7 @@ state.safetensors      all that resuming needs
 metrics.jsonl          a line for each logged step and each validation
 tensorboard/           the same for TensorBoard
 pictures/              image | backbone | student | teacher, one file a validation
-skipped.csv            photographs left out, with reasons
+skipped.csv            images left out, with reasons
 results.json           the final table
 """
 
@@ -25,7 +25,7 @@ from brixel_cli.config.files import difference_lines, differences, dump_recipe, 
 from brixel_cli.core.backbone import same_model
 from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import csv_text, to_json
-from brixel_cli.core.shipped import DEFAULT_STUDENT
+from brixel_cli.core.shipped import DEFAULT_STUDENT, shipped_students
 from brixel_cli.core.student import FILE_NAME, read_adapter
 from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.images import Skipped
@@ -71,6 +71,28 @@ def _is_of(student: Path, backbone: str, reporter: Reporter) -> bool:
         return False
 
 
+def resolve_paths(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that the run it is written into can be used from any folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return path and str(Path(path).expanduser().absolute())
+
+    weights, init = recipe.backbone.weights, recipe.init
+    backbone = {} if weights in ("pretrained", "random") else {"weights": absolute(weights)}
+    return recipe.model_copy(
+        update={
+            "backbone": recipe.backbone.model_copy(update=backbone),
+            "data": recipe.data.model_copy(
+                update={"images": absolute(recipe.data.images), "val_images": absolute(recipe.data.val_images)}
+            ),
+            "cache": recipe.cache.model_copy(update={"directory": absolute(recipe.cache.directory)}),
+            "init": absolute(init)
+            if init and init not in shipped_students() and Path(init).expanduser().exists()
+            else init,
+        }
+    )
+
+
 class RunFolder:
     """The files of one distillation run."""
 
@@ -93,6 +115,8 @@ class RunFolder:
     def check(self, recipe: Recipe, resume: bool) -> None:
         """Refuse to overwrite a run, and to resume one that was begun with another recipe.
 
+        The folders of the images may be others: what is in them is compared by `check_images`.
+
         Raises:
             UsageError: the folder holds a run and `resume` is false, or it differs from the recipe, or holds none.
         """
@@ -111,12 +135,40 @@ class RunFolder:
                 f"{self.path} was begun with another version of brixel, which had no {', '.join(unknown)}: "
                 f"say in {self.recipe} what they shall be, or use another folder."
             )
-        changed = differences(load_recipe(str(self.recipe)), recipe, ignored=("run", "cache.directory"))
+        ignored = ("run", "cache.directory", "data.images", "data.val_images")
+        changed = differences(load_recipe(str(self.recipe)), recipe, ignored)
+        if changed and set(changed) <= {"optim.steps", "optim.epochs"}:
+            raise UsageError(
+                f"The length of the run in {self.path} cannot be changed ({', '.join(difference_lines(changed))}): its "
+                f"learning rate follows from it. Train its student further in another folder: --init {self.path} "
+                "--output DIR."
+            )
         if changed:
             raise UsageError(
                 f"{self.path} was begun with another recipe:\n  " + "\n  ".join(difference_lines(changed)) + "\n"
                 "Resume it as it was begun (--resume --output DIR, without --recipe), or use another folder."
             )
+
+    def check_images(self, before: Mapping[str, Any], now: Mapping[str, str]) -> None:
+        """Refuse to go on with other images than those of the state, wherever they are.
+
+        Args:
+            before: facts of the state; those of older runs know names and sizes only, not contents.
+            now: `photographs`, the names and sizes, and `images_sha256`, the digest of the contents.
+
+        Raises:
+            UsageError: they are others.
+        """
+        key = "images_sha256" if "images_sha256" in before else "photographs"
+        if before[key] == now[key]:
+            return
+        what = f"{before['photographs']} then, {now['photographs']} now"
+        if before["photographs"] == now["photographs"]:
+            what = f"{now['photographs']}, the contents of one or more have changed"
+        raise UsageError(
+            f"The images are not those that {self.path} was begun with: {what}. Put them back as they were, name the "
+            "folder that they are in now with --images DIR, or begin a run in another folder."
+        )
 
     def begin(self, recipe: Recipe) -> None:
         """Make the folder and write the resolved recipe, removing what an earlier run left here."""
@@ -131,7 +183,7 @@ class RunFolder:
         write_text(self.recipe, dump_recipe(recipe))
 
     def write_skipped(self, skipped: Sequence[Skipped]) -> None:
-        """List the photographs left out; no file where there are none."""
+        """List the images left out; no file where there are none."""
         if skipped:
             write_text(self.skipped, csv_text(["file", "reason"], [(item.name, item.reason) for item in skipped]))
 

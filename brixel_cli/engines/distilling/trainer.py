@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -11,12 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from brixel_cli.config.distill import OptimConfig, Recipe
+from brixel_cli.config.distill import AdapterConfig, OptimConfig, Recipe
 from brixel_cli.core.adapter import Adapter
+from brixel_cli.core.backbone import Backbone, same_model
 from brixel_cli.core.losses import Basis, DistillationLoss
+from brixel_cli.core.student import build_adapter, read_adapter
 from brixel_cli.data.views import seed_of
 from brixel_cli.engines.distilling.batches import Batch
+from brixel_cli.engines.distilling.validation import HeldOut
+from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, keep_freed_memory, without_sync
+from brixel_cli.errors import UsageError
 
 NOISE = 1
 """Tells the noise's seeds from the others of a step."""
@@ -81,7 +87,7 @@ class Trainer:
         self.loss = DistillationLoss(recipe.loss, mean_over_processes=runtime.mean)
         self.step = 0
         self.refused_in_a_row = 0
-        self.best: dict[str, Any] | None = None
+        self.best: HeldOut | None = None
         self.damaged: dict[str, str] = {}
 
     @property
@@ -94,7 +100,7 @@ class Trainer:
         """One update; refused where its loss or gradient is not finite.
 
         Returns:
-            The loss, its terms and the gradient's norm, averaged over passes and processes, and the photographs' names.
+            The loss, its terms and the gradient's norm, averaged over passes and processes, and the images' names.
         """
         accumulate = self.recipe.optim.accumulate
         for group in self.optimizer.param_groups:
@@ -146,7 +152,11 @@ class Trainer:
             }
         if self.loss.basis:
             tensors |= {"basis.components": self.loss.basis.components, "basis.mean": self.loss.basis.mean}
-        facts = {"step": self.step, "refused_in_a_row": self.refused_in_a_row, "best": self.best}
+        facts = {
+            "step": self.step,
+            "refused_in_a_row": self.refused_in_a_row,
+            "best": dataclasses.asdict(self.best) if self.best else None,
+        }
         return tensors, {**facts, "damaged": self.damaged}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -171,5 +181,43 @@ class Trainer:
         if "basis.mean" in tensors:
             device = self.runtime.device
             self.loss.basis = Basis(tensors["basis.components"].to(device), tensors["basis.mean"].to(device))
-        self.step, self.refused_in_a_row, self.best = facts["step"], facts["refused_in_a_row"], facts["best"]
+        self.step, self.refused_in_a_row = facts["step"], facts["refused_in_a_row"]
+        self.best = HeldOut.from_json(facts["best"]) if facts["best"] else None
         self.damaged = facts["damaged"]
+
+
+def make_adapter(recipe: Recipe, backbone: Backbone, reporter: Reporter | None = None) -> Adapter:
+    """A fresh adapter, seeded by the recipe, or the one that `init` names; a reporter hears what was skipped of it.
+
+    Raises:
+        WeightsError: `init` cannot be read.
+        UsageError: `init` is of another kind, width or factor than the recipe.
+    """
+    torch.manual_seed(recipe.seed)
+    if recipe.init is None:
+        return build_adapter(backbone.embed_dim, recipe.views.factor, recipe.adapter)
+    stored = read_adapter(recipe.init)
+    card = stored.card
+    wanted = _architecture(backbone.embed_dim, recipe.views.factor, recipe.adapter)
+    found = _architecture(card.embed_dim, card.factor, card.adapter)
+    different = [
+        f"{key}: recipe {wanted.get(key, '-')}, file {found.get(key, '-')}"
+        for key in wanted | found
+        if wanted.get(key) != found.get(key)
+    ]
+    if different:
+        raise UsageError(f"init: {stored.path} does not fit the recipe:\n  " + "\n  ".join(different))
+    if reporter and stored.released:
+        reporter.say(f"init: {stored.path}: {stored.released.summary}")
+    if reporter and card.backbone and not same_model(card.backbone, backbone.name):
+        reporter.warn(f"init: {stored.path} belongs to {card.backbone}, not to {backbone.name}")
+    return stored.build(recipe.adapter)
+
+
+def _architecture(embed_dim: int, factor: int, config: AdapterConfig) -> dict[str, object]:
+    """What two adapters must have in common for one to take the other's weights."""
+    options = getattr(config, config.kind).model_dump()
+    options.pop("drop_path", None)
+    fixed = {"embed_dim": embed_dim, "views.factor": factor, "adapter.kind": config.kind}
+    chosen = {f"adapter.{config.kind}.{key}": value for key, value in options.items()}
+    return {**fixed, "adapter.residual": config.residual, **chosen}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,24 +23,44 @@ LARGEST_BATCH = 4
 
 
 @dataclass(frozen=True)
-class Validation:
-    """Fidelity to the teacher, averaged over the held-out photographs, and a picture of the first few."""
+class HeldOut:
+    """Fidelity to the teacher after a step, the mean over the held-out images; what the metrics are: `core.metrics`.
 
+    Attributes:
+        step: updates made so far.
+        num_images: that were measured; damaged ones are left out.
+        backbone: of the backbone's bilinearly enlarged map, by metric.
+        student: of the student's map, by metric.
+        gap_closed: (student - backbone) / (teacher - backbone), by metric; nan where there is no gap.
+    """
+
+    step: int
     num_images: int
     backbone: dict[str, float]
     student: dict[str, float]
-    picture: Image.Image
+    gap_closed: dict[str, float]
 
-    @property
-    def gap_closed(self) -> dict[str, float]:
-        """Share of the gap between bilinear backbone and teacher that the student closes, by metric."""
-        return recovered_gaps(self.backbone, self.student)
+    @staticmethod
+    def from_json(stored: Mapping[str, Any]) -> HeldOut:
+        """Read back from a line of metrics.jsonl, a state or results.json, where null stands for nan."""
+        groups = {
+            name: {metric: math.nan if value is None else value for metric, value in stored[name].items()}
+            for name in ("backbone", "student", "gap_closed")
+        }
+        return HeldOut(stored["step"], stored["num_images"], **groups)
+
+    def better_than(self, other: HeldOut | None) -> bool:
+        """Whether its student surpasses another in cosine; one that is not a number never does."""
+        if other is None:
+            return True
+        mine, former = self.student["cosine"], other.student["cosine"]
+        return math.isfinite(mine) and (not math.isfinite(former) or mine > former)
 
 
 @torch.no_grad()
 def validate(
-    adapter: Adapter, backbone: Backbone, batches: Batches, num_images: int, runtime: Runtime, at_once: int
-) -> Validation:
+    adapter: Adapter, backbone: Backbone, batches: Batches, num_images: int, runtime: Runtime, at_once: int, step: int
+) -> tuple[HeldOut, Image.Image]:
     """Measure an adapter, in eval mode, on the first `num_images` held-out views, shared out over the processes.
 
     Args:
@@ -47,13 +70,17 @@ def validate(
         num_images: held-out views.
         runtime: device and processes.
         at_once: images in a pass, at most.
+        step: updates that the adapter has behind it.
+
+    Returns:
+        The figures, and a picture of the first few images: input, backbone, student, teacher.
 
     Raises:
         BrixelError: none of them can be read.
     """
     mine = list(range(runtime.rank, num_images, runtime.world_size))
-    step = min(at_once, LARGEST_BATCH)
-    chunks = [[(0, number) for number in mine[at : at + step]] for at in range(0, len(mine), step)]
+    size = min(at_once, LARGEST_BATCH)
+    chunks = [[(0, number) for number in mine[at : at + size]] for at in range(0, len(mine), size)]
     measured: list[tuple[dict[str, float], dict[str, float]]] = []
     rows: list[list[Image.Image]] = []
     was_training = adapter.training
@@ -74,9 +101,10 @@ def validate(
     adapter.train(was_training)
     measured = runtime.gather(measured)
     if not measured:
-        raise BrixelError(f"None of the {num_images} held-out photographs can be read: {batches.skipped[0].reason}.")
+        raise BrixelError(f"None of the {num_images} held-out images can be read: {batches.skipped[0].reason}.")
     backbone_mean, student_mean = (
         {name: sum(pair[which][name] for pair in measured) / len(measured) for name in FIDELITY} for which in (0, 1)
     )
     picture = panel(["student's input", "backbone", "student", "teacher"], rows or [[Image.new("RGB", (1, 1))] * 4])
-    return Validation(len(measured), backbone_mean, student_mean, picture)
+    gaps = recovered_gaps(backbone_mean, student_mean)
+    return HeldOut(step, len(measured), backbone_mean, student_mean, gaps), picture

@@ -16,7 +16,7 @@ from brixel_cli.errors import BrixelError
 
 BASIS_VIEWS = 16
 LEFT_OUT = 5
-"""Every fifth photograph serves to choose the ridge; of fewer, one."""
+"""Every fifth image serves to choose the ridge; of fewer, one."""
 LINEAR = 2
 """Tells the seed of the linear fit's views from others."""
 
@@ -34,12 +34,12 @@ def fit_edge_basis(trainer: Trainer, training: Batches, views: Views) -> None:
 
 
 def fit_linear_part(trainer: Trainer, training: Batches, views: Views, reporter: Reporter) -> None:
-    """Fit the adapter's linear part on views drawn from the training set, some of their photographs left out."""
+    """Fit the adapter's linear part on views drawn from the training set, some of their images left out."""
     optim, runtime, linear = trainer.recipe.optim, trainer.runtime, trainer.adapter.linear
     assert linear is not None
     numbers = _linear_fit_views(views, optim.linear_views)
-    photographs = sorted({number // views.config.per_image for number in numbers})
-    left_out = set(photographs[1 :: min(LEFT_OUT, max(len(photographs), 2))])
+    images = sorted({number // views.config.per_image for number in numbers})
+    left_out = set(images[1 :: min(LEFT_OUT, max(len(images), 2))])
     at_once = optim.images_per_pass(runtime.world_size)
     chunks = batches_of_one_size(numbers, lambda number: views.size_number(0, number), at_once)
     mine = chunks[runtime.rank :: runtime.world_size]
@@ -47,7 +47,7 @@ def fit_linear_part(trainer: Trainer, training: Batches, views: Views, reporter:
     with reporter.bar("linear fit", len(numbers), 0, "view") as bar:
         batches = training.iterate([[(0, number) for number in chunk] for chunk in mine])
         for chunk, batch in zip(mine, batches, strict=True):
-            # What stands in for a damaged photograph has its own turn.
+            # What stands in for a damaged image has its own turn.
             good = [place for place, replaced in enumerate(batch.replaced) if not replaced]
             maps = [map_[good] for map_ in batch.maps]
             residual = trainer.adapter.residual(maps[-1], (maps[-1].shape[-2], maps[-1].shape[-1]))
