@@ -3,9 +3,10 @@
 import brixel_cli
 
 student = brixel_cli.load_student("dinov2_vits14")
-maps = student(images)  # (B, 3, H, W) normalised -> (B, D, 4h, 4w)
+map_ = student.features("cat.jpg", res=448)  # (D, h, w)
+maps = student(images)  # (B, 3, H, W) normalised -> (B, D, h, w)
 
-features = brixel_cli.FeatureFile("photos.h5")  # what `brixel extract` wrote
+features = brixel_cli.extract("photos", res=448)  # as `brixel extract`, whose file brixel_cli.FeatureFile reads
 map_ = features["cat.jpg"]  # (D, h, w), float32
 """
 
@@ -16,7 +17,8 @@ import os
 import typing
 
 if typing.TYPE_CHECKING:
-    from brixel_cli.core.student import load_student as load_student
+    from brixel_cli.api import extract as extract
+    from brixel_cli.api import load_student as load_student
     from brixel_cli.data.feature_file import FeatureDataset as FeatureDataset
     from brixel_cli.data.feature_file import FeatureFile as FeatureFile
 
@@ -24,10 +26,11 @@ if typing.TYPE_CHECKING:
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 __version__ = "0.1.0"
-__all__ = ["FeatureDataset", "FeatureFile", "__version__", "load_student"]
+__all__ = ["FeatureDataset", "FeatureFile", "__version__", "extract", "load_student"]
 
 _HOMES = {
-    "load_student": "brixel_cli.core.student",
+    "extract": "brixel_cli.api",
+    "load_student": "brixel_cli.api",
     "FeatureFile": "brixel_cli.data.feature_file",
     "FeatureDataset": "brixel_cli.data.feature_file",
 }

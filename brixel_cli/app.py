@@ -149,7 +149,9 @@ def extract(
     export: Annotated[
         Path | None, typer.Option(help="Write the model as an ONNX graph instead of features.", show_default=False)
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Make all checks, compute one batch, estimate the time; write nothing.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

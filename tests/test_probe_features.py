@@ -279,13 +279,16 @@ def test_several_students_are_told_apart(root: Path, tmp_path: Path, model, list
     assert [item.source.label for item in plan.sources] == ["backbone", "student a/run", "student b/run", "teacher"]
 
 
-def test_the_newest_run_is_the_student(
+def test_without_a_checkpoint_the_student_is_the_one_that_comes_with_brixel(
     root: Path, tmp_path: Path, model, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model[0], tmp_path / "runs" / "mine")
     plan_only(make_options(root, tmp_path / "out"), listener)
-    assert "student: runs/mine, the newest under runs" in listener.said
+    assert (
+        "student: dinov2_vits14, which comes with brixel; trained under runs, for --checkpoint: runs/mine"
+        in listener.said
+    )
 
 
 def test_images_are_decoded_by_several_threads() -> None:

@@ -23,7 +23,8 @@ from brixel_cli.core import shipped
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.shipped import DEFAULT_STUDENT, STUDENTS, shipped_student, shipped_students
 from brixel_cli.core.student import load_student, read_adapter, save_student
-from brixel_cli.engines.distilling.run_folder import default_student, resolve_paths
+from brixel_cli.engines.distilling.run_folder import resolve_paths
+from brixel_cli.engines.models import default_student
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 
@@ -89,52 +90,45 @@ def test_a_folder_of_that_name_does_not_hide_it(tmp_path: Path, monkeypatch: pyt
     assert read_adapter(DEFAULT_STUDENT).path == STUDENTS / f"{DEFAULT_STUDENT}.safetensors"
 
 
-def test_the_newest_run_goes_before_the_shipped_student(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: Listener
+def put_run(model: str, name: str, age: int, **changes: object) -> None:
+    """A copy of a trained run under ./runs, its card changed, as old as this in seconds."""
+    stored = read_adapter(model)
+    (file := Path("runs") / name / "student.safetensors").parent.mkdir(parents=True)
+    save_student(file, stored.tensors, dataclasses.replace(stored.card, **changes))
+    os.utime(file, (time.time() - age,) * 2)
+
+
+def test_the_shipped_student_is_the_default_and_trained_runs_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: Listener, model: tuple[str, str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert default_student(None, listener) == DEFAULT_STUDENT
     assert default_student("vit_small_patch14_dinov2", listener) == DEFAULT_STUDENT
     assert listener.said == [f"student: {DEFAULT_STUDENT}, which comes with brixel"] * 2
-    for name, age in (("old", 200), ("new", 100), ("empty", 0)):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        if name != "empty":
-            student = tmp_path / "runs" / name / "student.safetensors"
-            student.touch()
-            os.utime(student, (time.time() - age,) * 2)
-    assert default_student(None, listener) == "runs/new"
-    assert listener.said[-1] == "student: runs/new, the newest under runs"
+    put_run(model[0], "old", 200)
+    put_run(model[0], "new", 100)
+    put_run(model[0], "debug", 0, backbone_weights="random")
+    (tmp_path / "runs" / "empty").mkdir()
+    for name in ("broken", "dangling"):
+        (tmp_path / "runs" / name).mkdir()
+    (tmp_path / "runs" / "broken" / "student.safetensors").write_bytes(b"cut short")
+    (tmp_path / "runs" / "dangling" / "student.safetensors").symlink_to(tmp_path / "nowhere")
+    assert default_student(None, listener) == DEFAULT_STUDENT
+    named = "; trained under runs, for --checkpoint: runs/new, runs/old"
+    assert listener.said[-1] == f"student: {DEFAULT_STUDENT}, which comes with brixel{named}"
+    default_student("vit_small_patch14_dinov2.lvd142m", listener)
+    assert listener.said[-1] == f"student: {DEFAULT_STUDENT}, which comes with brixel"
 
 
 def test_another_backbone_has_no_shipped_student(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: Listener
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"No student of test_vit under ./runs, and the one that comes with brixel is"):
-        default_student("test_vit", listener)
-
-
-def test_runs_of_other_backbones_are_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: Listener, model: tuple[str, str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(model[0], tmp_path / "runs" / "tiny")
-    assert default_student("vit_small_patch14_dinov2.lvd142m", listener) == DEFAULT_STUDENT
-    assert default_student("test_vit.mine", listener) == "runs/tiny"
-    assert default_student(None, listener) == "runs/tiny"
-
-
-def test_a_damaged_run_is_passed_over_when_a_student_of_a_backbone_is_looked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: Listener
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("broken", "dangling"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-    (tmp_path / "runs" / "broken" / "student.safetensors").write_bytes(b"cut short")
-    (tmp_path / "runs" / "dangling" / "student.safetensors").symlink_to(tmp_path / "nowhere")
-    assert default_student("vit_small_patch14_dinov2", listener) == DEFAULT_STUDENT
-    assert [warning.partition(": ")[0] for warning in listener.warned] == ["passed over"]
-    assert "broken" in listener.warned[0]
+    with pytest.raises(UsageError, match=r"comes with brixel is of .*, not of test_vit. Name one with --checkpoint, "):
+        default_student("test_vit", listener)
+    put_run(model[0], "tiny", 0)
+    with pytest.raises(UsageError, match=r"Name one with --checkpoint, such as runs/tiny, train one"):
+        default_student("test_vit.mine", listener)
 
 
 def test_runs_load_where_the_list_of_shipped_students_is_gone(

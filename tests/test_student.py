@@ -92,7 +92,8 @@ def test_another_backbone_is_refused(student_file: Path, backbone_file: Path) ->
 def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        WeightsError, match=r"No student at absent.safetensors. Give a run folder.* that comes with brixel: "
+        WeightsError,
+        match=r"No file or folder at absent.safetensors. A student is a run folder.* that comes with brixel: ",
     ):
         load_student("absent.safetensors")
     (tmp_path / "run").mkdir()
@@ -100,23 +101,42 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_student("run")
 
 
-def test_a_hub_id_is_asked_of_the_hub(student_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_on_the_hub_is_named_as_in_timm(student_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def download(repo: str, name: str) -> str:
-        asked.append((repo, name))
+    def download(repo: str, name: str, revision: str | None) -> str:
+        asked.append((repo, name, revision))
         return str(student_file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert load_student("someone/brixel-test").backbone.name == "test_vit"
-    assert asked == [("someone/brixel-test", "student.safetensors")]
+    assert load_student("hf-hub:someone/brixel-test").backbone.name == "test_vit"
+    load_student("hf-hub:someone/brixel-test@v2")
+    assert asked == [("someone/brixel-test", "student.safetensors", revision) for revision in (None, "v2")]
 
-    def refuse(repo: str, name: str) -> str:
+    def refuse(repo: str, name: str, revision: str | None) -> str:
         raise OSError("no route to the hub\nmore")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     with pytest.raises(
-        WeightsError, match=r"No folder someone/brixel-test here, and no student.safetensors from the hub: no route"
+        WeightsError, match=r"student.safetensors of hf-hub:someone/brixel-test could not be had from the hub: no route"
+    ):
+        load_student("hf-hub:someone/brixel-test")
+
+
+def test_a_mistyped_path_names_the_nearest_and_never_asks_the_hub(
+    student_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "vits").mkdir(parents=True)
+    (tmp_path / "runs" / "vitx").mkdir()  # no student in it
+    student_file.rename(tmp_path / "runs" / "vits" / "student.safetensors")
+    with pytest.raises(WeightsError, match=r"No file or folder at runs/vist. Did you mean runs/vits\?"):
+        load_student("runs/vist")
+    with pytest.raises(WeightsError, match=r"No file or folder at dinov2_vit14. Did you mean dinov2_vits14\?"):
+        load_student("dinov2_vit14")
+    with pytest.raises(
+        WeightsError, match=r"No file or folder at someone/brixel-test. A student is .*hf-hub:user/name"
     ):
         load_student("someone/brixel-test")
 
@@ -143,7 +163,7 @@ def test_a_card_survives_its_file(student_file: Path) -> None:
 
 
 def test_importing_the_package_is_light() -> None:
-    assert "load_student" in dir(brixel_cli) or brixel_cli.load_student is load_student
+    assert "load_student" in dir(brixel_cli) or brixel_cli.load_student is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = brixel_cli.nothing
 

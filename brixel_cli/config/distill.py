@@ -259,7 +259,8 @@ class Recipe(Section):
     backbone: BackboneConfig
     adapter: AdapterConfig = AdapterConfig()
     init: str | None = None
-    """A student to start from: run folder, .safetensors, released .pth, hub id or shipped name; null: a new one."""
+    """A student to start from: run folder, .safetensors, released .pth, `hf-hub:user/name` or shipped name. null: a new
+    one."""
     data: DataConfig = DataConfig()
     views: ViewConfig = ViewConfig()
     cache: CacheConfig = CacheConfig()

@@ -1,4 +1,4 @@
-"""Every knob of an extraction, typed, with its unit; `app.extract` says what each means to the user."""
+"""Every option of an extraction, typed, with its unit; `app.extract` says what each means to the user."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Number = Literal["float16", "float32", "int8"]
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """What `brixel extract` was told; checked at construction.
+    """The options of `brixel extract`; checked at construction.
 
     Attributes:
         inputs: folders, images, videos, globs, text lists.

@@ -22,7 +22,7 @@ class ProbeOptions:
         recipe: task and data set.
         protocol: rules of training and evaluation, with what the user changed of them.
         sources: `backbone`, `student`, `teacher`, or feature files; empty: the first three.
-        checkpoints: students; empty: the newest run, or the shipped one.
+        checkpoints: students; empty: the shipped one.
         output: folder of the results.
         features: folder of the stored features, which other probes may share.
         seeds: number of trainings of each source: seeds 0, 1, ...

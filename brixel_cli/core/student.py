@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from brixel_cli.errors import UsageError, WeightsError
 ADAPTERS: dict[str, type[Adapter]] = {"fusion": FusionAdapter, "deformable": DeformableAdapter}
 FORMAT = "brixel-student-1"
 FILE_NAME = "student.safetensors"
+HUB = "hf-hub:"
+"""Begins the name of a student on the hub, as in timm: `hf-hub:user/name`, or `hf-hub:user/name@revision`."""
 RELEASED_BACKBONES = {
     384: "vit_small_patch16_dinov3.lvd1689m",
     768: "vit_base_patch16_dinov3.lvd1689m",
@@ -184,7 +187,7 @@ class StoredAdapter:
 
 
 def read_adapter(reference: str) -> StoredAdapter:
-    """Read an adapter: a run folder, a .safetensors of ours, a shipped name, a released .pth, a hub id (`user/name`).
+    """Read an adapter: a run folder, a .safetensors of ours, a shipped name, a released .pth, or `hf-hub:user/name`.
 
     Raises:
         WeightsError: nothing is there, it cannot be read, or a shipped file is not the one that was shipped.
@@ -202,6 +205,8 @@ def read_adapter(reference: str) -> StoredAdapter:
 
 
 def _locate(reference: str) -> Path:
+    if reference.startswith(HUB):
+        return _download(reference)
     path = Path(reference).expanduser()
     if path.name == reference and reference in shipped_students():
         return shipped_student(reference)
@@ -211,18 +216,34 @@ def _locate(reference: str) -> Path:
         return path / FILE_NAME
     if path.is_file():
         return path
-    if reference.count("/") != 1 or path.suffix in (".safetensors", ".pth", ".pt") or reference[0] in "./~":
-        raise WeightsError(
-            f"No student at {reference}. Give a run folder, a .safetensors of brixel, a released .pth, a hub id, or a "
-            f"student that comes with brixel: {', '.join(shipped_students())}."
-        )
+    # Never a question to the hub: a mistyped path must not become a download.
+    raise WeightsError(
+        f"No file or folder at {reference}.{_nearest(path)} A student is a run folder, a .safetensors of brixel, a "
+        f"released .pth, {HUB}user/name, or one that comes with brixel: {', '.join(shipped_students())}."
+    )
+
+
+def _nearest(path: Path) -> str:
+    """The question whether a student of a similar name was meant; empty where there is none."""
+    beside = [
+        other
+        for other in (path.parent.iterdir() if path.parent.is_dir() else ())
+        if (other / FILE_NAME).is_file() or other.suffix in (".safetensors", ".pth", ".pt")
+    ]
+    known = {name: name for name in shipped_students()} | {other.name: str(other) for other in beside}
+    close = difflib.get_close_matches(path.name, known, n=1)
+    return f" Did you mean {known[close[0]]}?" if close else ""
+
+
+def _download(reference: str) -> Path:
     import huggingface_hub
 
+    repository, _, revision = reference.removeprefix(HUB).partition("@")
     try:
-        return Path(huggingface_hub.hf_hub_download(reference, FILE_NAME))
+        return Path(huggingface_hub.hf_hub_download(repository, FILE_NAME, revision=revision or None))
     except Exception as error:  # the hub's client raises many kinds: network, rights, absence
         reason = str(error).strip().splitlines()[0]
-        raise WeightsError(f"No folder {reference} here, and no {FILE_NAME} from the hub: {reason}") from error
+        raise WeightsError(f"{FILE_NAME} of {reference} could not be had from the hub: {reason}") from error
 
 
 def load_student(
@@ -236,8 +257,8 @@ def load_student(
     """Load a student, ready for inference.
 
     Args:
-        checkpoint: a run folder, a .safetensors of brixel, the name of a shipped student, a released .pth, or a hub
-            id (`user/name`).
+        checkpoint: a run folder, a .safetensors of brixel, the name of a shipped student, a released .pth, or
+            `hf-hub:user/name[@revision]`.
         backbone: timm model name; needed only where the file does not know it.
         backbone_weights: `pretrained` or the path of the backbone's weights; default: as in training.
         device: where the student goes.

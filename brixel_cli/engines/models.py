@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +20,18 @@ from torch import Tensor
 
 from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.config.extract import Source
-from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.backbone import Backbone, load_backbone, same_model
 from brixel_cli.core.identity import tensors_sha256
-from brixel_cli.core.student import StoredAdapter, Student, build_adapter, read_adapter
+from brixel_cli.core.shipped import DEFAULT_STUDENT
+from brixel_cli.core.student import FILE_NAME, StoredAdapter, Student, build_adapter, read_adapter
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, is_out_of_memory, library_versions, release_cached
-from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
+RUNS = "runs"
+"""Where runs go unless --output says otherwise."""
+MOST_NAMED = 3
 DEFAULT_FACTOR = 4
 """Of a teacher whose student is not named."""
 CPU_BATCH_PIXELS = 4 * 448 * 448
@@ -158,13 +163,55 @@ def model_spec(
     )
 
 
+def default_student(backbone: str | None, reporter: Reporter) -> str:
+    """The student that is meant where none is named: the one that comes with brixel.
+
+    Students trained here are named to the reporter, and never taken unasked: what lies under ./runs may be a trial.
+
+    Args:
+        backbone: timm name that was asked for.
+        reporter: hears which student it is.
+
+    Raises:
+        UsageError: the student that comes with brixel belongs to another backbone.
+        WeightsError: what comes with brixel is missing or damaged.
+    """
+    shipped = read_adapter(DEFAULT_STUDENT).card.backbone
+    trained = _trained_here(backbone)
+    if backbone and not same_model(backbone, shipped):
+        example = f", such as {trained[0]}" if trained else ""
+        raise UsageError(
+            f"The student that comes with brixel is of {shipped}, not of {backbone}. Name one with "
+            f"--checkpoint{example}, train one with brixel distill, or take the plain maps with --source backbone."
+        )
+    others = f"; trained under {RUNS}, for --checkpoint: {', '.join(trained)}" if trained else ""
+    reporter.say(f"student: {DEFAULT_STUDENT}, which comes with brixel{others}")
+    return DEFAULT_STUDENT
+
+
+def _trained_here(backbone: str | None) -> list[str]:
+    """Run folders of the newest students under ./runs that can be loaded again, of a backbone where one is given."""
+    files = [path for path in Path(RUNS).glob(f"*/{FILE_NAME}") if path.is_file()]
+    found: list[str] = []
+    for student in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            card = read_adapter(str(student)).card
+        except WeightsError:
+            continue
+        if card.backbone_weights != "random" and (backbone is None or same_model(card.backbone, backbone)):
+            found.append(str(student.parent))
+        if len(found) == MOST_NAMED:
+            break
+    return found
+
+
 class FeatureExtractor:
     """A loaded model that takes pixels and gives maps, in batches as large as memory allows.
 
     Args:
         spec: of the model.
         runtime: device and precision.
-        reporter: hears of memory running out.
+        reporter: is warned where memory runs out.
         batch_size: images at once at most; None: as many as come.
         size_option: what sets the size of the input, in errors.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from brixel_cli.config.base import Precision
+from brixel_cli.config.base import Precision, check_device
 from brixel_cli.errors import BrixelError, UsageError
 
 Item = TypeVar("Item")
@@ -62,7 +61,7 @@ class Runtime:
         device_option: str = "--device",
     ):
         self.rank, self.world_size = (int(os.environ.get(name, low)) for name, low in (("RANK", 0), ("WORLD_SIZE", 1)))
-        self.device = _find_device(device, device_option, self.world_size)
+        self.device = find_device(device, device_option, self.world_size)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         # On Ampere and later, convolutions would otherwise compute with 10 bits of mantissa.
@@ -128,9 +127,9 @@ def without_sync(module: nn.Module) -> AbstractContextManager[None]:
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
-def _find_device(name: str, option: str, world_size: int) -> torch.device:
-    if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name) is None:
-        raise UsageError(f"{option} is {name}: give auto, cpu, cuda, cuda:N (card number N, from 0) or mps.")
+def find_device(name: str, option: str = "--device", world_size: int = 1) -> torch.device:
+    """The device that a text of the user's means; errors as `Runtime`."""
+    check_device(name, option)
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind, _, index = name.partition(":")
     if kind == "auto":

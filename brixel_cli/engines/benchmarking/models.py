@@ -17,8 +17,8 @@ from brixel_cli.core.student import FILE_NAME, StoredAdapter, Student, build_ada
 from brixel_cli.data.images import Photograph, scan_folder
 from brixel_cli.data.views import Views
 from brixel_cli.engines.benchmarking.results import Model
-from brixel_cli.engines.distilling.run_folder import default_student
 from brixel_cli.engines.distilling.training_images import find_images
+from brixel_cli.engines.models import default_student
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
@@ -102,7 +102,7 @@ def _held(student: Student, dtype: str) -> Student:
 
 
 def find_candidates(options: BenchmarkOptions, precision: str, reporter: Reporter) -> list[Candidate]:
-    """The models that the options name; without any, the newest student under ./runs, or else the shipped one.
+    """The models that the options name; without any, the student that comes with brixel.
 
     Args:
         options: of the benchmark.

@@ -22,53 +22,13 @@ from torch import Tensor
 
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import difference_lines, differences, dump_recipe, load_recipe, missing_keys
-from brixel_cli.core.backbone import same_model
 from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import csv_text, to_json
-from brixel_cli.core.shipped import DEFAULT_STUDENT, shipped_students
-from brixel_cli.core.student import FILE_NAME, read_adapter
+from brixel_cli.core.shipped import shipped_students
+from brixel_cli.core.student import FILE_NAME
 from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.images import Skipped
-from brixel_cli.engines.reporting import Reporter
-from brixel_cli.errors import UsageError, WeightsError
-
-RUNS = "runs"
-"""Where runs go unless --output says otherwise, and where the newest student is looked for."""
-
-
-def default_student(backbone: str | None, reporter: Reporter) -> str:
-    """The student that is meant where none is named: of the newest run under ./runs, or else the shipped one.
-
-    Args:
-        backbone: timm name that was asked for.
-        reporter: hears which one it is.
-
-    Raises:
-        UsageError: there is no run, and the shipped student belongs to another backbone.
-        WeightsError: what comes with brixel is missing or damaged.
-    """
-    files = [path for path in Path(RUNS).glob(f"*/{FILE_NAME}") if path.is_file()]
-    for student in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
-        if backbone is None or _is_of(student, backbone, reporter):
-            reporter.say(f"student: {student.parent}, the newest under {RUNS}")
-            return str(student.parent)
-    shipped = read_adapter(DEFAULT_STUDENT).card.backbone
-    if backbone and not same_model(backbone, shipped):
-        raise UsageError(
-            f"No student of {backbone} under ./{RUNS}, and the one that comes with brixel is of {shipped}: train one "
-            "with brixel distill, give --checkpoint RUN (a run folder, .safetensors, released .pth or hub id), or take "
-            "the plain maps with --source backbone."
-        )
-    reporter.say(f"student: {DEFAULT_STUDENT}, which comes with brixel")
-    return DEFAULT_STUDENT
-
-
-def _is_of(student: Path, backbone: str, reporter: Reporter) -> bool:
-    try:
-        return same_model(read_adapter(str(student)).card.backbone, backbone)
-    except WeightsError as error:
-        reporter.warn(f"passed over: {error}")
-        return False
+from brixel_cli.errors import UsageError
 
 
 def resolve_paths(recipe: Recipe) -> Recipe:

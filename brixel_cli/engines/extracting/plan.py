@@ -21,8 +21,7 @@ from brixel_cli.data.feature_file import FORMAT, INDEX_NAME, REASON_BYTES, Featu
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
 from brixel_cli.data.resizing import Fitting, check_res
 from brixel_cli.data.row_store import FAILED, MISSING, Array, Store
-from brixel_cli.engines.distilling.run_folder import default_student
-from brixel_cli.engines.models import FeatureExtractor, ModelSpec, model_spec
+from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -30,7 +29,7 @@ DIGEST_LENGTH = 64
 ADVISORY = ("device", "versions", "backbone_weights", "tf32")
 """Differences here can change the last bits at most, or nothing: they are warned of, not refused."""
 OF_STUDENT = ("student.adapter", "student.step", "student.released")
-"""Told by its SHA-256 already."""
+"""The SHA-256 of the student covers these."""
 OPTIONS = {key: f"--{key}" for key in ("source", "res", "fit", "dtype", "pca", "precision", "backbone")} | {
     "storage": "--format",
     "student.sha256": "--checkpoint, student.sha256",

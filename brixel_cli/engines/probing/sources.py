@@ -13,8 +13,7 @@ from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.identity import tensors_sha256
 from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile, Grid
-from brixel_cli.engines.distilling.run_folder import default_student
-from brixel_cli.engines.models import FeatureExtractor, ModelSpec, model_spec
+from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
