@@ -36,6 +36,14 @@ _KINDS: dict[type[Section], _Kind] = {
 }
 
 
+MOST_NODES = 100_000
+"""Values of a file, each repetition through an alias counted."""
+MOST_DEPTH = 50
+MOST_DIGITS = 18
+"""Of a whole number: it fits into 64 bits."""
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number, only true and false are booleans, and a key stands once."""
 
@@ -63,8 +71,16 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
     list("-+.0123456789"),
 )
-# YAML 1.1 would read a leading zero as octal; `010` here is ten.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+
+
+def _integer(_: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """YAML 1.1 would read a leading zero as octal; `010` here is ten."""
+    if len(node.value) > MOST_DIGITS:
+        raise yaml.constructor.ConstructorError(None, None, "a number is too large", node.start_mark)
+    return int(node.value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def shipped_recipes(schema: type[Section] = Recipe) -> list[str]:
@@ -226,12 +242,43 @@ _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 def _read(path: Path) -> Any:
     try:
         return _parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{path} is not a valid YAML file: {error}") from error
 
 
 def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_extent(node, {}, 0)
+        return loader.construct_document(node)
+    except (RecursionError, ValueError) as error:  # of PyYAML itself: brackets by the thousand, numbers out of range
+        raise yaml.YAMLError(f"it cannot be read: {error}") from error
+
+
+def _check_extent(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Number of values of a node; raises a YAMLError where there are too many, they are too deep, or of another kind.
+
+    Aliases repeat a node: a few lines can stand for more values than memory holds, or hold themselves.
+    """
+    if node.tag not in _TAGS:
+        raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag} is not allowed here", node.start_mark)
+    if depth > MOST_DEPTH:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"values are nested more than {MOST_DEPTH} levels deep", node.start_mark
+        )
+    if id(node) in known:
+        return known[id(node)]
+    count = 1
+    if isinstance(node, yaml.CollectionNode):
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        count += sum(_check_extent(part, known, depth + 1) for part in parts)
+    if count > MOST_NODES:
+        raise yaml.constructor.ConstructorError(None, None, f"it holds more than {MOST_NODES} values", node.start_mark)
+    known[id(node)] = count
+    return count
 
 
 def _apply(tree: dict[str, Any], override: str, example: str) -> None:
