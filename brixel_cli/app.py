@@ -334,7 +334,7 @@ def benchmark(
     max_images: Annotated[int, typer.Option(help="So many photographs at most.")] = 64,
     batch_size: Annotated[int, typer.Option(help="Images at once, for time and memory.")] = 1,
     precision: Annotated[
-        Precision, typer.Option(help="Weights and arithmetic; auto: bfloat16 where the device computes in it.")
+        Precision, typer.Option(help="Arithmetic of the models; the recipe says how weights are held.")
     ] = "float32",
     device: Where = "auto",
     compile_: Annotated[
