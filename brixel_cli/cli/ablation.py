@@ -17,7 +17,7 @@ def run_ablation(options: AblationOptions, report: Path | None, dry_run: bool, a
     """Carry out `brixel benchmark --ablate` with options as the user gave them; see `app.benchmark`.
 
     Raises:
-        BrixelError: something the user can mend; also, at the end, that some variants failed.
+        BrixelError: something the user can fix; also, at the end, that some variants failed.
     """
     # torch takes seconds to import: only now, when there is work for it.
     from brixel_cli.cli.tables import ablation_tables

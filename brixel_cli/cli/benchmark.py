@@ -18,7 +18,7 @@ def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool,
     """Carry out `brixel benchmark` with options as the user gave them; see `app.benchmark` for what they mean.
 
     Raises:
-        BrixelError: something the user can mend.
+        BrixelError: something the user can fix.
     """
     # torch takes seconds to import: only now, when there is work for it.
     from brixel_cli.engines.benchmarking.benchmarking import benchmark, count_only

@@ -23,7 +23,7 @@ def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_
     """Carry out `brixel extract` with options as the user gave them; see `app.extract` for what they mean.
 
     Raises:
-        BrixelError: something the user can mend; also, at the end, that some images failed.
+        BrixelError: something the user can fix; also, at the end, that some images failed.
     """
     if export is not None:
         if options.inputs or dry_run:

@@ -1,4 +1,4 @@
-"""Every knob of an extraction, typed, with its unit; `app.extract` says what each means to the user."""
+"""Every option of an extraction, typed, with its unit; `app.extract` says what each means to the user."""
 
 from __future__ import annotations
 
