@@ -167,7 +167,7 @@ def extract(
     ] = "auto",
     workers: Annotated[int | None, _option(COMPUTE, "Threads that decode images. Default: by the cores.")] = None,
     strict: Annotated[bool, _option(COMPUTE, "Stop at the first image that fails.", "--strict")] = False,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, _option(COMPUTE, "Check all, time one batch; write nothing.", "--dry-run")] = False,
 ) -> None:
     """Write the dense features of images or video frames to disk.
 

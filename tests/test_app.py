@@ -56,8 +56,8 @@ def test_every_command_shows_examples() -> None:
 def test_a_run_from_the_command_line_ends_by_naming_its_files(tiny_recipe_file: Path, tmp_path: Path) -> None:
     code, out, err = invoke("distill", "--recipe", str(tiny_recipe_file), "--output", str(tmp_path / "run"))
     assert code == 0, err
-    assert "2 held-out photographs, 32x32 px against the teacher at 128x128 px" in out
-    for row in ("backbone, bilinear", "student", "share of gap closed"):
+    assert "2 held-out images, 32x32 px against the teacher at 128x128 px" in out
+    for row in ("backbone, bilinear", "student", "recovered gap"):
         assert row in out
     named = [Path(line.removeprefix("wrote ")) for line in out.splitlines() if line.startswith("wrote ")]
     assert [path.name for path in named[:4]] == [
@@ -234,7 +234,7 @@ def test_a_dry_run_without_photographs_or_weights_still_tells_the_cost(tiny_reci
     plan = json.loads(out)
     assert code == 0
     assert plan["notes"] == [
-        f"photographs: No folder of photographs at {Path('nowhere').absolute()}. Name yours with --images DIR.",
+        f"images: No folder of photographs at {Path('nowhere').absolute()}. Name yours with --images DIR.",
         f"backbone: no weights at {Path('absent.safetensors').absolute()}",
     ]
     assert plan["num_views"] is None

@@ -152,6 +152,28 @@ def test_orientation_counts_in_header_and_pixels(tmp_path: Path):
     assert load_image(tmp_path / "turned.jpg").size == (40, 60)
 
 
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(tmp_path: Path):
+    picture = Image.open(make_photograph(tmp_path / "whole.png", 3, 400, 320)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "whole.jpg", quality=95)
+    picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+
+    def size(name: str, *enough: int) -> tuple[int, int]:
+        image = load_image(tmp_path / name, enough=enough)
+        return image.height, image.width
+
+    assert size("whole.jpg", 160, 200) == (160, 200)  # twice as many: at a half
+    assert size("whole.jpg", 161, 200) == size("whole.jpg", 160, 201) == (320, 400)
+    assert size("whole.jpg", 60, 60) == (80, 100)  # 320 / 60 = 5.3: at a quarter
+    assert size("turned.jpg", 200, 160) == (200, 160)
+    assert size("turned.jpg", 160, 200) == (400, 320)  # 320 is less than twice 200
+    assert size("whole.png", 10, 10) == (320, 400)
+    half = load_image(tmp_path / "whole.jpg", enough=(160, 200))
+    reduced = picture.resize((200, 160), Image.Resampling.BOX)
+    assert np.abs(np.asarray(half).astype(int) - np.asarray(reduced)).mean() < 3
+
+
 def odd_files(folder: Path) -> dict[str, str]:
     """Files that will not do, with what their reason must say."""
     frames = [Image.new("RGB", (30, 30), colour) for colour in ("red", "green")]

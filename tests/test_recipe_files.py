@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from brixel_cli.config import files as config_files
 from brixel_cli.config.base import check_device
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import (
     SHIPPED,
     copy_recipe,
-    difference_lines,
-    differences,
     dump_recipe,
     find_recipe,
     load_recipe,
@@ -21,6 +21,7 @@ from brixel_cli.config.files import (
     shipped_recipes,
 )
 from brixel_cli.config.labelled import ProbeRecipe
+from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.errors import UsageError
 
 LEAST = "name: least\nbackbone: {name: test_vit}\noptim: {steps: 4}\n"
@@ -100,10 +101,51 @@ def test_a_key_that_is_no_word_is_an_error_of_the_file(tmp_path: Path, key: str)
 
 def test_a_file_may_not_make_python_objects(tmp_path: Path) -> None:
     message = error_of(tmp_path, LEAST + "seed: !!python/object/apply:os.getpid []\n")
-    assert "could not determine a constructor" in message
+    assert "python/object/apply:os.getpid is not allowed here" in message
 
 
 # --- errors ---
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "it holds more than 100000 values"),
+        ("name: &me [*me]", "nested more than 50 levels deep"),
+        ("name: " + "[" * 3000 + "]" * 3000, "nested more than 50 levels deep|cannot be read"),
+        ("seed: " + "9" * 5000, "a number is too large"),
+        ("seed: 100000000000000000000", "a number is too large"),
+        ("name: !!binary aGVsbG8=", "the tag tag:yaml.org,2002:binary is not allowed here"),
+        ("name: !!set {a}", "the tag tag:yaml.org,2002:set is not allowed here"),
+        ("name: !!timestamp 2001-01-01", "the tag tag:yaml.org,2002:timestamp is not allowed here"),
+        ("name: !mine x", "the tag !mine is not allowed here"),
+        ("name: !!float abc", "cannot be read"),
+        ("name: a\n--- \nname: b", "expected a single document"),
+    ],
+)
+def test_hostile_yaml_is_refused_at_once(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    began = time.perf_counter()
+    with pytest.raises(UsageError, match=said):
+        load_recipe(str(path))
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize("text", ["1e400", "-1e400", "1" + "0" * 400 + ".0"])
+def test_a_number_beyond_all_range_is_an_error_of_its_key(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError, match="optim.lr"):
+        load_recipe("demo", [f"optim.lr={text}"])
+
+
+def test_anchors_and_merge_keys_can_be_used(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("l1: &base {weight: 2.0}\nedge: {<<: *base, components: 4}\n")
+    assert config_files._read(tmp_path / "r.yaml")["edge"] == {"weight": 2.0, "components": 4}
 
 
 def test_all_errors_are_reported_at_once_with_path_expectation_finding_and_nearest_spelling(tmp_path: Path) -> None:

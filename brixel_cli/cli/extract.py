@@ -61,7 +61,7 @@ def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_
     if done.failures and is_first_process():
         raise BrixelError(
             f"{len(done.failures)} of {done.num_images} images failed; {done.output} holds the others, "
-            "and the reasons in its dataset reason. Mend or remove them, then --overwrite."
+            "and the reasons in its dataset reason. Replace or remove those files, then give --overwrite."
         )
 
 

@@ -18,7 +18,7 @@ Number = Literal["float16", "float32", "int8"]
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """What `brixel extract` was told; checked at construction.
+    """The options of `brixel extract`; checked at construction.
 
     Attributes:
         inputs: folders, images, videos, globs, text lists.

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.labelled import ProbeRecipe
-from brixel_cli.config.section import Section
+from brixel_cli.config.section import Section, flatten
 from brixel_cli.errors import UsageError
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -34,6 +34,14 @@ _KINDS: dict[type[Section], _Kind] = {
     Recipe: _Kind("", "optim.lr=3e-4"),
     ProbeRecipe: _Kind("probe", "data.root=data/mine"),
 }
+
+
+MOST_NODES = 100_000
+"""Values of a file, each repetition through an alias counted."""
+MOST_DEPTH = 50
+MOST_DIGITS = 18
+"""Of a whole number: it fits into 64 bits."""
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,8 +71,16 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
     list("-+.0123456789"),
 )
-# YAML 1.1 would read a leading zero as octal; `010` here is ten.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+
+
+def _integer(_: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """YAML 1.1 would read a leading zero as octal; `010` here is ten."""
+    if len(node.value) > MOST_DIGITS:
+        raise yaml.constructor.ConstructorError(None, None, "a number is too large", node.start_mark)
+    return int(node.value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def shipped_recipes(schema: type[Section] = Recipe) -> list[str]:
@@ -211,37 +227,8 @@ def missing_keys(reference: str, schema: type[Section] = Recipe) -> list[str]:
     Raises:
         UsageError: as `load_recipe`.
     """
-    whole, given = load_recipe(reference, [], schema), _flatten(_read(find_recipe(reference, schema)))
-    return [key for key in _flatten(whole.model_dump()) if key not in given]
-
-
-def differences(
-    old: Section | Mapping[str, Any], new: Section | Mapping[str, Any], ignored: Collection[str] = ()
-) -> dict[str, tuple[Any, Any]]:
-    """What differs between two configurations: by key path the old value and the new one, None where there is none.
-
-    Args:
-        old: a section, or a mapping of JSON values, whose mappings may be nested.
-        new: as `old`.
-        ignored: key paths whose values may differ; a section's name ignores the whole section.
-    """
-    before, after = (_flatten(tree.model_dump() if isinstance(tree, Section) else tree) for tree in (old, new))
-    sections = tuple(f"{key}." for key in ignored)
-    return {
-        key: (before.get(key), after.get(key))
-        for key in before | after
-        if before.get(key) != after.get(key) and key not in ignored and not key.startswith(sections)
-    }
-
-
-def difference_lines(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    """Differences for people: `key.path: old -> new`, long values cut."""
-    return [f"{key}: {_shortened(before)} -> {_shortened(after)}" for key, (before, after) in found.items()]
-
-
-def _shortened(value: Any) -> str:
-    text = _shown(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    whole, given = load_recipe(reference, [], schema), flatten(_read(find_recipe(reference, schema)))
+    return [key for key in flatten(whole.model_dump()) if key not in given]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -265,12 +252,43 @@ _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 def _read(path: Path) -> Any:
     try:
         return _parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{path} is not a valid YAML file: {error}") from error
 
 
 def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_extent(node, {}, 0)
+        return loader.construct_document(node)
+    except (RecursionError, ValueError) as error:  # of PyYAML itself: brackets by the thousand, numbers out of range
+        raise yaml.YAMLError(f"it cannot be read: {error}") from error
+
+
+def _check_extent(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Number of values of a node; raises a YAMLError where there are too many, they are too deep, or of another kind.
+
+    Aliases repeat a node: a few lines can stand for more values than memory holds, or hold themselves.
+    """
+    if node.tag not in _TAGS:
+        raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag} is not allowed here", node.start_mark)
+    if depth > MOST_DEPTH:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"values are nested more than {MOST_DEPTH} levels deep", node.start_mark
+        )
+    if id(node) in known:
+        return known[id(node)]
+    count = 1
+    if isinstance(node, yaml.CollectionNode):
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        count += sum(_check_extent(part, known, depth + 1) for part in parts)
+    if count > MOST_NODES:
+        raise yaml.constructor.ConstructorError(None, None, f"it holds more than {MOST_NODES} values", node.start_mark)
+    known[id(node)] = count
+    return count
 
 
 def _apply(tree: dict[str, Any], override: str, example: str) -> None:
@@ -349,13 +367,3 @@ def _section_of(location: Sequence[Any], schema: type[Section]) -> tuple[type[Ba
 
 def _shown(value: Any) -> str:
     return json.dumps(value, default=str)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

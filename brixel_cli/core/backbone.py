@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from brixel_cli.core.identity import tensors_sha256
-from brixel_cli.core.vit_formula import VitShape
 from brixel_cli.core.weights import check_keys
 from brixel_cli.errors import SizeError, UsageError, WeightsError
 
@@ -117,23 +116,6 @@ class Backbone(nn.Module):
         """Whether its signature is another one's up to the tolerance: the relative distance of the vectors."""
         mine, other = torch.tensor(self.signature()), torch.tensor(signature)
         return len(mine) == len(other) and bool((mine - other).norm() <= SIGNATURE_TOLERANCE * other.norm())
-
-    @property
-    def shape(self) -> VitShape:
-        """Widths and depth, for the closed formula of its arithmetic."""
-        trunk: Any = self.vit
-        block = trunk.blocks[0]
-        into = [layer for name, layer in block.mlp.named_children() if name.startswith("fc1")]
-        mlp_dim = block.mlp.fc2.in_features
-        return VitShape(
-            patch_size=self.patch_size,
-            embed_dim=self.embed_dim,
-            depth=len(trunk.blocks),
-            attention_dim=block.attn.proj.in_features,
-            mlp_dim=mlp_dim,
-            mlp_inputs=sum(layer.out_features for layer in into) // mlp_dim,
-            num_prefix_tokens=trunk.num_prefix_tokens,
-        )
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode, whatever the module around this one does."""

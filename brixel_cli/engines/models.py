@@ -211,7 +211,7 @@ class FeatureExtractor:
     Args:
         spec: of the model.
         runtime: device and precision.
-        reporter: hears of memory running out.
+        reporter: is warned where memory runs out.
         batch_size: images at once at most; None: as many as come.
         size_option: what sets the size of the input, in errors.
 

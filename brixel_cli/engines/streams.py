@@ -65,7 +65,7 @@ def read_ahead(
 
 
 class WriteBehind(Generic[Job]):
-    """Hands jobs to one thread, in order; a fault in it is raised at the next `put`, or at the end.
+    """Hands jobs to one thread, in order; an error in it is raised at the next `put`, or at the end.
 
     Args:
         write: does one job.
@@ -75,14 +75,14 @@ class WriteBehind(Generic[Job]):
     def __init__(self, write: Callable[[Job], None], polite: bool):
         self._write = write
         self._jobs: queue.Queue[Job | None] = queue.Queue(WRITES_BEHIND)
-        self._fault: BaseException | None = None
+        self._error: BaseException | None = None
         self._polite = polite
         self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
 
     def put(self, job: Job) -> None:
         """Have a job written; waits where the writer is behind."""
-        if self._fault is not None:
-            raise self._fault
+        if self._error is not None:
+            raise self._error
         self._jobs.put(job)
 
     @contextmanager
@@ -94,17 +94,17 @@ class WriteBehind(Generic[Job]):
         finally:
             self._jobs.put(None)
             self._thread.join()
-        if self._fault is not None:
-            raise self._fault
+        if self._error is not None:
+            raise self._error
 
     def _work(self) -> None:
         if self._polite:
             yield_to_others()
         while (job := self._jobs.get()) is not None:
-            if self._fault is not None:
+            if self._error is not None:
                 continue  # keeps emptying the queue, so that nobody waits for room in it
             try:
                 self._write(job)
             except BaseException as error:
-                self._fault = error
+                self._error = error
             del job  # a map that has been written must not stay in memory until the next comes

@@ -69,7 +69,7 @@ def export(options: ExtractOptions, path: Path, reporter: Reporter) -> Exported:
     path.parent.mkdir(parents=True, exist_ok=True)
     patch = spec.patch_size
     attempts: list[tuple[str, bool]] = [("batch, height, width", True), ("batch", False)]
-    faults: list[str] = []
+    errors: list[str] = []
     for dynamic, free_size in attempts:
         reporter.say(f"exporting with free {dynamic}")
         example = torch.randn(2, 3, side, side + 2 * patch if free_size else side)
@@ -84,17 +84,17 @@ def export(options: ExtractOptions, path: Path, reporter: Reporter) -> Exported:
                 checked = _check_graph(model, graph, sizes)
             except Exception as error:  # exporter and runtime raise kinds of their own, by the dozen
                 reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
-                faults.append(f"free {dynamic}: {type(error).__name__}: {reason}")
+                errors.append(f"free {dynamic}: {type(error).__name__}: {reason}")
                 continue
             if not max(checked.values()) <= TOLERANCE:
-                faults.append(f"free {dynamic}: differs from PyTorch by {max(checked.values()):.1e}")
+                errors.append(f"free {dynamic}: differs from PyTorch by {max(checked.values()):.1e}")
                 continue
             for file in sorted(Path(scratch).iterdir()):
                 os.replace(file, path.parent / file.name)
-        for fault in faults:
-            reporter.warn(f"not possible with {fault}")
+        for reason in errors:
+            reporter.warn(f"not possible with {reason}")
         return Exported(path, dynamic, checked)
-    raise BrixelError(f"{spec.backbone} could not be exported:\n  " + "\n  ".join(faults))
+    raise BrixelError(f"{spec.backbone} could not be exported:\n  " + "\n  ".join(errors))
 
 
 def _check(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from brixel_cli.config.extract import ExtractOptions
-from brixel_cli.config.files import difference_lines, differences
+from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.identity import files_sha256
 from brixel_cli.data.feature_file import FORMAT, INDEX_NAME, REASON_BYTES, FeatureFile, Layout, text_array
@@ -29,7 +29,7 @@ DIGEST_LENGTH = 64
 ADVISORY = ("device", "versions", "backbone_weights", "tf32")
 """Differences here can change the last bits at most, or nothing: they are warned of, not refused."""
 OF_STUDENT = ("student.adapter", "student.step", "student.released")
-"""Told by its SHA-256 already."""
+"""The SHA-256 of the student covers these."""
 OPTIONS = {key: f"--{key}" for key in ("source", "res", "fit", "dtype", "pca", "precision", "backbone")} | {
     "storage": "--format",
     "student.sha256": "--checkpoint, student.sha256",
