@@ -196,9 +196,9 @@ def _show_plan(plan: ProbePlan, as_json: bool) -> None:
         rows = []
         for item in plan.sources:
             parts = [part for part in (item.train.maps, item.evaluate.maps) if part is not None]
-            views = f"{len(item.train.fields):,} + {len(item.evaluate.fields):,}"
+            crops = f"{len(item.train.crops):,} + {len(item.evaluate.crops):,}"
             needed = human_bytes(sum(part.bytes_needed for part in parts)) if parts else "stored already"
-            rows.append([item.source.label, views, needed])
+            rows.append([item.source.label, crops, needed])
         train, evaluate = plan.sources[0].train.labelled, plan.sources[0].evaluate.labelled
         notes = [
             f"{len(train):,} images to train on, {len(evaluate):,} to evaluate.",
@@ -207,7 +207,7 @@ def _show_plan(plan: ProbePlan, as_json: bool) -> None:
             f"in {options.features}.",
         ]
         print_table(_title(options.recipe.name, options.recipe.task, options.protocol_name, options.size),
-                    ["source", "views", "disk"], rows, notes)  # fmt: skip
+                    ["source", "crops", "disk"], rows, notes)  # fmt: skip
     say("dry run: nothing was written")
 
 

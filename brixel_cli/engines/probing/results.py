@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -38,7 +38,7 @@ class ModelDescription:
         factor: output grid over token grid of the student; the teacher's input over the student's.
         patch_size: in pixels.
         channels: of the feature maps.
-        input: number of evaluation crops of each input size, as `HEIGHTxWIDTH`.
+        input: number of evaluated crops of each input size, as `HEIGHTxWIDTH`.
         grid: the same by the size of the feature map.
     """
 
@@ -203,7 +203,7 @@ class ProbeResults:
 
 @dataclass(frozen=True)
 class CropsUsed:
-    """How a protocol looks at the images of its evaluation; see `config.protocols.FieldConfig`."""
+    """How a protocol looks at the images of its evaluation; see `config.protocols.CropConfig`."""
 
     kind: Literal["whole", "centre", "stretch", "slide"]
     stride: int | None
@@ -220,6 +220,7 @@ class HeadDescription:
         label: of its source.
         source: of its features.
         versions: of the libraries.
+        backbone_signature: by which weights that were converted or rounded are known; empty: by SHA-256 alone.
     """
 
     recipe: ProbeRecipe
@@ -230,6 +231,7 @@ class HeadDescription:
     label: str
     source: SourceDescription
     versions: Versions
+    backbone_signature: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As the head's file has it."""
