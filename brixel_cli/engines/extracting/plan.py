@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from brixel_cli.config.extract import ExtractOptions
-from brixel_cli.config.files import difference_lines, differences
+from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.identity import files_sha256
 from brixel_cli.data.feature_file import FORMAT, INDEX_NAME, REASON_BYTES, FeatureFile, Layout, text_array

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from brixel_cli.config.base import Side
 from brixel_cli.config.probe import ApplyOptions
+from brixel_cli.config.section import Side
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.files import save_picture, write_text
 from brixel_cli.core.formatting import to_json
