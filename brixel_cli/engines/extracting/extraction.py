@@ -287,7 +287,7 @@ def _load(plan: ExtractPlan, row: int) -> Tensor | str:
         image = plan.inputs.load(item)
         if (image.height, image.width) != (item.height, item.width):
             return f"its header says {item.width}x{item.height} pixels, its contents {image.width}x{image.height}"
-        return plan.fitting.apply(image)
+        return plan.resizing.apply(image)
     except BrixelError as error:
         return reason_of(error, item.path)
 
