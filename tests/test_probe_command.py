@@ -108,12 +108,12 @@ def test_a_second_call_goes_on(command: list[str]) -> None:
     assert first == again
 
 
-def test_the_deerror_folders(
+def test_the_default_folders(
     root: Path, model: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model[0], tmp_path / "runs" / "tiny")
-    code, _, err = invoke("--recipe", str(recipe_file(root)), "--seeds", "1", *FAST)
+    code, _, err = invoke("--recipe", str(recipe_file(root)), "--checkpoint", "runs/tiny", "--seeds", "1", *FAST)
     assert code == 0, err
     assert (tmp_path / "runs/probe/mine/results.json").is_file()
     assert list((tmp_path / "runs/probe/features").glob("*.h5"))

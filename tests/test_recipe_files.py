@@ -403,7 +403,7 @@ def test_a_folder_is_no_recipe(reference: str) -> None:
         find_recipe(reference)
 
 
-def test_the_recipes_of_the_paper_and_the_deerror_one_are_shipped() -> None:
+def test_the_recipes_of_the_paper_and_the_default_one_are_shipped() -> None:
     assert {"vits", "vitb", "vitl", "vithplus", "dinov2_vits", "demo"} <= set(shipped_recipes())
 
 
