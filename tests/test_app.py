@@ -53,8 +53,8 @@ def test_every_command_shows_examples() -> None:
 def test_a_run_from_the_command_line_ends_by_naming_its_files(tiny_recipe_file: Path, tmp_path: Path) -> None:
     code, out, err = invoke("distill", "--recipe", str(tiny_recipe_file), "--output", str(tmp_path / "run"))
     assert code == 0, err
-    assert "2 held-out photographs, 32x32 px against the teacher at 128x128 px" in out
-    for row in ("backbone, bilinear", "student", "share of gap closed"):
+    assert "2 held-out images, 32x32 px against the teacher at 128x128 px" in out
+    for row in ("backbone, bilinear", "student", "recovered gap"):
         assert row in out
     named = [Path(line.removeprefix("wrote ")) for line in out.splitlines() if line.startswith("wrote ")]
     assert [path.name for path in named[:4]] == [
@@ -160,7 +160,9 @@ def test_the_figures_of_a_dry_run(tiny_recipe_file: Path) -> None:
     # 6 of 8 photographs are trained on, two views each; a view is (3*32*32 + 4*64*2*2 + 64*8*8) * 2 + 4 + 1 bytes.
     assert (plan["num_views"], plan["num_steps"], plan["cache_bytes_per_view"]) == (12, 4, 16389)
     assert plan["step_seconds"] > 0
-    assert plan["total_seconds"] == pytest.approx(4 * plan["step_seconds"] + 14 * plan["cached_view_seconds"])
+    assert plan["total_seconds"] == pytest.approx(
+        4 * plan["step_seconds"] + 14 * (plan["cached_view_seconds"] + plan["reading_seconds"])
+    )  # one after the other: there are no workers
     from brixel_cli.core.backbone import load_backbone
     from brixel_cli.core.cost import count_parameters
 
@@ -173,7 +175,7 @@ def test_a_dry_run_without_photographs_or_weights_still_tells_the_cost(tiny_reci
     plan = json.loads(out)
     assert code == 0
     assert plan["notes"] == [
-        f"photographs: No folder of photographs at {Path('nowhere').absolute()}. Name yours with --images DIR.",
+        f"images: No folder of photographs at {Path('nowhere').absolute()}. Name yours with --images DIR.",
         f"backbone: no weights at {Path('absent.safetensors').absolute()}",
     ]
     assert plan["num_views"] is None

@@ -16,7 +16,7 @@ from brixel_cli.core.cost import fake_tensors, hollow
 from brixel_cli.data.images import Photograph, scan_folder
 from brixel_cli.data.row_store import Store
 from brixel_cli.data.views import Views, normalise_pixels, reduce_view
-from brixel_cli.engines.distilling.batches import OnlineBatches, batch_keys, compute_maps, num_workers
+from brixel_cli.engines.distilling.batches import OnlineBatches, ViewLoader, batch_keys, compute_maps, num_workers
 from brixel_cli.engines.distilling.cache import CachedBatches, CacheFile
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
@@ -163,7 +163,7 @@ def test_worker_processes_change_nothing(recipe: Recipe, backbone: Backbone) -> 
 def test_views_travel_as_bytes_and_are_normalised_where_the_networks_are(recipe: Recipe, backbone: Backbone) -> None:
     runtime = Runtime("cpu", "float32")
     views = views_of(recipe, backbone)
-    source = OnlineBatches(views, backbone, runtime, workers=2)
+    source = ViewLoader(views, runtime, workers=2)
     (loaded,) = source.load([[(0, 0), (0, 3)]])
     assert (loaded.pixels.dtype, loaded.pixels.shape) == (torch.uint8, (2, 3, 128, 128))
     # As if each view had been normalised by itself, before it travelled: not a bit differs on the CPU.

@@ -154,32 +154,34 @@ class _NextKeys:
         return iter(self.keys)
 
 
-class OnlineBatches:
-    """Reads and crops images in worker processes; runs backbone and teacher on each batch.
+class ViewLoader:
+    """Reads and crops images in worker processes.
 
     Args:
         views: which are read.
-        backbone: the teacher, and the trunk of the student.
-        runtime: where they compute.
+        runtime: whose device they are for, and whose processes share the cores.
         workers: processes, 0: this one; None: by the cores.
+
+    Attributes:
+        count: of the worker processes.
+        skipped: damaged images that were found, with reasons.
     """
 
-    def __init__(self, views: Views, backbone: Backbone, runtime: Runtime, workers: int | None):
-        self.views, self.backbone, self.runtime = views, backbone, runtime
+    def __init__(self, views: Views, runtime: Runtime, workers: int | None):
+        self.count = num_workers(workers, runtime)
         self.skipped: list[Skipped] = []
-        count = num_workers(workers, runtime)
         self._next = _NextKeys()
         self._loader: DataLoader[ViewBatch] = DataLoader(
             views,  # type: ignore[arg-type]
             batch_sampler=self._next,  # type: ignore[arg-type]
-            num_workers=count,
+            num_workers=self.count,
             collate_fn=_collate,
             pin_memory=runtime.device.type == "cuda",
-            persistent_workers=count > 0,
+            persistent_workers=self.count > 0,
         )
 
     def load(self, keys: Iterable[Sequence[Key]]) -> Iterator[ViewBatch]:
-        """The views themselves, read ahead by the workers."""
+        """Views for each list of keys, in order, read ahead by the workers."""
         self._next.keys = keys
         try:
             for batch in self._loader:
@@ -188,11 +190,27 @@ class OnlineBatches:
         except BrixelError as error:  # a worker's comes wrapped in its traceback
             raise BrixelError(str(error).strip().rpartition("BrixelError: ")[2]) from error
 
+
+class OnlineBatches:
+    """Batches computed from images as they are needed: views from a `ViewLoader`, their maps from the backbone.
+
+    Args:
+        views: training or held-out views.
+        backbone: the teacher, and the trunk of the student.
+        runtime: where they compute.
+        workers: as for `ViewLoader`.
+    """
+
+    def __init__(self, views: Views, backbone: Backbone, runtime: Runtime, workers: int | None):
+        self.loader = ViewLoader(views, runtime, workers)
+        self.skipped = self.loader.skipped
+        self.factor, self.backbone, self.runtime = views.config.factor, backbone, runtime
+
     def iterate(self, keys: Iterable[Sequence[Key]]) -> Iterator[Batch]:
         """One batch for each list of keys, in order."""
-        for loaded in self.load(keys):
+        for loaded in self.loader.load(keys):
             yield Batch(
-                *compute_maps(self.backbone, self.runtime, loaded.pixels, self.views.config.factor),
+                *compute_maps(self.backbone, self.runtime, loaded.pixels, self.factor),
                 names=loaded.names,
                 replaced=[bool(files) for files in loaded.skipped],
             )
