@@ -23,7 +23,7 @@ from brixel_cli.core import student as students
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.images import load_image, upright_rgb
-from brixel_cli.data.resizing import Fitting
+from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import batches_of_one_size
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.reporting import Reporter, Silent
@@ -76,7 +76,7 @@ class ImageStudent(Student):
                 f"transform and features take the path of an image or a PIL image, not {_described(image)}. An array "
                 "becomes one with PIL.Image.fromarray(array); normalised tensors go to student(images)."
             )
-        pixels = Fitting(res, fit, self.backbone.patch_size).apply(picture)
+        pixels = Resizing(res, fit, self.backbone.patch_size).apply(picture)
         on_device = pixels.to(next(self.adapter.parameters()).device)
         return normalise_pixels(on_device, self.backbone.mean, self.backbone.std)[None]
 

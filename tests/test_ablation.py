@@ -155,7 +155,7 @@ def test_variants_are_trained_on_one_cache_and_measured(run, tmp_path: Path, lis
     assert base.bilinear == l1.bilinear
     # The share that is closed, by its definition: L1 of the teacher is 0.
     closed = (base.fidelity["l1"] - base.bilinear["l1"]) / (0 - base.bilinear["l1"])
-    assert base.gap_closed["l1"] == pytest.approx(closed)
+    assert base.recovered_gap["l1"] == pytest.approx(closed)
     assert base.num_images == 2
     recipe = load_recipe(str(out / small.folder / "recipe.yaml"))
     assert recipe.adapter.fusion.width == 8
@@ -325,7 +325,7 @@ def test_the_command_trains_prints_and_reports(tiny_recipe_file: Path, mine: Pat
     assert not (tmp_path / "out").exists()
     done = CliRunner().invoke(app, [*line, "--steps", "2", "--report", str(tmp_path / "report"), "--quiet"])
     assert done.exit_code == 0, done.output
-    assert "gap to the teacher closed" in done.stdout
+    assert "recovered gap" in done.stdout
     assert max(len(line) for line in done.stdout.splitlines() if "│" in line) <= 80
     assert f"wrote {tmp_path / 'report' / 'report.html'}" in done.stdout
     command = read_ablations(tmp_path / "out").commands[0]

@@ -22,7 +22,7 @@ from brixel_cli.engines.ablating import cost as ablation_cost
 from brixel_cli.engines.ablating import probing as ablation_probe
 from brixel_cli.engines.ablating.ablation import ablate
 from brixel_cli.engines.ablating.results import Ablations, read_ablations
-from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
+from brixel_cli.engines.benchmarking.probes import Figure, ProbeResult
 from brixel_cli.errors import BrixelError, UsageError
 
 CACHED = ("cache.enabled=true", "views.kind=fixed")
@@ -78,7 +78,7 @@ def test_each_student_is_probed_once_on_shared_features(
         assert found.figures["student"].spread == pytest.approx(abs(first - second) / 2**0.5)
         assert (found.recipe, found.metric, found.seeds) == ("mine", "miou", 2)
         assert found.protocol == "quick (changed: points=64, steps=3)"
-        assert found.gap_closed is None
+        assert found.recovered_gap is None
     assert base.figures["student"] != fast.figures["student"]
     assert base.figures["backbone"] == fast.figures["backbone"]
     (plain,) = (runs / "probe").iterdir()

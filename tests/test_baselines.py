@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from brixel_cli.engines.benchmarking.baselines import load_baseline
+from brixel_cli.engines.benchmarking.methods import load_baseline
 from brixel_cli.errors import BrixelError, UsageError
 
 NEAREST = """

@@ -14,15 +14,14 @@ from test_benchmark_report import make_results
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
-from brixel_cli.cli.report_pages import write_report
+from brixel_cli.cli.report import write_report
 from brixel_cli.cli.tables import probe_tables
 from brixel_cli.core.identity import tensors_sha256
 from brixel_cli.core.student import read_adapter
 from brixel_cli.engines.benchmarking import benchmarking
-from brixel_cli.engines.benchmarking.peak_memory import PeakMemory
-from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
+from brixel_cli.engines.benchmarking.cost import PeakMemory
+from brixel_cli.engines.benchmarking.probes import Figure, ProbeResult, probes_of
 from brixel_cli.engines.benchmarking.results import Results, read_results
-from brixel_cli.engines.benchmarking.student_probes import probes_of
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.probing import probe
 from brixel_cli.engines.probing.results import Summary
@@ -114,7 +113,7 @@ def test_the_table_of_probes(probed: Results) -> None:
     assert table.rows == [["mine", "mIoU (%)", "50.00", "62.50", "75.00", "50.0%"]]
     assert table.notes == ["runs/probe/mine: recipe mine, protocol quick, 3 seeds."]
     assert probe_tables(replace(probed, probes={}), probed.models[0]) == []
-    alone = replace(PROBED, figures={"student": PROBED.figures["student"]}, gap_closed=None, seeds=1)
+    alone = replace(PROBED, figures={"student": PROBED.figures["student"]}, recovered_gap=None, seeds=1)
     (table,) = probe_tables(replace(probed, probes={"vits": (alone,)}), probed.models[0])
     assert table.rows == [["mine", "mIoU (%)", "-", "62.50", "-", "-"]]
     assert table.notes == ["runs/probe/mine: recipe mine, protocol quick, 1 seed."]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from brixel_cli.engines.benchmarking.environment import Environment
+from brixel_cli.engines.benchmarking.latency import Latency
 from brixel_cli.engines.benchmarking.results import (
-    Environment,
     Fidelity,
     ImageFidelity,
     Kind,
-    Latency,
     Model,
     Results,
     Row,
@@ -34,7 +34,7 @@ FIDELITY = Fidelity(0.3, 0.65, 0.2, 0.4, 0.4, 0.5, {"l1": 0.5, "cosine": None}, 
 def row(kind: Kind, side: int, seconds: float | None, gflop: float, peak: int, fidelity: Fidelity | None = None) -> Row:
     latency = Latency(seconds, seconds, 2 * seconds, 5) if seconds else None
     return Row(
-        "tiny", kind, kind, (side, side), (side, side), (2, 2), 100, 10, gflop, gflop, gflop, ("aten.fft",), 400, peak,
+        "tiny", kind, kind, (side, side), (side, side), (2, 2), 100, 10, gflop, ("aten.fft",), 400, peak,
         "measured", None, latency, fidelity,
     )  # fmt: skip
 
@@ -78,9 +78,10 @@ def test_a_row_that_was_not_run_has_no_ratio(results: Results) -> None:
 
 
 def test_curves_run_over_sizes(results: Results) -> None:
-    (curve,) = results.curves()
-    assert (curve.label, curve.sizes) == ("student", ((16, 16), (32, 32)))
-    assert [row.seconds for row in curve.rows] == [0.1, 0.5]
+    (rows,) = results.curves(results.models[0])
+    assert [(row.label, row.size, row.seconds) for row in rows] == [
+        ("student", (16, 16), 0.1), ("student", (32, 32), 0.5),
+    ]  # fmt: skip
 
 
 def test_worst_photographs_come_first() -> None:
@@ -92,6 +93,17 @@ def test_results_come_back_from_disk_as_they_were(results: Results, tmp_path: Pa
     assert read_results(tmp_path) == results
 
 
+def test_results_of_earlier_versions_are_read(results: Results, tmp_path: Path) -> None:
+    old = json.loads(results.to_json())
+    for entry in old["rows"]:
+        entry |= {"formula_gflop": 2.0, "counted_vit_gflop": 2.0}
+        if entry["fidelity"]:
+            entry["fidelity"]["gap_closed"] = entry["fidelity"].pop("recovered_gap")
+    del old["environment"]["tf32"]
+    (tmp_path / "results.json").write_text(json.dumps(old))
+    assert read_results(tmp_path) == results
+
+
 def test_the_csv_has_a_line_for_each_row(results: Results) -> None:
     lines = list(csv.DictReader(io.StringIO(results.to_csv())))
     assert [(line["row"], line["size"]) for line in lines] == [
@@ -99,7 +111,7 @@ def test_the_csv_has_a_line_for_each_row(results: Results) -> None:
     ]  # fmt: skip
     assert lines[0]["times_faster"] == "8.0"
     assert lines[0]["seconds_q90"] == "1.0"
-    assert (lines[0]["gap_closed_l1"], lines[0]["gap_closed_cosine"]) == ("0.5", "")
+    assert (lines[0]["recovered_gap_l1"], lines[0]["recovered_gap_cosine"]) == ("0.5", "")
 
 
 def test_what_is_no_benchmark_is_refused(results: Results, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Latency: turns, quantiles and limits, with a clock that the test moves."""
+"""Latency: interleaving, quantiles and limits, with a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from brixel_cli.engines.benchmarking.latency import MIN_ROUNDS, Timed, interleaved
+from brixel_cli.engines.benchmarking.latency import MIN_ROUNDS, Latency, interleaved
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def taking(clock: list[float], seconds: list[float], order: list[str], name: str
     return call
 
 
-def test_rows_take_turns_after_a_first_call_that_does_not_count(clock: list[float]) -> None:
+def test_calls_are_interleaved_after_a_first_call_that_does_not_count(clock: list[float]) -> None:
     order: list[str] = []
     calls = {
         "fast": taking(clock, [50.0, 1.0], order, "fast"),
@@ -52,7 +52,7 @@ def test_rounds_go_on_until_the_time_is_up(clock: list[float]) -> None:
 
 def test_quantiles_by_hand() -> None:
     # 11 values, 0 to 10: the 10 % quantile lies at place 1 of 0..10, the 90 % at place 9, whatever their order.
-    latency = Timed(seconds=[float(value) for value in (10, 9, 8, 7, 6, 0, 1, 2, 3, 4, 5)]).latency
+    latency = Latency.of([float(value) for value in (10, 9, 8, 7, 6, 0, 1, 2, 3, 4, 5)])
     assert (latency.low, latency.median, latency.high, latency.rounds) == (1.0, 5.0, 9.0, 11)
 
 

@@ -78,7 +78,7 @@ def test_imports_point_one_way(path: Path) -> None:
 ENGINES = {
     "distilling": set(),
     "extracting": set(),
-    "probing": {"extracting"},
+    "probing": set(),
     "benchmarking": {"distilling", "probing"},
     "ablating": {"benchmarking", "distilling", "probing"},
 }

@@ -14,9 +14,11 @@ from PIL import Image
 from probe_sets import CLASSES, make_options, make_set, noise, write_features
 
 from brixel_cli.config.probe import ApplyOptions
+from brixel_cli.core.heads import load_head, save_head
 from brixel_cli.drawing.predictions import class_colours
 from brixel_cli.engines.models import FeatureExtractor
-from brixel_cli.engines.probing.application import apply_head, encode_prediction
+from brixel_cli.engines.probing import application
+from brixel_cli.engines.probing.application import apply_head, depth_unit, encode_prediction
 from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
@@ -106,13 +108,98 @@ def test_depth_and_normals_keep_names_and_sizes(probed: Path, tmp_path: Path, li
 
 def test_what_is_stored_is_exact() -> None:
     image = Image.new("RGB", (2, 1))
-    mask, _ = encode_prediction("segmentation", image, torch.tensor([[2, 0]]))
+    mask, _ = encode_prediction("segmentation", image, torch.tensor([[2, 0]]), 1000)
     assert np.asarray(mask).tolist() == [[2, 0]]
     assert np.asarray(mask.convert("RGB"))[0, 0].tolist() == class_colours()[2].tolist()
-    depth, _ = encode_prediction("depth", image, torch.tensor([[1.2344, 70.0]]))
-    assert np.asarray(depth).tolist() == [[1234, 65535]]
-    normals, _ = encode_prediction("normals", image, torch.tensor([[[1.0, 0]], [[0.0, -1]], [[0.0, 0]]]))
+    for unit, stored in ((1000, [1234, 65535]), (100, [123, 6554])):  # 65.535 m is the last millimetre of 16 bits
+        depth, _ = encode_prediction("depth", image, torch.tensor([[1.2344, 65.535]]), unit)
+        assert np.asarray(depth).tolist() == [stored]
+    normals, _ = encode_prediction("normals", image, torch.tensor([[[1.0, 0]], [[0.0, -1]], [[0.0, 0]]]), 1000)
     assert np.asarray(normals).tolist() == [[[255, 128, 128], [128, 0, 128]]]
+
+
+def test_the_unit_of_depth_is_the_finest_that_holds_the_depths_of_the_training() -> None:
+    assert [depth_unit(deepest) for deepest in (10.0, 65.535, 65.6, 80.0, 655.35, 700.0, 70_000.0)] == [
+        1000, 1000, 100, 100, 100, 10, 1,
+    ]  # fmt: skip
+
+
+def test_depth_beyond_the_largest_of_millimetres_is_stored_in_another_unit(
+    root: Path, tmp_path: Path, model, listener: Listener
+) -> None:
+    changes = [*FAST, "data.depth.range=[1.0, 80.0]", "data.depth.scale=0.02"]  # 20 to 80 m
+    probe(make_options(root, tmp_path / "out", "depth", checkpoints=[model[0]], sources=["student"],
+                       overrides=changes), listener)  # fmt: skip
+    file = head(tmp_path, "out")
+    loaded, description = load_head(file)
+    branch = loaded.branches["depth"]
+    branch[-1].weight.data.zero_()
+    branch[-1].bias.data = torch.linspace(-50.0, 50.0, 256)  # nearly all on the last bin, 80 m
+    save_head(file, loaded, description)
+    done = apply_head(ApplyOptions(file, [str(root / "images/val")], tmp_path / "deep", device="cpu"), listener)
+    assert done.notes == ["depth: centimetres in 16-bit PNGs."]
+    assert json.loads((tmp_path / "deep/predictions.json").read_text())["units"] == {
+        "depth": "centimetres in 16-bit PNGs"
+    }
+    depth = np.asarray(Image.open(tmp_path / "deep/depth/0.png"))
+    assert 7800 < depth.min() <= depth.max() <= 8000  # 65,535 would be what 16 bits of millimetres can hold
+
+
+def test_depth_that_fits_no_unit_is_a_reason_and_no_prediction(
+    probed: Path, root: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = application._predict
+    calls: list[int] = []
+
+    def deep(*arguments):
+        calls.append(1)
+        found = real(*arguments)
+        return {**found, "depth": found["depth"] * (100 if len(calls) == 1 else 1)}
+
+    monkeypatch.setattr(application, "_predict", deep)
+    options = ApplyOptions(head(probed, "depth_normals"), [str(root / "images/val")], tmp_path / "out", device="cpu")
+    done = apply_head(options, listener)
+    (reason,) = done.failures.values()
+    assert reason.startswith("its depth reaches ")
+    assert "and the files end at 65.535 m" in reason
+    assert done.num_written == 3
+    assert not (tmp_path / "out/normals/0.png").exists()
+
+
+def test_memory_that_runs_out_names_what_to_change(
+    probed: Path, root: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(application, "_predict", full)
+    with pytest.raises(BrixelError, match=r"Out of memory predicting 0.png\. Take another --device\."):
+        apply_head(ApplyOptions(head(probed), [str(root / "images/val")], tmp_path / "out", device="cpu"), listener)
+
+
+@pytest.mark.parametrize("source", ["backbone", "student", "teacher"])
+def test_weights_of_the_backbone_that_were_rounded_are_taken(
+    root: Path, probed: Path, tmp_path: Path, model, listener: Listener, source: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    rounded = tmp_path / "rounded.safetensors"
+    save_file({key: value.bfloat16() for key, value in load_file(model[1]).items()}, rounded)
+    file = head(probed, source=source)
+    images = [str(root / "images/val")]
+    done = apply_head(ApplyOptions(file, images, tmp_path / "a", backbone_weights=str(rounded), device="cpu"), listener)
+    assert done.num_written == 4
+    # A head of an earlier version has no signature: the student's card has it, of the same weights.
+    loaded, description = load_head(file)
+    assert len(description.pop("backbone_signature")) == 64
+    earlier = tmp_path / "earlier.safetensors"
+    save_head(earlier, loaded, description)
+    options = ApplyOptions(earlier, images, tmp_path / "b", backbone_weights=str(rounded), device="cpu")
+    if source == "student":
+        assert apply_head(options, listener).num_written == 4
+    else:
+        with pytest.raises(WeightsError, match="The weights of the backbone are not those that"):
+            apply_head(options, listener)
 
 
 def test_bad_images_are_listed_and_the_others_predicted(probed: Path, tmp_path: Path, listener: Listener) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from probe_sets import HEIGHT, NAMES, WIDTH, make_options, make_set, noise, stored_levels, write_features
 
 from brixel_cli.core.student import load_student
-from brixel_cli.data.fields_of_view import cut_image, cut_map, cut_target
+from brixel_cli.data.crops import cut_image, cut_map, cut_target
 from brixel_cli.data.row_store import Store
 from brixel_cli.data.views import normalise
 from brixel_cli.engines.models import FeatureExtractor
@@ -51,17 +51,17 @@ def test_maps_are_what_the_model_says_of_each_field(
         call, enlarge = calls[item.source.label]
         for split in (item.train, item.evaluate):
             maps = open_maps(item, split)
-            for position in (0, len(split.fields) // 2, len(split.fields) - 1):
-                field = split.fields[position]
-                image = Image.open(root / split.labelled.names[field.row]).convert("RGB")
-                pixels = normalise(cut_image(image, field, enlarge), student.backbone.mean, student.backbone.std)
+            for position in (0, len(split.crops) // 2, len(split.crops) - 1):
+                crop = split.crops[position]
+                image = Image.open(root / split.labelled.names[crop.row]).convert("RGB")
+                pixels = normalise(cut_image(image, crop, enlarge), student.backbone.mean, student.backbone.std)
                 expected = call(pixels[None]).detach()
                 torch.testing.assert_close(maps.read([position]), expected, atol=5e-3, rtol=5e-3)
                 assert tuple(expected.shape[2:]) == maps.grids[position]
 
 
 def test_each_protocol_has_the_fields_that_it_says(root: Path, tmp_path: Path, model, listener: Listener) -> None:
-    def fields(protocol: str, *changes: str):
+    def crops(protocol: str, *changes: str):
         options = make_options(
             root,
             tmp_path / "out",
@@ -73,19 +73,19 @@ def test_each_protocol_has_the_fields_that_it_says(root: Path, tmp_path: Path, m
         item = plan_only(options, listener).sources[0]
         return item.train, item.evaluate
 
-    train, evaluate = fields("jafar")
-    assert (len(train.fields), len(evaluate.fields)) == (12, 4)  # each training image also mirrored
-    assert [field.flip for field in train.fields[:4]] == [False, True, False, True]
+    train, evaluate = crops("jafar")
+    assert (len(train.crops), len(evaluate.crops)) == (12, 4)  # each training image also mirrored
+    assert [crop.flip for crop in train.crops[:4]] == [False, True, False, True]
     assert train.positions[1] == [2, 3]
-    assert {field.size for field in train.fields} == {(32, 32)}
+    assert {crop.size for crop in train.crops} == {(32, 32)}
     assert set(train.target_sizes) == set(evaluate.target_sizes) == {(448, 448)}
-    train, evaluate = fields("dinov3-ade", *ADE)
-    assert (len(train.fields), set(train.target_sizes)) == (12, {(64, 64)})
+    train, evaluate = crops("dinov3-ade", *ADE)
+    assert (len(train.crops), set(train.target_sizes)) == (12, {(64, 64)})
     assert evaluate.slides
-    assert len(evaluate.fields) == 8  # 32x43 is covered by two windows of 32
+    assert len(evaluate.crops) == 8  # 32x43 is covered by two windows of 32
     assert evaluate.target_sizes == [(HEIGHT, WIDTH)] * 4
-    train, evaluate = fields("quick")
-    assert {field.size for field in train.fields} == {(32, 48)}
+    train, evaluate = crops("quick")
+    assert {crop.size for crop in train.crops} == {(32, 48)}
     assert set(train.target_sizes) == {(HEIGHT, WIDTH)}
 
 
@@ -94,9 +94,9 @@ def test_targets_are_those_of_the_set(root: Path, tmp_path: Path, model, listene
     split = prepared(options, listener).sources[0].train
     targets = Targets(split, "segmentation")
     for position in (0, 3, 11):
-        field = split.fields[position]
-        labels = stored_levels(root, split.labelled.names[field.row], "labels").astype(np.uint8)  # void: 255
-        expected = cut_target(labels, field, (448, 448))
+        crop = split.crops[position]
+        labels = stored_levels(root, split.labelled.names[crop.row], "labels").astype(np.uint8)  # void: 255
+        expected = cut_target(labels, crop, (448, 448))
         assert np.array_equal(targets.read(position)["segmentation"].numpy(), expected)
 
 
@@ -238,11 +238,11 @@ def test_a_part_of_the_image_has_its_part_of_the_stored_map(root: Path, tmp_path
     file = write_features(tmp_path / "f.h5", root, noise(3))
     options = make_options(root, tmp_path / "out", protocol="jafar", sources=[str(file)])
     item = plan_only(options, listener).sources[0]
-    maps, field = open_maps(item, item.train), item.train.fields[1]
-    assert field.flip
+    maps, crop = open_maps(item, item.train), item.train.crops[1]
+    assert crop.flip
     assert maps.grids[1] == (12, 12)  # of 12x16, the middle three quarters
     whole = torch.from_numpy(noise(3)(NAMES[0]).astype(np.float16)).float()
-    torch.testing.assert_close(maps.read([1])[0], cut_map(whole, field, (12, 12)))
+    torch.testing.assert_close(maps.read([1])[0], cut_map(whole, crop, (12, 12)))
 
 
 def refused(root: Path, tmp_path: Path, listener: Listener, **changes) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from brixel_cli.config.files import with_overrides
 from brixel_cli.config.protocols import PROTOCOLS, differences, printed_name, published
-from brixel_cli.engines.probing.plan import fields_of_view
+from brixel_cli.engines.probing.plan import crops_of
 from brixel_cli.errors import UsageError
 
 # The table of docs/PROBE.md: side, head, BatchNorm, rate, weight decay, batch, steps, epochs, schedule.
@@ -59,10 +59,10 @@ def test_data_sets_with_rules_of_their_own() -> None:
 def test_nyu_is_seen_at_its_own_size_in_training_and_evaluation(name: str) -> None:
     protocol = PROTOCOLS[name]
     train, evaluate = (
-        fields_of_view(config, [(480, 640)], [416, 544], 16, None) for config in (protocol.train, protocol.evaluate)
+        crops_of(config, [(480, 640)], [416, 544], 16, None) for config in (protocol.train, protocol.evaluate)
     )
-    assert {(field.scaled, field.size) for field in train} == {((480, 640), (416, 544))}
-    assert [(field.scaled, field.size) for field in evaluate] == [((480, 640), (480, 640))]
+    assert {(crop.scaled, crop.size) for crop in train} == {((480, 640), (416, 544))}
+    assert [(crop.scaled, crop.size) for crop in evaluate] == [((480, 640), (480, 640))]
 
 
 def test_a_change_shows_in_the_name() -> None:
@@ -75,7 +75,7 @@ def test_a_change_shows_in_the_name() -> None:
 
 
 @pytest.mark.parametrize(("name", "change", "message"), [
-    ("quick", "lrr=1", "protocol quick has 1 fault:\n  lrr: unknown key; did you mean lr?"),
+    ("quick", "lrr=1", "protocol quick has 1 error:\n  lrr: unknown key; did you mean lr?"),
     ("quick", "batch_size=0", "batch_size: expected greater than 0; found 0"),
     ("quick", "epochs=3", "give exactly one of protocol.steps and protocol.epochs"),
     ("quick", "gradient_weight=0.5", "protocol.points leaves no neighbours to compare: set protocol.gradient_weight=0"),
@@ -84,7 +84,7 @@ def test_a_change_shows_in_the_name() -> None:
     ("quick", "train.kind=random", "protocol.train.kind random needs protocol.train_labels"),
     ("jafar", "evaluate.flip=true", "protocol.evaluate must look at every image in one way: neither random nor flip"),
 ])  # fmt: skip
-def test_a_faulty_change_is_refused(name: str, change: str, message: str) -> None:
+def test_an_errory_change_is_refused(name: str, change: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         with_overrides(PROTOCOLS[name], [change], f"protocol {name}")
     assert message in str(caught.value)

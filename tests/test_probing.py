@@ -347,8 +347,8 @@ def test_an_epoch_takes_every_image_once_in_one_of_its_fields() -> None:
     taken = list(batches(positions, [(2, 2)] * 8, 2, 20, seed=0))
     for epoch in range(10):
         pair = taken[2 * epoch] + taken[2 * epoch + 1]
-        assert sorted(field // 2 for field in pair) == [0, 1, 2, 3]
-    assert {field for batch in taken for field in batch} == set(range(8))
+        assert sorted(crop // 2 for crop in pair) == [0, 1, 2, 3]
+    assert {crop for batch in taken for crop in batch} == set(range(8))
     assert taken == list(batches(positions, [(2, 2)] * 8, 2, 20, seed=0))
     assert taken != list(batches(positions, [(2, 2)] * 8, 2, 20, seed=1))
 
@@ -357,7 +357,7 @@ def test_batches_do_not_mix_grids() -> None:
     grids = [(2, 2), (2, 3), (2, 2), (2, 3), (2, 2)]
     taken = list(batches([[n] for n in range(5)], grids, 4, 50, seed=0))
     assert len(taken) == 50
-    assert all(len({grids[field] for field in batch}) == 1 for batch in taken)
+    assert all(len({grids[crop] for crop in batch}) == 1 for batch in taken)
     counts = np.bincount(np.concatenate(taken), minlength=5)
     assert counts.min() > 30  # 200 draws of 5 images
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import pickle
+import random
 import re
 from pathlib import Path
 
@@ -77,10 +79,10 @@ class Trap:
 def test_loading_never_unpickles_arbitrary_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": torch.zeros(1), "trap": Trap()}, "bad.pth")
-    with pytest.raises(WeightsError, match=r"bad.pth cannot be read as a state dict of plain tensors"):
+    with pytest.raises(WeightsError, match=r"bad.pth is no state dict of plain tensors"):
         load_pth(Path("bad.pth"))
     Path("worse.pth").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(WeightsError, match="worse.pth cannot be read"):
+    with pytest.raises(WeightsError, match="worse.pth is no state dict"):
         load_pth(Path("worse.pth"))
     assert not Path("trap-was-sprung").exists()
 
@@ -127,3 +129,33 @@ def test_many_wrong_keys_are_counted(tmp_path: Path) -> None:
     found, _ = load_tensors(tmp_path / "x.safetensors")
     with pytest.raises(WeightsError, match="and 10 more"):
         check_keys({}, found, "x")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_has_the_rights_that_the_user_asks_for(tmp_path: Path, mask: int) -> None:
+    tmp_path.chmod(0o1777)  # a folder that everybody may write to, such as /tmp
+    before = os.umask(mask)
+    try:
+        save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_damaged_pth_is_named_without_advice_to_trust_it(tmp_path: Path) -> None:
+    path = tmp_path / "state.pth"
+    torch.save({"weight": torch.arange(16.0)}, path)
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    refused: list[str] = []
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 8)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged[: rng.randint(0, len(damaged))] if rng.random() < 0.3 else damaged)
+        try:
+            load_pth(path)
+        except WeightsError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert all(str(path) in message and "weights_only" not in message for message in refused)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from brixel_cli.cli.console import Progress, print_files, print_json, print_table, say
+from brixel_cli.cli.console import Progress, print_files, print_json, say
 from brixel_cli.cli.probe import probe_options
-from brixel_cli.cli.report import report_of
 from brixel_cli.config.benchmark import PROBE_SEEDS, AblationOptions
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.errors import BrixelError
@@ -17,10 +16,11 @@ def run_ablation(options: AblationOptions, report: Path | None, dry_run: bool, a
     """Carry out `brixel benchmark --ablate` with options as the user gave them; see `app.benchmark`.
 
     Raises:
-        BrixelError: something the user can mend; also, at the end, that some variants failed.
+        BrixelError: an error that the user can fix; also, at the end, that some variants failed.
     """
     # torch takes seconds to import: only now, when there is work for it.
-    from brixel_cli.cli.tables import ablation_tables
+    from brixel_cli.cli.report import report_of
+    from brixel_cli.cli.tables import ablation_tables, show
     from brixel_cli.engines.ablating.ablation import ablate
     from brixel_cli.engines.ablating.results import FILE_NAME, TABLE_NAME
 
@@ -35,8 +35,7 @@ def run_ablation(options: AblationOptions, report: Path | None, dry_run: bool, a
         print_json({**json.loads(results.to_json()), "files": [str(file) for file in files]})
     else:
         for group in results.groups():
-            for table in ablation_tables(results, group):
-                print_table(table.title, table.columns, table.rows, table.notes)
+            show(ablation_tables(results, group))
         print_files([str(file) for file in files])
     failed = [f"{item.name}: {item.failed}" for item in results.variants if item.failed]
     if failed:
@@ -55,7 +54,7 @@ def _probe(options: AblationOptions) -> ProbeOptions | None:
 
 
 def _show_plan(options: AblationOptions, probe: ProbeOptions | None, as_json: bool) -> None:
-    from brixel_cli.cli.tables import plan_table
+    from brixel_cli.cli.tables import plan_table, show
     from brixel_cli.engines.ablating.ablation import plan_ablation
     from brixel_cli.engines.ablating.probing import check_set
 
@@ -71,6 +70,5 @@ def _show_plan(options: AblationOptions, probe: ProbeOptions | None, as_json: bo
         print_json({"variants": variants})
     else:
         for group in dict.fromkeys(item.group for item in planned):
-            table = plan_table(group, [item for item in planned if item.group == group])
-            print_table(table.title, table.columns, table.rows, table.notes)
+            show([plan_table(group, [item for item in planned if item.group == group])])
     say("dry run: nothing was trained or written")

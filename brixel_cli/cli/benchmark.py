@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, print_table, say
-from brixel_cli.cli.report import report_of
+from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, say
 from brixel_cli.config.benchmark import BenchmarkOptions
 
 if TYPE_CHECKING:
@@ -18,9 +17,10 @@ def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool,
     """Carry out `brixel benchmark` with options as the user gave them; see `app.benchmark` for what they mean.
 
     Raises:
-        BrixelError: something the user can mend.
+        BrixelError: an error that the user can fix.
     """
     # torch takes seconds to import: only now, when there is work for it.
+    from brixel_cli.cli.report import report_of
     from brixel_cli.engines.benchmarking.benchmarking import benchmark, count_only
 
     files: list[Path] = []
@@ -39,21 +39,11 @@ def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool,
 
 
 def _show(results: Results) -> None:
-    from brixel_cli.cli.tables import (
-        budget_table,
-        cost_tables,
-        fidelity_tables,
-        probe_tables,
-        sizes_of,
-    )
+    from brixel_cli.cli.tables import budget_tables, cost_tables, fidelity_tables, probe_tables, show
 
     for model in results.models:
-        for size in sizes_of(results, model):
-            for table in (*cost_tables(results, model, size), *fidelity_tables(results, model, size)):
-                print_table(table.title, table.columns, table.rows, table.notes)
-        for table in probe_tables(results, model):
-            print_table(table.title, table.columns, table.rows, table.notes)
-    budget = budget_table(results)
-    if budget:
-        print_table(budget.title, budget.columns, budget.rows, budget.notes)
+        for size in results.sizes(model):
+            show([*cost_tables(results, model, size), *fidelity_tables(results, model, size)])
+        show(probe_tables(results, model))
+    show(budget_tables(results))
     print_notes(results.notes)

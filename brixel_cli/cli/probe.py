@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, print_table, say
-from brixel_cli.config.base import Device, Precision, Side, parse_size
+from brixel_cli.config.base import Device, Precision, parse_size
 from brixel_cli.config.files import load_recipe, shipped_recipes, with_overrides
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.probe import OUTPUT, ApplyOptions, ProbeOptions
 from brixel_cli.config.protocols import PROTOCOLS, Protocol, published
+from brixel_cli.config.section import Side
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.metric_titles import figure_text, figure_title
 from brixel_cli.errors import BrixelError, UsageError
@@ -106,7 +107,7 @@ def run_probe(options: ProbeOptions, per_class: bool, dry_run: bool, as_json: bo
     """Carry out `brixel probe`.
 
     Raises:
-        BrixelError: something the user can mend.
+        BrixelError: something the user can fix.
     """
     # torch takes seconds to import: only now, when there is work for it.
     from brixel_cli.engines.probing.probing import plan_only, probe
@@ -128,7 +129,7 @@ def run_apply(options: ApplyOptions, as_json: bool) -> None:
     """Carry out `brixel probe --apply`.
 
     Raises:
-        BrixelError: something the user can mend; also, at the end, that some images failed.
+        BrixelError: something the user can fix; also, at the end, that some images failed.
     """
     from brixel_cli.engines.probing.application import apply_head
 
@@ -196,9 +197,9 @@ def _show_plan(plan: ProbePlan, as_json: bool) -> None:
         rows = []
         for item in plan.sources:
             parts = [part for part in (item.train.maps, item.evaluate.maps) if part is not None]
-            views = f"{len(item.train.fields):,} + {len(item.evaluate.fields):,}"
+            crops = f"{len(item.train.crops):,} + {len(item.evaluate.crops):,}"
             needed = human_bytes(sum(part.bytes_needed for part in parts)) if parts else "stored already"
-            rows.append([item.source.label, views, needed])
+            rows.append([item.source.label, crops, needed])
         train, evaluate = plan.sources[0].train.labelled, plan.sources[0].evaluate.labelled
         notes = [
             f"{len(train):,} images to train on, {len(evaluate):,} to evaluate.",
@@ -207,7 +208,7 @@ def _show_plan(plan: ProbePlan, as_json: bool) -> None:
             f"in {options.features}.",
         ]
         print_table(_title(options.recipe.name, options.recipe.task, options.protocol_name, options.size),
-                    ["source", "views", "disk"], rows, notes)  # fmt: skip
+                    ["source", "crops", "disk"], rows, notes)  # fmt: skip
     say("dry run: nothing was written")
 
 

@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from brixel_cli.cli.console import print_table
 from brixel_cli.core.formatting import human_bytes, human_count, human_seconds, human_size
 from brixel_cli.core.metric_titles import figure_text, figure_title
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER
+from brixel_cli.drawing.page import Table
 from brixel_cli.engines.ablating.results import Ablations, VariantResult
 from brixel_cli.engines.ablating.variants import Planned, Variant
-from brixel_cli.engines.benchmarking.probe_results import ProbeResult
-from brixel_cli.engines.benchmarking.results import Fidelity, Latency, Model, Results, Row
+from brixel_cli.engines.benchmarking.latency import Latency
+from brixel_cli.engines.benchmarking.probes import ProbeResult
+from brixel_cli.engines.benchmarking.results import Fidelity, Model, Results, Row
 
 COST_COLUMNS = ("row", "input", "grid", "frozen", "adapter", "GFLOP", "memory", "less FLOP", "less mem.")
 TIME_COLUMNS = ("row", "median", "10 %", "90 %", "images/s", "faster")
 FIDELITY_COLUMNS = ("row", "L1", "cosine", "5 %", "worst", "edge", "spectral")
-GAP_COLUMNS = ("gap to the teacher closed", "L1", "cosine", "edge", "spectral")
-PROBE_COLUMNS = ("probe", "figure", "backbone", "student", "teacher", "gap closed")
+GAP_COLUMNS = ("recovered gap", "L1", "cosine", "edge", "spectral")
+PROBE_COLUMNS = ("probe", "figure", "backbone", "student", "teacher", "recovered gap")
 ABLATION_FIDELITY = ("variant", "L1", "cosine", "edge", "spectral")
 ABLATION_COST = ("variant", "adapter", "GFLOP", "image", "update", "updates", "memory")
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Attributes:
-        title: above it; may be empty.
-        columns: the first is text, the others are figures.
-        rows: of cells.
-        notes: below it.
-        best: (row, column) of the cells that are the best of their columns.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-    best: frozenset[tuple[int, int]] = frozenset()
+def show(tables: Iterable[Table]) -> None:
+    """Print tables to stdout."""
+    for table in tables:
+        print_table(table.title, table.columns, table.rows, table.notes)
 
 
 def cost_tables(results: Results, model: Model, size: tuple[int, int]) -> list[Table]:
     """What each row of a model costs at a size (height, width); its time where it was run."""
-    rows = rows_of(results, model, size)
+    rows = results.rows_at(model, size)
     weights = "random weights, on purpose: cost only" if model.weights == "random" else f"weights {model.weights}"
     title = f"{model.name} at {human_size(size)} px: {model.backbone}, {weights}; adapter {model.adapter}, "
     title += model.student or "untrained"
@@ -54,25 +43,23 @@ def cost_tables(results: Results, model: Model, size: tuple[int, int]) -> list[T
     if timed:
         environment, batch = results.environment, results.settings.batch_size
         compiled = ", compiled" if results.settings.compiled else ""
-        where = f"{environment.processor} ({environment.device}, {environment.threads} threads)"
-        title = f"Time of a batch of {batch} on {where}, {environment.precision}{compiled}"
+        title = f"Time of a batch of {batch} on {environment.hardware}, {environment.precision}{compiled}"
         tables.append(Table(title, TIME_COLUMNS, timed))
     return tables
 
 
 def fidelity_tables(results: Results, model: Model, size: tuple[int, int]) -> list[Table]:
     """How close each row of a model comes to the teacher at a size (height, width); none where nothing was compared."""
-    compared = [(row, row.fidelity) for row in rows_of(results, model, size) if row.fidelity]
+    compared = results.compared(model, size)
     if not compared:
         return []
     num_images = len(compared[0][1].images)
     title = f"Fidelity to the teacher at {human_size(size)} px: {num_images} photographs of {model.images}"
-    closed = [
-        [row.label, *_shares(fidelity.gap_closed, FIDELITY)] for row, fidelity in compared if row.kind != "bilinear"
-    ]
+    others = [(row, fidelity) for row, fidelity in compared if row.kind != "bilinear"]
+    gaps = [[row.label, *_percents(fidelity.recovered_gap, FIDELITY)] for row, fidelity in others]
     return [
         Table(title, FIDELITY_COLUMNS, [_fidelity_cells(row.label, fidelity) for row, fidelity in compared]),
-        Table("", GAP_COLUMNS, closed),
+        Table("", GAP_COLUMNS, gaps),
     ]
 
 
@@ -86,7 +73,7 @@ def probe_tables(results: Results, model: Model) -> list[Table]:
             Path(item.folder).name,
             figure_title(item.metric, item.aligned),
             *(_probe_figure(item, source, spread=False) for source in ("backbone", "student", "teacher")),
-            *_shares({item.metric: item.gap_closed}, [item.metric]),
+            *_percents({item.metric: item.recovered_gap}, [item.metric]),
         ]
         for item in probes
     ]
@@ -108,10 +95,10 @@ def _probe_figure(probe: ProbeResult, source: str, spread: bool = True) -> str:
     return figure_text(probe.metric, figure.mean, figure.spread if spread else None) if figure else "-"
 
 
-def budget_table(results: Results) -> Table | None:
-    """The answer to --budget; None where none was given."""
+def budget_tables(results: Results) -> list[Table]:
+    """The answer to --budget; empty where none was given."""
     if not results.budget:
-        return None
+        return []
     rows = [
         [
             f"{answer.model} {answer.label}{', largest' if answer.largest else ''}",
@@ -121,12 +108,10 @@ def budget_table(results: Results) -> Table | None:
         ]
         for answer in results.budget
     ]
-    return Table(
-        f"Budget of {human_bytes(results.settings.budget_bytes or 0)}, weights and peak, without the libraries' own",
-        ("row", "student input", "needed", "fits"),
-        rows,
-        ["Largest: the largest square student input that fits, by the count (c)."],
-    )
+    budget = human_bytes(results.settings.budget_bytes or 0)
+    title = f"Budget of {budget}, weights and peak, without the libraries' own"
+    note = "Largest: the largest square student input that fits, by the count (c)."
+    return [Table(title, ("row", "student input", "needed", "fits"), rows, [note])]
 
 
 def ablation_tables(ablations: Ablations, group: str) -> list[Table]:
@@ -140,7 +125,7 @@ def ablation_tables(ablations: Ablations, group: str) -> list[Table]:
     last, higher, notes = _last_column(variants)
     places = range(1, 5 + len(notes))
     rows = [[*cells, own] for cells, own in zip(faithful, last[1:] if first else last[2:], strict=True)]
-    closed = [[item.name, *_shares(item.gap_closed, FIDELITY)] for item in variants if item.gap_closed]
+    gaps = [[item.name, *_percents(item.recovered_gap, FIDELITY)] for item in variants if item.recovered_gap]
     tables = [
         Table(
             f"{group}: {ablations.recipe}, {equal} of {ablations.batch_size} images for each; {images}",
@@ -149,7 +134,7 @@ def ablation_tables(ablations: Ablations, group: str) -> list[Table]:
             notes,
             best_cells(rows, places, higher),
         ),
-        Table("", GAP_COLUMNS, closed, (), best_cells(closed, range(1, 5), higher=range(1, 5))),
+        Table("", GAP_COLUMNS, gaps, (), best_cells(gaps, range(1, 5), higher=range(1, 5))),
         Table(
             f"{group}: cost",
             ABLATION_COST,
@@ -209,16 +194,6 @@ def plan_table(group: str, planned: Sequence[Planned]) -> Table:
 def described(item: VariantResult) -> str:
     """What a variant changes, and why it failed."""
     return Variant(item.name, item.changes).described + (f"; failed: {item.failed}" if item.failed else "")
-
-
-def rows_of(results: Results, model: Model, size: tuple[int, int]) -> list[Row]:
-    """The rows of a model at a size."""
-    return [row for row in results.rows if (row.model, row.size) == (model.name, size)]
-
-
-def sizes_of(results: Results, model: Model) -> list[tuple[int, int]]:
-    """The sizes at which a model was looked at."""
-    return list(dict.fromkeys(row.size for row in results.rows if row.model == model.name))
 
 
 def _cost_cells(results: Results, row: Row) -> list[str]:
@@ -287,6 +262,6 @@ def _figures(fidelity: Mapping[str, float | None]) -> list[str]:
     return ["-" if value is None else f"{value:.4f}" for value in values]
 
 
-def _shares(shares: Mapping[str, float | None], names: Sequence[str]) -> list[str]:
-    values = [shares.get(name) for name in names]
+def _percents(gaps: Mapping[str, float | None], names: Sequence[str]) -> list[str]:
+    values = [gaps.get(name) for name in names]
     return ["-" if value is None else f"{value:.1%}" for value in values]

@@ -1,4 +1,4 @@
-"""Every knob of a benchmark, typed, with its unit; `app.benchmark` says what each means to the user."""
+"""Every option of a benchmark, typed, with its unit; `app.benchmark` says what each means to the user."""
 
 from __future__ import annotations
 
@@ -76,11 +76,13 @@ class BenchmarkOptions:
     def command(self) -> str:
         """The command line that says the same."""
         parts = ["brixel", "benchmark"]
-        for knob in fields(self):
-            value = getattr(self, knob.name)
-            if value == knob.default:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value == option.default:
                 continue
-            name = "--compare-highres" if knob.name == "highres" else "--" + knob.metadata.get("option", knob.name)
+            name = (
+                "--compare-highres" if option.name == "highres" else "--" + option.metadata.get("option", option.name)
+            )
             name = name.replace("_", "-")
             if value is True:
                 parts.append(name)

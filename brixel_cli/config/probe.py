@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from brixel_cli.config.base import Device, Precision, Side, check_device
+from brixel_cli.config.base import Device, Precision, check_device
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.protocols import Protocol, printed_name
+from brixel_cli.config.section import Side
 from brixel_cli.errors import UsageError
 
 OUTPUT = Path("runs/probe")

@@ -11,11 +11,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from brixel_cli.config.base import Rate, Section, Side, Weight
 from brixel_cli.config.labelled import Task
+from brixel_cli.config.section import Rate, Section, Side, Weight
 
 
-class FieldConfig(Section):
+class CropConfig(Section):
     """What is seen of the images of a split."""
 
     kind: Literal["whole", "centre", "stretch", "random", "slide"]
@@ -29,7 +29,7 @@ class FieldConfig(Section):
     stride: PositiveInt | None = None
     """Pixels between sliding windows at the published size, and in proportion at others; null: two thirds of them."""
     flip: bool = False
-    """Whether each field of view is stored mirrored too, and either taken with equal chance."""
+    """Whether each crop is stored mirrored too, and either taken with equal chance."""
 
 
 class Protocol(Section):
@@ -40,12 +40,12 @@ class Protocol(Section):
     """What it can be used for."""
     side: Side | None = None
     """Published input in pixels, short side or [height, width]; null: the recipe's size, whatever it is."""
-    train: FieldConfig
-    """Fields of view that heads are trained on."""
+    train: CropConfig
+    """Crops that heads are trained on."""
     train_labels: Side | None = None
-    """Size that the labels of a field are brought to for training, by nearest neighbour; null: their own resolution."""
-    evaluate: FieldConfig
-    """Fields of view that are evaluated."""
+    """Size that the labels of a crop are brought to for training, by nearest neighbour; null: their own resolution."""
+    evaluate: CropConfig
+    """Crops that are evaluated."""
     evaluate_labels: Side | None = None
     """The same for evaluation."""
     head: Literal["linear", "readout"] = "linear"
@@ -119,26 +119,26 @@ class Protocol(Section):
         return self.lr * (1 - progress) if self.schedule == "linear" else self.lr
 
 
-_WHOLE = FieldConfig(kind="whole")
-_CENTRE = FieldConfig(kind="centre")
+_WHOLE = CropConfig(kind="whole")
+_CENTRE = CropConfig(kind="centre")
 _NYU_SCALE = [480 / 416, 480 / 416]
 """NYUv2 has 480x640 pixels: crops of 416x544 are taken, and whole images evaluated, at that size."""
-_NYU_CROPS = FieldConfig(kind="random", per_image=4, scale=_NYU_SCALE)
-_NYU_WHOLE = FieldConfig(kind="whole", scale=_NYU_SCALE)
+_NYU_CROPS = CropConfig(kind="random", per_image=4, scale=_NYU_SCALE)
+_NYU_WHOLE = CropConfig(kind="whole", scale=_NYU_SCALE)
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol(
             name="jafar", tasks=["segmentation"], side=448,
-            train=FieldConfig(kind="centre", flip=True), train_labels=448,
+            train=CropConfig(kind="centre", flip=True), train_labels=448,
             evaluate=_CENTRE, evaluate_labels=448, batch_norm=False,
             lr=5e-4, weight_decay=1e-5, batch_size=2, epochs=20, schedule="cosine",
         ),
         Protocol(
             name="dinov3-ade", tasks=["segmentation"], side=512,
-            train=FieldConfig(kind="random", per_image=4, scale=[0.5, 2.0]), train_labels=512,
-            evaluate=FieldConfig(kind="slide", stride=341),
+            train=CropConfig(kind="random", per_image=4, scale=[0.5, 2.0]), train_labels=512,
+            evaluate=CropConfig(kind="slide", stride=341),
             lr=1e-3, weight_decay=1e-3, batch_size=16, steps=40_000, schedule="linear", warmup_steps=1500,
         ),
         Protocol(
@@ -151,8 +151,8 @@ PROTOCOLS: dict[str, Protocol] = {
             lr=1e-3, weight_decay=0.01, batch_size=16, epochs=20, schedule="constant",
         ),
         Protocol(
-            name="brixel-nyu", tasks=["depth"], side=[288, 384], train=FieldConfig(kind="stretch"),
-            evaluate=FieldConfig(kind="stretch"), head="readout", batch_norm=False, depth_loss="silog",
+            name="brixel-nyu", tasks=["depth"], side=[288, 384], train=CropConfig(kind="stretch"),
+            evaluate=CropConfig(kind="stretch"), head="readout", batch_norm=False, depth_loss="silog",
             gradient_weight=0.0, lr=1e-3, weight_decay=0.01, batch_size=16, epochs=80, schedule="constant", align=True,
         ),
         Protocol(

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from brixel_cli.core.identity import tensors_sha256
-from brixel_cli.core.vit_formula import VitShape
 from brixel_cli.core.weights import check_keys
 from brixel_cli.errors import SizeError, UsageError, WeightsError
 
@@ -118,23 +117,6 @@ class Backbone(nn.Module):
         mine, other = torch.tensor(self.signature()), torch.tensor(signature)
         return len(mine) == len(other) and bool((mine - other).norm() <= SIGNATURE_TOLERANCE * other.norm())
 
-    @property
-    def shape(self) -> VitShape:
-        """Widths and depth, for the closed formula of its arithmetic."""
-        trunk: Any = self.vit
-        block = trunk.blocks[0]
-        into = [layer for name, layer in block.mlp.named_children() if name.startswith("fc1")]
-        mlp_dim = block.mlp.fc2.in_features
-        return VitShape(
-            patch_size=self.patch_size,
-            embed_dim=self.embed_dim,
-            depth=len(trunk.blocks),
-            attention_dim=block.attn.proj.in_features,
-            mlp_dim=mlp_dim,
-            mlp_inputs=sum(layer.out_features for layer in into) // mlp_dim,
-            num_prefix_tokens=trunk.num_prefix_tokens,
-        )
-
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode, whatever the module around this one does."""
         return super().train(False)
@@ -232,8 +214,8 @@ def _create_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
     except Exception as error:  # timm, torch and the hub's client each raise their own kinds here
         raise WeightsError(
             f"The weights of {name} could not be had from the hub: {_first_lines(error)}\n"
-            "Check the network, or download them elsewhere and give the file: "
-            "--backbone-weights PATH, or --set backbone.weights=PATH (.safetensors or .pth)."
+            "Check the network, or download them elsewhere and give the file, .safetensors or .pth: "
+            "--backbone-weights PATH, or backbone.weights in a recipe."
         ) from error
 
 

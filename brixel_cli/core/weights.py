@@ -6,7 +6,6 @@ Nothing here unpickles arbitrary objects: .pth files are read with torch's `weig
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             )
         except SafetensorError as error:  # what the disk objects to, in the library's own words
             raise OSError(str(error)) from error
-        partial.chmod(path.parent.stat().st_mode & 0o666)  # readable to whoever can read the folder
+        partial.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
         with open(partial, "r+b") as file:
             os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -53,17 +58,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
     """Raise a WeightsError, beginning with `what`, that names every missing, unknown or misshapen key of `found`."""
-    faults = [f"missing: {key}" for key in expected if key not in found]
-    faults += [f"unknown: {key}" for key in found if key not in expected]
-    faults += [
+    errors = [f"missing: {key}" for key in expected if key not in found]
+    errors += [f"unknown: {key}" for key in found if key not in expected]
+    errors += [
         f"misshapen: {key} is {tuple(found[key].shape)}, expected {tuple(tensor.shape)}"
         for key, tensor in expected.items()
         if key in found and found[key].shape != tensor.shape
     ]
-    if faults:
-        listed = "\n".join(f"  {fault}" for fault in faults[:20])
-        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise WeightsError(f"{what}: {len(faults)} of its keys are wrong.\n{listed}{more}")
+    if errors:
+        listed = "\n".join(f"  {line}" for line in errors[:20])
+        more = f"\n  and {len(errors) - 20} more" if len(errors) > 20 else ""
+        raise WeightsError(f"{what}: {len(errors)} of its keys are wrong.\n{listed}{more}")
 
 
 def load_pth(path: Path) -> dict[str, Tensor]:
@@ -74,9 +79,15 @@ def load_pth(path: Path) -> dict[str, Tensor]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"{path} cannot be read as a state dict of plain tensors: {reason}") from error
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (
+        Exception
+    ) as error:  # damaged pickles raise errors of a dozen kinds; torch's advice in them is to trust the file
+        raise WeightsError(
+            f"{path} is no state dict of plain tensors, or is damaged ({type(error).__name__}). brixel does not load "
+            "files that can run code: save the state dict alone, or convert it to .safetensors."
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} is no flat state dict of tensors, as the released checkpoints are.")
     return state

@@ -21,7 +21,7 @@ import torch
 from brixel_cli.cli.console import Progress
 from brixel_cli.cli.probe import probe_options
 from brixel_cli.core.heads import build_head
-from brixel_cli.data.fields_of_view import cut_image
+from brixel_cli.data.crops import cut_image
 from brixel_cli.data.images import load_image
 from brixel_cli.engines.probing.features import Maps, Targets, num_workers, open_maps, prepare
 from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
@@ -52,9 +52,9 @@ def seconds_per_step(plan: ProbePlan, item: SourcePlan, runtime: Runtime, model,
     given = GivenMaps(stored)
 
     def load(position: int) -> np.ndarray:
-        field = item.train.fields[position]
-        image = load_image(item.train.labelled.root / item.train.labelled.names[field.row])
-        return np.asarray(cut_image(image, field, item.source.enlarge))
+        crop = item.train.crops[position]
+        image = load_image(item.train.labelled.root / item.train.labelled.names[crop.row])
+        return np.asarray(cut_image(image, crop, item.source.enlarge))
 
     every = batches(item.train.positions, stored.grids, protocol.batch_size, steps + 2, seed=0)
     source = ((batch, None) for batch in every) if model is None else read_ahead(every, load, num_workers(), True)

@@ -20,11 +20,10 @@ from pathlib import Path
 from results_sections import ablations, cost, fidelity, generalisation, probes, training, tuned
 
 from brixel_cli.cli.console import error_boundary, print_files, warn
-from brixel_cli.cli.report_blocks import Block, Chart, Photo, Section
-from brixel_cli.cli.report_pages import markdown_block, write_figure
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe, missing_keys
 from brixel_cli.core.files import write_text
+from brixel_cli.drawing.page import Block, Chart, Photo, Section, markdown_block, write_figure
 from brixel_cli.engines.ablating.results import read_ablations
 from brixel_cli.engines.benchmarking.results import read_results
 from brixel_cli.engines.distilling.run_folder import RunFolder

@@ -15,18 +15,16 @@ from PIL import Image
 from portable_commands import distill_command, groups_of, portable, probe_command, side, without_directories
 
 from brixel_cli.cli import tables
-from brixel_cli.cli.report_blocks import Block, Chart, Commands, Photo, Text
-from brixel_cli.cli.tables import Table
 from brixel_cli.config.distill import Recipe
 from brixel_cli.core.files import replacing
 from brixel_cli.core.formatting import human_count, human_size
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.core.metric_titles import figure_text, figure_title
 from brixel_cli.drawing.charts import Line, line_chart
+from brixel_cli.drawing.page import Block, Chart, Commands, Photo, Table, Text
 from brixel_cli.engines.ablating.results import Ablations
-from brixel_cli.engines.benchmarking.probe_results import ProbeResult
+from brixel_cli.engines.benchmarking.probes import ProbeResult, read_probe
 from brixel_cli.engines.benchmarking.results import Model, Results, Row
-from brixel_cli.engines.benchmarking.student_probes import read_probe
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.probing.folder import ProbeFolder, file_name
 from brixel_cli.engines.probing.results import ModelDescription, ProbeResults, Summary
@@ -114,7 +112,8 @@ def training(folder: RunFolder, recipe: Recipe, figures: Path | None, stage: int
     ]
     curves = {kind: [(float(entry["step"]), entry[kind]["cosine"]) for entry in entries if entry["kind"] == "validation"
                      and entry[kind]["cosine"] is not None] for kind in ("student", "backbone")}  # fmt: skip
-    lines = [Line(kind, kind, tuple(points)) for kind, points in curves.items() if points]
+    colours = {"student": "blue", "backbone": "grey"}
+    lines = [Line(kind, colours[kind], tuple(points)) for kind, points in curves.items() if points]
     if lines:
         chart = line_chart("Cosine similarity to the teacher during training", lines, "updates", "best 1")
         blocks.append(Chart(f"training{suffix}", chart, f"{held_out}. Backbone: its feature map, enlarged bilinearly."))
@@ -160,8 +159,8 @@ def cost(results: Results) -> list[Block]:
     """Cost of backbone, student and teacher, also relative to the backbone."""
     blocks: list[Block] = []
     for model in results.models:
-        for size in tables.sizes_of(results, model):
-            rows = tables.rows_of(results, model, size)
+        for size in results.sizes(model):
+            rows = results.rows_at(model, size)
             first, *others = tables.cost_tables(results, model, size)
             first = replace(first, title=title_of(model, size), notes=results.notes)
             ratios = [[row.label, *over(row, rows[0])] for row in rows]  # the backbone's row is the first
@@ -175,7 +174,7 @@ def fidelity(results: Results) -> list[Block]:
     """How close each feature map is to the teacher's."""
     blocks: list[Block] = []
     for model in results.models:
-        for size in tables.sizes_of(results, model):
+        for size in results.sizes(model):
             for table in tables.fidelity_tables(results, model, size):
                 title = table.title and f"{model.name}: {table.title.removesuffix(f' of {model.images}')}"
                 command: list[Block] = [Commands([portable(results.command)])] if title else []
@@ -189,13 +188,13 @@ def generalisation(results: Results, recipes: Sequence[Recipe]) -> list[Block]:
     seen = [f"Input sizes in training: {inputs_of(*recipes)} px."] if recipes else []
     for model in results.models:
         rows = []
-        for size in tables.sizes_of(results, model):
-            found = {row.kind: row.fidelity for row in tables.rows_of(results, model, size)}
+        for size in results.sizes(model):
+            found = {row.kind: row.fidelity for row in results.rows_at(model, size)}
             bilinear, student = found.get("bilinear"), found.get("student")
             cells = [human_size(size), "square" if size[0] == size[1] else "not square"]
             for name in FAITHFUL:
                 cells += [f"{getattr(item, name):.4f}" if item else "-" for item in (bilinear, student)]
-                cells.append(percent(student.gap_closed.get(name)) if student else "-")
+                cells.append(percent(student.recovered_gap.get(name)) if student else "-")
             rows.append(cells)
         notes = [note for note in results.notes if note.startswith(f"{model.name} ")]  # of rows that were not run
         columns = ["input", "shape", *(f"{metric}, {what}" for metric in FAITHFUL.values() for what in SIZE_COLUMNS)]
@@ -253,7 +252,7 @@ def probes(folders: Sequence[Path], figures: Path | None) -> list[Block]:
         photos += picture(median, name, caption, figures)
     main = [figure for folder in folders for figure in read_probe(folder)]
     remarks = [f"Mean and standard deviation over seeds. Student: {'; '.join(dict.fromkeys(students)) or '-'}."]
-    shares = [figure.gap_closed for figure in main if figure.gap_closed is not None]
+    shares = [figure.recovered_gap for figure in main if figure.recovered_gap is not None]
     if shares:
         remarks.append(f"Mean recovered gap: {percent(statistics.mean(shares))}, over {names_of(main, True)}.")
     if len(shares) < len(main):
@@ -263,7 +262,7 @@ def probes(folders: Sequence[Path], figures: Path | None) -> list[Block]:
 
 def names_of(figures: Sequence[ProbeResult], known: bool) -> str:
     """Main figures whose recovered gap is known, or is not."""
-    names = [(figure.recipe, figure_title(figure.metric, figure.aligned), figure.gap_closed) for figure in figures]
+    names = [(figure.recipe, figure_title(figure.metric, figure.aligned), figure.recovered_gap) for figure in figures]
     return ", ".join(f"{recipe} {title}" for recipe, title, share in names if (share is not None) is known)
 
 
@@ -283,6 +282,6 @@ def ablations(results: Ablations) -> list[Block]:
         asked = [command for command in results.commands if group in groups_of(command)]
         commands = [portable(command) for command in asked or results.commands]
         blocks += [Commands(commands), Table(title, ABLATION_COLUMNS, rows, (), frozenset(best))]
-    where = f"{results.environment.processor} ({results.environment.device}, {results.environment.threads} threads)"
+    where = results.environment.hardware
     remark = f"Bold: best cosine similarity. One run of each variant, after its last update; {results.photographs} images; {where}."
     return [*blocks, Text(remark)]

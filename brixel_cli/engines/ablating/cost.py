@@ -1,9 +1,8 @@
-"""What the variants of an ablation cost: an update in training, an image in use; all variants take turns."""
+"""What the variants of an ablation cost: an update in training, an image in use; interleaved over all variants."""
 
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,13 +17,13 @@ from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.identity import json_digest
 from brixel_cli.core.student import Student
-from brixel_cli.engines.benchmarking.latency import interleaved
-from brixel_cli.engines.benchmarking.results import Latency
+from brixel_cli.engines.benchmarking.environment import processor_name
+from brixel_cli.engines.benchmarking.latency import Latency, interleaved
 from brixel_cli.engines.distilling.batches import Batch
 from brixel_cli.engines.distilling.plan import random_batch, random_update
 from brixel_cli.engines.distilling.trainer import make_adapter
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime, call_seconds
+from brixel_cli.engines.runtime import Runtime
 
 UPDATES = 5
 """Updates of each variant that are timed."""
@@ -59,14 +58,14 @@ class UpdateTimes:
     """Seconds of an update by recipe, kept in a file.
 
     Args:
-        path: of the file; times from another kind of device, or another torch, do not count.
+        path: of the file; times of another processor, or another torch, do not count.
         runtime: where it is measured.
     """
 
     def __init__(self, path: Path, runtime: Runtime):
         self.path, self.runtime = path, runtime
         threads = torch.get_num_threads() if runtime.device.type == "cpu" else 0
-        self.where = [runtime.device.type, runtime.precision, threads, torch.__version__]
+        self.where = [processor_name(runtime.device), runtime.precision, threads, torch.__version__]
         self.times: dict[str, UpdateTime] = {}
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -81,7 +80,7 @@ class UpdateTimes:
         sessions = {self.times[key].session if key in self.times else -1 for key in keys}
         if len(sessions) > 1 or -1 in sessions:
             session = max((time.session for time in self.times.values()), default=-1) + 1
-            for key, latest in self._take_turns(dict(zip(keys, recipes, strict=True)), reporter).items():
+            for key, latest in self._measure(dict(zip(keys, recipes, strict=True)), reporter).items():
                 first = self.times[key].first if key in self.times else latest
                 self.times[key] = UpdateTime(first, latest, session)
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +88,8 @@ class UpdateTimes:
             write_text(self.path, to_json({"where": self.where, "times": times}, indent=2) + "\n")
         return [self.times[key] for key in keys]
 
-    def _take_turns(self, recipes: Mapping[str, Recipe], reporter: Reporter) -> dict[str, float]:
-        """Median of some rounds, in each an update of every recipe, after a first round that only warms up."""
+    def _measure(self, recipes: Mapping[str, Recipe], reporter: Reporter) -> dict[str, float]:
+        """Median of interleaved updates of all recipes."""
         batches: dict[str, tuple[Backbone, Batch]] = {}
         updates: dict[str, Callable[[], object]] = {}
         for key, recipe in recipes.items():
@@ -100,13 +99,9 @@ class UpdateTimes:
                 batches[shape] = backbone, random_batch(recipe, backbone, self.runtime)
             backbone, batch = batches[shape]
             updates[key] = random_update(recipe, backbone, self.runtime, batch)
-        times: dict[str, list[float]] = {key: [] for key in updates}
-        with reporter.bar("time updates", UPDATES + 1, unit="round") as bar:
-            for _ in range(UPDATES + 1):
-                for key, update in updates.items():
-                    times[key].append(call_seconds(update, self.runtime.device))
-                bar.update(1)
-        return {key: statistics.median(values[1:]) for key, values in times.items()}
+        reporter.say(f"timing updates of {len(updates)} variants")
+        latencies = interleaved(updates, self.runtime.device, seconds=0.0, min_rounds=UPDATES)
+        return {key: latency.median for key, latency in latencies.items()}
 
 
 def measure_inference(recipes: Sequence[Recipe], runtime: Runtime, reporter: Reporter) -> list[Inference]:
@@ -123,7 +118,8 @@ def measure_inference(recipes: Sequence[Recipe], runtime: Runtime, reporter: Rep
         image = torch.randn(1, 3, *recipe.student_hw, device=runtime.device)
         calls[key] = _in_precision(student, image, runtime)
     reporter.say(f"timing an image through {len(calls)} students, with random weights")
-    latencies = interleaved(calls, runtime.device, INFERENCE_SECONDS)
+    with torch.inference_mode():
+        latencies = interleaved(calls, runtime.device, INFERENCE_SECONDS)
     found = {key: Inference(_gflop(recipe), latencies[key]) for key, recipe in distinct.items()}
     return [found[key] for key in keys]
 

@@ -12,8 +12,7 @@ from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.identity import text_digest
 from brixel_cli.data.labelled import LabelledSet
-from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
-from brixel_cli.engines.benchmarking.student_probes import read_probe
+from brixel_cli.engines.benchmarking.probes import Figure, ProbeResult, read_probe
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.probing.probing import probe
 from brixel_cli.engines.reporting import Reporter

@@ -11,8 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.metrics import FIDELITY
-from brixel_cli.engines.benchmarking.probe_results import ProbeResult
-from brixel_cli.engines.benchmarking.results import Environment, Latency
+from brixel_cli.engines.benchmarking.environment import Environment
+from brixel_cli.engines.benchmarking.latency import Latency
+from brixel_cli.engines.benchmarking.probes import ProbeResult
+from brixel_cli.engines.benchmarking.results import RecoveredGaps
 from brixel_cli.errors import BrixelError
 
 FORMAT: Literal["brixel-ablations-1"] = "brixel-ablations-1"
@@ -40,11 +42,11 @@ class VariantResult:
         gflop: backbone and adapter on one image; a multiply-add is 2, attention counted.
         latency: of backbone and adapter on one image.
         steps: updates of the whole training.
-        update_seconds: of one update on a batch in memory; median over rounds in which all variants took turns.
+        update_seconds: of one update on a batch in memory; median over interleaved rounds.
         training_bytes: counted: batch, weights, gradients, moments, average, and the largest working set of a pass.
         curve: fidelity at each validation; the last is the one of the table. Empty until the variant is trained.
         bilinear: fidelity of the bilinearly enlarged backbone map on the same photographs.
-        gap_closed: share of the gap between bilinear backbone and teacher that is closed, by metric.
+        recovered_gap: (student - bilinear) / (teacher - bilinear), by metric.
         num_images: held-out photographs.
         probe: of the student, beside that of the plain backbone; None where none was asked for, or it failed.
         failed: why the training, or the probe, did not reach its end; empty where it did.
@@ -62,7 +64,7 @@ class VariantResult:
     training_bytes: int
     curve: tuple[Point, ...] = ()
     bilinear: dict[str, float | None] = field(default_factory=dict)
-    gap_closed: dict[str, float | None] = field(default_factory=dict)
+    recovered_gap: RecoveredGaps = field(default_factory=dict)
     num_images: int = 0
     probe: ProbeResult | None = None
     failed: str = ""
@@ -134,11 +136,12 @@ class Ablations:
         """A line for each variant."""
         rows = []
         for item in self.variants:
+            metrics = (item.fidelity, item.bilinear, item.recovered_gap)
             rows.append([
                 item.group, item.name, " ".join(f"{key}={value}" for key, value in item.changes.items()), item.folder,
                 item.num_parameters, item.gflop, item.latency.median, item.latency.low, item.latency.high,
                 item.steps, item.update_seconds, item.training_seconds, item.training_bytes, item.num_images,
-                *(values.get(name) for values in (item.fidelity, item.bilinear, item.gap_closed) for name in FIDELITY),
+                *(values.get(name) for values in metrics for name in FIDELITY),
                 *_probe_cells(item.probe), item.failed,
             ])  # fmt: skip
         return csv_text(_COLUMNS, rows)
@@ -147,7 +150,7 @@ class Ablations:
 _COLUMNS = (
     "group", "variant", "changes", "folder", "parameters", "gflop", "seconds", "seconds_q10", "seconds_q90",
     "steps", "update_seconds", "training_seconds", "training_bytes", "num_images", *FIDELITY,
-    *(f"bilinear_{name}" for name in FIDELITY), *(f"gap_closed_{name}" for name in FIDELITY),
+    *(f"bilinear_{name}" for name in FIDELITY), *(f"recovered_gap_{name}" for name in FIDELITY),
     "probe", "probe_protocol", "probe_metric", "probe_seeds", "probe_mean", "probe_spread", "probe_backbone_mean",
     "probe_backbone_spread", "failed",
 )  # fmt: skip

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from brixel_cli.config.base import parse_sizes
 from brixel_cli.config.benchmark import BenchmarkOptions
@@ -17,57 +18,135 @@ from brixel_cli.core.backbone import check_size
 from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.student import Student
-from brixel_cli.engines.benchmarking.baselines import Baseline, load_baseline
-from brixel_cli.engines.benchmarking.contenders import Contender, Size, make_contenders
-from brixel_cli.engines.benchmarking.counts import count_baselines, count_rows, largest_sizes
+from brixel_cli.engines.benchmarking.cost import (
+    can_measure,
+    count_row,
+    count_rows,
+    largest_sizes,
+    peak_in_fresh_process,
+    peak_on_gpu,
+)
 from brixel_cli.engines.benchmarking.environment import describe_environment
 from brixel_cli.engines.benchmarking.fidelity import draw_examples, measure_fidelity
 from brixel_cli.engines.benchmarking.latency import interleaved
+from brixel_cli.engines.benchmarking.methods import Method, load_baseline, make_methods
 from brixel_cli.engines.benchmarking.models import Candidate, Photos, find_candidates, find_photos, load_or_randomise
-from brixel_cli.engines.benchmarking.peak_memory import can_measure, peak_in_fresh_process, peak_on_gpu
-from brixel_cli.engines.benchmarking.probe_results import ProbeResult
+from brixel_cli.engines.benchmarking.probes import probes_of
 from brixel_cli.engines.benchmarking.results import (
     FILE_NAME,
     TABLE_NAME,
     BudgetRow,
-    Environment,
     Model,
     Picture,
     Results,
     Row,
     Settings,
+    Size,
     read_results,
 )
-from brixel_cli.engines.benchmarking.student_probes import probes_of
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime, call_seconds, free_memory
+from brixel_cli.engines.runtime import Runtime, call_seconds, free_memory, is_out_of_memory, release_cached
 from brixel_cli.errors import BrixelError, UsageError
 
 MEMORY_MARGIN = 1.2
 """A row is run where the device has this many times what was counted for it."""
-TOO_LARGE, TOO_LARGE_TO_LOAD = "not run: needs", "not run: its weights need"
+HOPELESS = 10
+"""A row is not even tried where its FLOP let expect a call of so many times --seconds."""
+TOO_LARGE, TOO_LARGE_TO_LOAD, OUT_OF_MEMORY = "not run: needs", "not run: its weights need", "not run: out of memory"
+LESS_MEMORY = "give a smaller --res or --batch-size, or --precision bfloat16"
 
 
-@dataclass
+def benchmark(options: BenchmarkOptions, reporter: Reporter) -> tuple[Results, list[Path]]:
+    """Measure every row of every model and size, and write results.json, results.csv and pictures.
+
+    The same call again takes over what an earlier one measured on this machine, with these settings.
+
+    Args:
+        options: as given.
+        reporter: hears of stages, warnings and progress.
+
+    Returns:
+        The results, and the files that were written.
+
+    Raises:
+        BrixelError: an error that the user can fix; what was measured before stays in the folder.
+    """
+    work = _Benchmark(options, reporter)
+    sizes = {candidate.name: work.sizes(candidate) for candidate in work.candidates}
+    groups = {name: [(size, work.count(name, size)) for size in found] for name, found in sizes.items()}
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {options.output} cannot be made: {error.strerror}.") from error
+    for candidate in work.candidates:
+        work.measure_model(candidate, groups[candidate.name])
+    work.answer_budget()
+    results = work.save()
+    names = [FILE_NAME, TABLE_NAME, *(picture.path for picture in results.pictures)]
+    return results, [options.output / name for name in names]
+
+
+def count_only(options: BenchmarkOptions, reporter: Reporter) -> Results:
+    """The rows as a benchmark would measure them, with what can be counted; nothing is run or written."""
+    work = _Benchmark(options, reporter)
+    for candidate in work.candidates:
+        for size in work.sizes(candidate):
+            work.rows += work.count(candidate.name, size)
+        work.models.append(candidate.describe(None))
+    work.answer_budget()
+    return work.results()
+
+
 class _Benchmark:
     """A benchmark in progress: what is asked for, and what was found so far."""
 
-    options: BenchmarkOptions
-    runtime: Runtime
-    environment: Environment
-    settings: Settings
-    baselines: list[Baseline]
-    reporter: Reporter
-    folder: Path
-    earlier: Results | None
-    models: list[Model] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
-    budget: list[BudgetRow] = field(default_factory=list)
-    probes: dict[str, tuple[ProbeResult, ...]] = field(default_factory=dict)
+    def __init__(self, options: BenchmarkOptions, reporter: Reporter):
+        self.options, self.reporter = options, reporter
+        self.runtime = Runtime(options.device, options.precision)
+        self.device = self.runtime.device
+        if self.runtime.world_size > 1:
+            raise UsageError("A benchmark takes one process: leave torchrun out.")
+        self.baselines = [load_baseline(reference) for reference in options.baselines]
+        names = ["backbone", "bilinear", "student", "teacher", *(baseline.name for baseline in self.baselines)]
+        if len(set(names)) < len(names):
+            raise UsageError(f"--baseline: two rows of one name among {', '.join(names)}; rename the function.")
+        self.settings = Settings(
+            highres=options.highres,
+            batch_size=options.batch_size,
+            compiled=options.compiled,
+            seconds=options.seconds,
+            max_images=options.max_images,
+            baselines=options.baselines,
+            budget_bytes=options.budget_bytes,
+            baselines_sha256=tuple(baseline.sha256 for baseline in self.baselines),
+        )
+        self.environment = describe_environment(self.runtime)
+        self.earlier = self._read_earlier()
+        self.candidates = find_candidates(options, self.runtime.precision, reporter)
+        self.models: list[Model] = []
+        self.rows: list[Row] = []
+        self.pictures: list[Picture] = []
+        self.budget: list[BudgetRow] = []
+
+    def _read_earlier(self) -> Results | None:
+        """What an earlier benchmark measured here, with the same settings."""
+        earlier = None
+        if not self.options.overwrite and (self.options.output / FILE_NAME).is_file():
+            with suppress(BrixelError):  # of another version: nothing to take over
+                earlier = read_results(self.options.output)
+        if earlier is None:
+            return None
+        same = replace(earlier.settings, budget_bytes=None) == replace(self.settings, budget_bytes=None)
+        if same and earlier.environment == self.environment:
+            return earlier
+        self.reporter.say(
+            f"{self.options.output}: its results are of another machine or other settings: everything is measured anew"
+        )
+        return None
 
     def results(self) -> Results:
         """All that is known now."""
+        probes = {model.name: tuple(probes_of(model.student_sha256)) for model in self.models if model.student_sha256}
         return Results(
             command=self.options.command,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -78,292 +157,203 @@ class _Benchmark:
             budget=tuple(self.budget),
             pictures=tuple(self.pictures),
             notes=tuple(_notes(self.rows, self.models)),
-            probes=self.probes,
+            probes={name: found for name, found in probes.items() if found},
         )
 
-    def save(self) -> None:
+    def save(self) -> Results:
         """Write results.json and results.csv."""
         results = self.results()
-        write_text(self.folder / FILE_NAME, results.to_json())
-        write_text(self.folder / TABLE_NAME, results.to_csv())
+        write_text(self.options.output / FILE_NAME, results.to_json())
+        write_text(self.options.output / TABLE_NAME, results.to_csv())
+        return results
 
+    def sizes(self, candidate: Candidate) -> list[Size]:
+        """The student inputs of a model."""
+        patch = candidate.spec.patch_size
+        own = [candidate.trained_size or (16 * patch, 16 * patch)]
+        sizes = parse_sizes(self.options.sizes, patch) if self.options.sizes else own
+        for size in sizes:
+            check_size(*size, patch)
+        return sizes
 
-def benchmark(options: BenchmarkOptions, reporter: Reporter) -> tuple[Results, list[Path]]:
-    """Measure every row of every model and size, and write results.json, results.csv and pictures.
+    def count(self, name: str, size: Size) -> list[Row]:
+        """The counted rows of a model at a size."""
+        candidate = next(candidate for candidate in self.candidates if candidate.name == name)
+        return count_rows(candidate, size, self.options.highres, self.options.batch_size)
 
-    The same call again takes up what an earlier one measured on this machine, with these settings.
+    def measure_model(self, candidate: Candidate, groups: Sequence[tuple[Size, list[Row]]]) -> None:
+        """Measure one model at all its sizes, and save after each."""
+        photos = find_photos(candidate, self.options, self.reporter)
+        self.models.append(candidate.describe(photos))
+        student: Student | None = None
+        for size, rows in groups:
+            if self._take_over(self.models[-1], size, len(rows) + len(self.baselines)):
+                continue
+            self.reporter.say(f"{candidate.name} at {size[0]}x{size[1]} px")
+            if student is None and self._fits(rows[0]):
+                was_random = candidate.random
+                candidate, student = load_or_randomise(candidate, self.options, str(self.device), self.reporter)
+                if candidate.random and not was_random:
+                    photos = None
+                    self.models[-1] = candidate.describe(None)
+            if student is None:
+                why = f"{TOO_LARGE_TO_LOAD} {human_bytes(rows[0].weights_bytes)}"
+                self.rows += [replace(row, note=why) for row in rows]
+            else:
+                self.rows += self._measure_size(candidate, student, size, rows, photos)
+            self.save()
 
-    Args:
-        options: as given.
-        reporter: hears of stages, warnings and progress.
+    def _take_over(self, model: Model, size: Size, num_rows: int) -> bool:
+        """Take over the rows of one model and size that an earlier benchmark measured, if it has them all."""
+        if self.earlier is None or model not in self.earlier.models:
+            return False
+        rows = self.earlier.rows_at(model, size)
+        lacked_memory = [row for row in rows if row.note.startswith((TOO_LARGE, TOO_LARGE_TO_LOAD))]
+        if len(rows) != num_rows or any(self._fits(row) for row in lacked_memory):  # there may be more memory by now
+            return False
+        self.reporter.say(f"{model.name} at {size[0]}x{size[1]} px: measured before; --overwrite measures anew")
+        self.rows += rows
+        self.pictures += [item for item in self.earlier.pictures if (item.model, item.size) == (model.name, size)]
+        return True
 
-    Returns:
-        The results, and the files that were written.
+    @torch.inference_mode()
+    def _measure_size(
+        self, candidate: Candidate, student: Student, size: Size, counted: list[Row], photos: Photos | None
+    ) -> list[Row]:
+        """Run the rows of one model and size that fit: time, peak memory, fidelity."""
+        batch_size = self.options.batch_size
+        if self.options.compiled:
+            torch.compiler.reset()  # beyond a few compilations of one function torch runs it uncompiled
+        methods = make_methods(student, size, self.options.highres, self.baselines)
+        rows = {row.label: row for row in counted}
+        for method in methods:
+            if method.kind == "baseline":
+                rows[method.label] = count_row(candidate.name, method, student.backbone, size, batch_size)
+        images = {method.label: method.input(batch_size, self.device) for method in methods}
+        speed, run = 0.0, list[Method]()
+        for method in methods:
+            row = rows[method.label]
+            seconds, note = self._try(row, partial(method.call, images[method.label]), speed)
+            rows[method.label] = replace(row, note=note)
+            if seconds is not None:
+                run.append(method)
+                speed = speed or seconds / (row.gflop or 1)
+        calls = {}
+        for method in run:
+            call = torch.compile(method.call, dynamic=False) if self.options.compiled else method.call
+            calls[method.label] = partial(call, images[method.label])
+        for label, latency in interleaved(calls, self.device, self.options.seconds, self.options.compiled).items():
+            rows[label] = replace(rows[label], latency=latency)
+        for method in run:
+            call = partial(method.call, images[method.label])
+            rows[method.label] = self._with_memory(candidate, rows[method.label], call)
+        if photos is not None and any(method.kind == "bilinear" for method in run):
+            compared = [method for method in run if method.kind != "student" or candidate.spec.stored is not None]
+            if why := self._why_no_teacher(candidate, student, size, speed):
+                rows["student"] = replace(rows["student"], note=rows["student"].note or f"no fidelity: teacher {why}")
+            else:
+                self._compare(candidate, student, size, compared, rows, photos)
+        return [rows[method.label] for method in methods]
 
-    Raises:
-        BrixelError: something the user can mend; what was measured before stays in the folder.
-    """
-    work, candidates = _begin(options, reporter)
-    sizes = {candidate.name: _sizes(candidate, options) for candidate in candidates}
-    counted = {
-        (candidate.name, size): count_rows(candidate, size, options.highres, options.batch_size)
-        for candidate in candidates
-        for size in sizes[candidate.name]
-    }
-    try:
-        work.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output {work.folder} cannot be made: {error.strerror}.") from error
-    for candidate in candidates:
-        groups = [(size, counted[candidate.name, size]) for size in sizes[candidate.name]]
-        _measure_model(work, candidate, groups)
-    if options.budget_bytes is not None:
-        work.budget = _answer_budget(work, candidates, options.budget_bytes)
-    found = {model.name: tuple(probes_of(model.student_sha256)) for model in work.models if model.student_sha256}
-    work.probes = {name: probes for name, probes in found.items() if probes}
-    work.save()
-    results = work.results()
-    files = [work.folder / FILE_NAME, work.folder / TABLE_NAME, *(work.folder / item.path for item in results.pictures)]
-    return results, files
+    def _try(self, row: Row, call: Callable[[], object], seconds_per_gflop: float) -> tuple[float | None, str]:
+        """The seconds of a call, or why the row is not run: too large for memory, or too slow.
 
+        The fastest of several calls counts, if one is fast: the first one is slower than those that follow.
+        """
+        if not self._fits(row, loaded=True):
+            return None, f"{TOO_LARGE} {human_bytes((row.total_bytes or 0) * MEMORY_MARGIN)} of memory: {LESS_MEMORY}"
+        limit, seconds = self.options.seconds, seconds_per_gflop * (row.gflop or 0)
+        how = "by its FLOP"
+        if seconds <= HOPELESS * limit:
+            how = "measured"
+            try:
+                seconds = call_seconds(call, self.device)
+                if seconds > limit / 10:  # the first call of a process takes longer
+                    seconds = min(seconds, call_seconds(call, self.device))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                release_cached(self.device)
+                return None, f"{OUT_OF_MEMORY}: {LESS_MEMORY}"
+        if seconds > limit:
+            return None, f"not run: about {seconds:.0f} s a call, {how}; --seconds {seconds * 1.2:.0f} runs it"
+        return seconds, ""
 
-def count_only(options: BenchmarkOptions, reporter: Reporter) -> Results:
-    """The rows as a benchmark would measure them, with what can be counted; nothing is run or written."""
-    work, candidates = _begin(options, reporter)
-    for candidate in candidates:
-        for size in _sizes(candidate, options):
-            work.rows += count_rows(candidate, size, options.highres, options.batch_size)
-        work.models.append(candidate.describe(candidate.hollow().backbone, None))
-    if options.budget_bytes is not None:
-        work.budget = _answer_budget(work, candidates, options.budget_bytes)
-    return work.results()
+    def _why_no_teacher(self, candidate: Candidate, student: Student, size: Size, seconds_per_gflop: float) -> str:
+        """Why the fidelity, for which the teacher sees photographs one by one, is not measured; or nothing."""
+        row = count_rows(candidate, size, highres=True, batch_size=1)[-1]
+        images = torch.randn(1, 3, *row.input_size, device=self.device)
+        speed = seconds_per_gflop / self.options.batch_size
+        return self._try(row, partial(student.backbone.last_map, images), speed)[1]
 
-
-def _begin(options: BenchmarkOptions, reporter: Reporter) -> tuple[_Benchmark, list[Candidate]]:
-    runtime = Runtime(options.device, options.precision)
-    if runtime.world_size > 1:
-        raise UsageError("A benchmark takes one process: leave torchrun out.")
-    baselines = [load_baseline(reference) for reference in options.baselines]
-    names = ["backbone", "bilinear", "student", "teacher", *(baseline.name for baseline in baselines)]
-    if len(set(names)) < len(names):
-        raise UsageError(f"--baseline: two rows of one name among {', '.join(names)}; rename the function.")
-    settings = Settings(
-        highres=options.highres,
-        batch_size=options.batch_size,
-        compiled=options.compiled,
-        seconds=options.seconds,
-        max_images=options.max_images,
-        baselines=options.baselines,
-        budget_bytes=options.budget_bytes,
-        baselines_sha256=tuple(baseline.sha256 for baseline in baselines),
-    )
-    environment = describe_environment(runtime)
-    earlier = None
-    if not options.overwrite and (options.output / FILE_NAME).is_file():
-        with suppress(BrixelError):  # of another version: nothing to take up
-            earlier = read_results(options.output)
-    if earlier and (earlier.environment != environment or replace(earlier.settings, budget_bytes=None) != replace(
-        settings, budget_bytes=None
-    )):  # fmt: skip
-        reporter.say(f"{options.output}: what is there was measured elsewhere or with other settings: measured anew")
-        earlier = None
-    candidates = find_candidates(options, runtime.precision, reporter)
-    return (
-        _Benchmark(options, runtime, environment, settings, baselines, reporter, options.output, earlier),
-        candidates,
-    )
-
-
-def _sizes(candidate: Candidate, options: BenchmarkOptions) -> list[Size]:
-    patch = candidate.hollow().backbone.patch_size
-    sizes = parse_sizes(options.sizes, patch) if options.sizes else [candidate.trained_size or (16 * patch, 16 * patch)]
-    for size in sizes:
-        check_size(*size, patch)
-    return sizes
-
-
-def _measure_model(work: _Benchmark, candidate: Candidate, groups: Sequence[tuple[Size, list[Row]]]) -> None:
-    """Measure one model at all its sizes, and save after each."""
-    photos = find_photos(candidate, work.options, work.reporter)
-    described = candidate.describe(candidate.hollow().backbone, photos)
-    place = len(work.models)
-    work.models.append(described)
-    student: Student | None = None
-    for size, rows in groups:
-        if _take_up(work, described, size, len(rows) + len(work.baselines)):
-            continue
-        work.reporter.say(f"{candidate.name} at {size[0]}x{size[1]} px")
-        if student is None and _fits(work, rows[0]):
-            candidate, student = load_or_randomise(candidate, work.options, str(work.runtime.device), work.reporter)
-            if candidate.weights == "random" and described.weights != "random":
-                photos, described = None, candidate.describe(student.backbone, None)
-                work.models[place] = described
-        if student is None:
-            why = f"{TOO_LARGE_TO_LOAD} {human_bytes(rows[0].weights_bytes)}"
-            work.rows += [replace(row, note=why) for row in rows]
-        else:
-            work.rows += _measure_size(work, candidate, student, size, rows, photos)
-        work.save()
-
-
-def _take_up(work: _Benchmark, model: Model, size: Size, num_rows: int) -> bool:
-    """Take over the rows of one model and size that an earlier benchmark measured, if it has them all."""
-    if work.earlier is None or model not in work.earlier.models:
-        return False
-    rows = [row for row in work.earlier.rows if (row.model, row.size) == (model.name, size)]
-    if len(rows) != num_rows:
-        return False
-    if any(row.note.startswith((TOO_LARGE, TOO_LARGE_TO_LOAD)) and _fits(work, row) for row in rows):
-        return False  # there is more free memory than there was
-    work.reporter.say(f"{model.name} at {size[0]}x{size[1]} px: measured before; --overwrite measures anew")
-    work.rows += rows
-    work.pictures += [item for item in work.earlier.pictures if (item.model, item.size) == (model.name, size)]
-    return True
-
-
-def _measure_size(
-    work: _Benchmark, candidate: Candidate, student: Student, size: Size, counted: list[Row], photos: Photos | None
-) -> list[Row]:
-    """Run the rows of one model and size that fit: time, peak memory, fidelity."""
-    device = work.runtime.device
-    if work.options.compiled:
-        torch.compiler.reset()  # beyond a few compilations of one function torch runs it uncompiled
-    contenders = make_contenders(student, size, work.options.highres, work.baselines)
-    foreign = [contender for contender in contenders if contender.kind == "baseline"]
-    counts = {row.label: row for row in counted}
-    for row in count_baselines(candidate, foreign, student.backbone, size, work.options.batch_size):
-        counts[row.label] = replace(row, counted_vit_gflop=counted[0].gflop)
-    images = {contender.label: contender.input(work.options.batch_size, device) for contender in contenders}
-    speed = _seconds_per_gflop(work, contenders[0], counts, images)
-    notes = {label: why for label, row in counts.items() if (why := _why_not(work, row, speed))}
-    run = [contender for contender in contenders if contender.label not in notes]
-    calls = {}
-    for contender in run:
-        call = torch.compile(contender.call, dynamic=False) if work.options.compiled else contender.call
-        calls[contender.label] = partial(call, images[contender.label])
-    latencies = interleaved(calls, device, work.options.seconds, work.options.compiled)
-    rows = {label: replace(counts[label], latency=latencies.get(label), note=notes.get(label, "")) for label in counts}
-    for contender in run:
-        rows[contender.label] = _with_memory(work, candidate, contender, rows[contender.label], size, images)
-    if photos is not None and any(contender.kind == "bilinear" for contender in run):
-        why = _why_no_teacher(work, candidate, size, speed)
-        if why:
-            rows["student"] = replace(rows["student"], note=rows["student"].note or f"no fidelity: teacher {why}")
-        else:
-            compared = [row for row in run if row.kind != "student" or candidate.stored is not None]
-            rows |= _with_fidelity(work, candidate, student, size, compared, rows, photos)
-    return [rows[contender.label] for contender in contenders]
-
-
-def _with_fidelity(
-    work: _Benchmark,
-    candidate: Candidate,
-    student: Student,
-    size: Size,
-    compared: Sequence[Contender],
-    rows: dict[str, Row],
-    photos: Photos,
-) -> dict[str, Row]:
-    """The rows whose maps are compared with the teacher's, with the figures; some photographs are drawn."""
-    views = photos.views(student.backbone, candidate.factor, size)
-    found = measure_fidelity(compared, views, student.backbone, work.reporter, f"fidelity, {size[0]}x{size[1]} px")
-    ranked = found["student" if "student" in found else "bilinear"].worst_images
-    work.pictures += draw_examples(compared, views, student.backbone, ranked, work.folder, candidate.name, size)
-    return {label: replace(rows[label], fidelity=fidelity) for label, fidelity in found.items()}
-
-
-def _seconds_per_gflop(
-    work: _Benchmark, backbone: Contender, counts: dict[str, Row], images: dict[str, torch.Tensor]
-) -> float:
-    """Seconds of a call on a batch, for each GFLOP of one image, by the backbone's row; 0 where that does not fit."""
-    row = counts[backbone.label]
-    if not _fits(work, row, loaded=True):
-        return 0.0
-    with torch.inference_mode():
-        # The fastest of several: one slow call of a small model must not rule out a large one.
-        seconds = min(
-            call_seconds(partial(backbone.call, images[backbone.label]), work.runtime.device) for _ in range(4)
-        )
-    return seconds / (row.gflop or 1)
-
-
-def _why_not(work: _Benchmark, row: Row, seconds_per_gflop: float) -> str:
-    """Why a row is not run: too large for memory, or too slow, judged by the backbone's speed; or nothing."""
-    if not _fits(work, row, loaded=True):
-        return f"{TOO_LARGE} {human_bytes((row.total_bytes or 0) * MEMORY_MARGIN)} of memory"
-    estimate = seconds_per_gflop * (row.gflop or 0)
-    if estimate > work.options.seconds:
-        return f"not run: about {estimate:.0f} s a call, by its FLOP; --seconds {estimate * 1.2:.0f} runs it"
-    return ""
-
-
-def _why_no_teacher(work: _Benchmark, candidate: Candidate, size: Size, seconds_per_gflop: float) -> str:
-    """Why the fidelity, for which the teacher sees photographs one by one, is not measured; or nothing."""
-    teacher = count_rows(candidate, size, highres=True, batch_size=1)[-1]
-    return _why_not(work, teacher, seconds_per_gflop / work.options.batch_size)
-
-
-def _with_memory(
-    work: _Benchmark, candidate: Candidate, contender: Contender, row: Row, size: Size, images: dict[str, torch.Tensor]
-) -> Row:
-    device = work.runtime.device
-    if not can_measure(device):
-        return row
-    if device.type == "cuda":
-        peak = peak_on_gpu(lambda: contender.call(images[contender.label]), device)
-    else:
-        found = peak_in_fresh_process(candidate, size, contender.label, work.options.batch_size, work.options.baselines)
-        if found is None:
-            work.reporter.warn(f"{row.model}, {row.label}: the process that measures its memory was killed: counted")
+    def _with_memory(self, candidate: Candidate, row: Row, call: Callable[[], Tensor]) -> Row:
+        if not can_measure(self.device):
             return row
-        peak = found
-    return replace(row, peak_bytes=peak.peak_bytes, kept_bytes=peak.kept_bytes, memory="measured")
+        if self.device.type == "cuda":
+            peak = peak_on_gpu(call, self.device)
+        else:
+            batch_size, baselines = self.options.batch_size, self.options.baselines
+            found = peak_in_fresh_process(candidate, row.size, row.label, batch_size, baselines)
+            if found is None:
+                self.reporter.warn(
+                    f"{row.model}, {row.label}: the process that measures its memory was killed: counted"
+                )
+                return row
+            peak = found
+        return replace(row, peak_bytes=peak.peak_bytes, kept_bytes=peak.kept_bytes, memory="measured")
 
+    def _compare(
+        self,
+        candidate: Candidate,
+        student: Student,
+        size: Size,
+        compared: Sequence[Method],
+        rows: dict[str, Row],
+        photos: Photos,
+    ) -> None:
+        """Add the fidelity of the rows whose maps are compared with the teacher's; draw some photographs."""
+        views = photos.views(student.backbone, candidate.spec.factor, size)
+        title = f"fidelity, {size[0]}x{size[1]} px"
+        found = measure_fidelity(compared, views, student.backbone, self.reporter, title)
+        ranked = found["student" if "student" in found else "bilinear"].worst_images
+        folder = self.options.output
+        self.pictures += draw_examples(compared, views, student.backbone, ranked, folder, candidate.name, size)
+        rows |= {label: replace(rows[label], fidelity=fidelity) for label, fidelity in found.items()}
 
-def _fits(work: _Benchmark, row: Row, loaded: bool = False) -> bool:
-    """Whether a row can be run here; on a CPU twice, as its peak is measured in a process of its own."""
-    device = work.runtime.device
-    if device.type == "cuda":
-        return ((row.total_bytes or 0) - loaded * row.weights_bytes) * MEMORY_MARGIN <= free_memory(device)
-    return (row.total_bytes or 0) * MEMORY_MARGIN + (not loaded) * row.weights_bytes <= free_memory(device)
+    def _fits(self, row: Row, loaded: bool = False) -> bool:
+        """Whether a row can be run here; on a CPU twice, as its peak is measured in a process of its own."""
+        needed, there = (row.total_bytes or 0) * MEMORY_MARGIN, free_memory(self.device)
+        if self.device.type == "cuda":
+            return needed - loaded * row.weights_bytes * MEMORY_MARGIN <= there
+        return needed + (not loaded) * row.weights_bytes <= there
 
-
-def _answer_budget(work: _Benchmark, candidates: Sequence[Candidate], budget_bytes: int) -> list[BudgetRow]:
-    """Whether each row fits into the budget, and the largest size at which each model's student and teacher do."""
-    answers = [
-        BudgetRow(row.model, row.label, row.size, row.total_bytes, row.memory, row.total_bytes <= budget_bytes, False)
-        for row in work.rows
-        if row.total_bytes is not None
-    ]
-    labels = ["student", "teacher"] if work.options.highres else ["student"]
-    with work.reporter.bar("largest sizes", len(candidates), unit="model") as bar:
-        for candidate in candidates:
-            answers += largest_sizes(candidate, labels, budget_bytes, work.options.batch_size)
-            bar.update(1)
-    return answers
+    def answer_budget(self) -> None:
+        """Find whether each row fits into the budget, and the largest size at which each student and teacher do."""
+        budget = self.options.budget_bytes
+        if budget is None:
+            return
+        self.budget = [
+            BudgetRow(row.model, row.label, row.size, row.total_bytes, row.memory, row.total_bytes <= budget, False)
+            for row in self.rows
+            if row.total_bytes is not None
+        ]
+        labels = ["student", "teacher"] if self.options.highres else ["student"]
+        with self.reporter.bar("largest sizes", len(self.candidates), unit="model") as bar:
+            for candidate in self.candidates:
+                self.budget += largest_sizes(candidate, labels, budget, self.options.batch_size)
+                bar.update(1)
 
 
 def _notes(rows: Sequence[Row], models: Sequence[Model]) -> list[str]:
     """What is to be read with the table."""
     notes = [
-        "Memory is the peak above the weights (c: counted, not measured); less FLOP, less memory, faster: how many "
-        "times, beside the teacher."
+        "Memory is the peak above the weights (c: counted, not measured). Less FLOP, less mem., faster: how many times "
+        "less than the teacher. GFLOP: a multiply-add is 2, attention counted."
     ]
     random = [model.name for model in models if model.weights == "random"]
     if random:
         notes.append(f"Random weights, on purpose, as only cost is measured: {', '.join(random)}.")
-    deviations = [
-        abs(row.counted_vit_gflop / row.formula_gflop - 1)
-        for row in rows
-        if row.formula_gflop and row.counted_vit_gflop
-    ]
-    if deviations:
-        notes.append(
-            "GFLOP: a multiply-add is 2, attention counted. The count of the transformers differs from the closed "
-            f"formula by {max(deviations):.2%} at most."
-        )
     unseen = sorted({name for row in rows for name in row.uncounted})
     if unseen:
-        notes.append(f"Operators that the counter did not see: {', '.join(unseen)}.")
-    counted = [f"{row.model} {row.label} {row.size[0]}x{row.size[1]}: {row.note}" for row in rows if row.note]
-    return notes + counted
+        notes.append(f"Operators that the counter does not know: {', '.join(unseen)}.")
+    return notes + [f"{row.model} {row.label} {row.size[0]}x{row.size[1]}: {row.note}" for row in rows if row.note]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,17 +13,18 @@ from torch import Tensor
 
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.files import save_picture
-from brixel_cli.core.metrics import FIDELITY, fidelity, recovered_gaps
+from brixel_cli.core.losses import Basis
+from brixel_cli.core.metrics import FIDELITY, fidelity, fidelity_basis, recovered_gaps
 from brixel_cli.data.views import Views, normalise_pixels, reduce_view
 from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
-from brixel_cli.engines.benchmarking.contenders import Contender
-from brixel_cli.engines.benchmarking.results import Fidelity, ImageFidelity, Picture
+from brixel_cli.engines.benchmarking.methods import Method
+from brixel_cli.engines.benchmarking.results import Fidelity, ImageFidelity, Picture, Size
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError
 
 COSINE_PERCENTILE = 0.05
 MOST_LOCATIONS = 2**22
-"""Cosines kept of one row for the percentile; beyond, every other one is dropped, then every fourth, and so on."""
+"""Cosines kept of one row for the percentile; of more, every second, third, fourth and so on is kept."""
 
 
 @dataclass
@@ -32,9 +34,9 @@ class _Measured:
     images: list[ImageFidelity] = field(default_factory=list)
     cosines: list[Tensor] = field(default_factory=list)
 
-    def add(self, name: str, prediction: Tensor, target: Tensor) -> None:
-        """Take in one photograph's map (D, H, W)."""
-        values = fidelity(prediction, target)
+    def add(self, name: str, prediction: Tensor, target: Tensor, basis: Basis) -> None:
+        """Take in one photograph's map (D, H, W); basis: `fidelity_basis` of its target."""
+        values = fidelity(prediction, target, basis)
         cosine = F.cosine_similarity(prediction.float(), target.float(), dim=0).flatten().cpu()
         low = torch.quantile(cosine, COSINE_PERCENTILE).item()
         self.images.append(ImageFidelity(name, cosine_p5=low, **values))
@@ -45,7 +47,7 @@ class _Measured:
         means = self.means()
         cosines = torch.cat(self.cosines)
         cosines = cosines[:: len(cosines) // MOST_LOCATIONS + 1]
-        shares = recovered_gaps(baseline, means)
+        gaps = recovered_gaps(baseline, means)
         return Fidelity(
             l1=means["l1"],
             cosine=means["cosine"],
@@ -53,7 +55,7 @@ class _Measured:
             cosine_worst=min(image.cosine for image in self.images),
             edge=means["edge"],
             spectral=means["spectral"],
-            gap_closed={name: None if share != share else share for name, share in shares.items()},
+            recovered_gap={name: None if math.isnan(gap) else gap for name, gap in gaps.items()},
             images=tuple(self.images),
         )
 
@@ -64,12 +66,12 @@ class _Measured:
 
 @torch.inference_mode()
 def measure_fidelity(
-    contenders: Sequence[Contender], views: Views, backbone: Backbone, reporter: Reporter, title: str
+    methods: Sequence[Method], views: Views, backbone: Backbone, reporter: Reporter, title: str
 ) -> dict[str, Fidelity]:
     """Compare every row whose map has the teacher's grid with the teacher's map of the same photographs.
 
     Args:
-        contenders: rows of one model and size; among them `bilinear`.
+        methods: rows of one model and size; among them `bilinear`.
         views: teacher views, one for each photograph; damaged photographs are left out, with a warning.
         backbone: the teacher.
         reporter: hears of progress.
@@ -81,8 +83,8 @@ def measure_fidelity(
     Raises:
         BrixelError: none of the photographs can be read.
     """
-    bilinear = next(row for row in contenders if row.kind == "bilinear")
-    compared = [row for row in contenders if row.kind != "teacher" and row.grid == bilinear.grid]
+    bilinear = next(row for row in methods if row.kind == "bilinear")
+    compared = [row for row in methods if row.kind != "teacher" and row.grid == bilinear.grid]
     measured = {row.label: _Measured() for row in compared}
     with reporter.bar(title, len(views), unit="image") as bar:
         for number in range(len(views)):
@@ -92,8 +94,9 @@ def measure_fidelity(
                 reporter.warn(f"left out: {view.skipped[0].name}: {view.skipped[0].reason}")
                 continue
             images, target = _images_and_target(view.pixels, views, backbone)
+            basis = fidelity_basis(target)
             for row in compared:
-                measured[row.label].add(view.name, row.call(images)[0], target)
+                measured[row.label].add(view.name, row.call(images)[0], target, basis)
     if not measured["bilinear"].images:
         raise BrixelError(f"None of the {len(views)} photographs for the fidelity can be read.")
     baseline = measured["bilinear"].means()
@@ -102,18 +105,18 @@ def measure_fidelity(
 
 @torch.inference_mode()
 def draw_examples(
-    contenders: Sequence[Contender],
+    methods: Sequence[Method],
     views: Views,
     backbone: Backbone,
     ranked: Sequence[ImageFidelity],
     folder: Path,
     model: str,
-    size: tuple[int, int],
+    size: Size,
 ) -> list[Picture]:
     """Draw the two worst photographs, the median and the best: input, every row's map, the teacher's; one file each.
 
     Args:
-        contenders: rows of one model and size.
+        methods: rows of one model and size.
         views: teacher views, one for each photograph.
         backbone: the teacher.
         ranked: photographs, worst first.
@@ -122,7 +125,7 @@ def draw_examples(
         size: of the rows, for the file names.
     """
     numbers = {photo.name: number for number, photo in enumerate(views.photographs)}
-    shown = [row for row in contenders if row.kind not in ("bilinear", "teacher")]
+    shown = [row for row in methods if row.kind not in ("bilinear", "teacher")]
     pictures = []
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     chosen = sorted({0, min(1, len(ranked) - 1), len(ranked) // 2, len(ranked) - 1})

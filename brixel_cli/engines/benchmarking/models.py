@@ -5,100 +5,94 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from brixel_cli.config.benchmark import BenchmarkOptions
-from brixel_cli.config.distill import AdapterConfig, Recipe, ViewConfig
+from brixel_cli.config.distill import Recipe, ViewConfig
 from brixel_cli.config.files import find_recipe, load_recipe
-from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.identity import joint_digest, tensors_sha256
 from brixel_cli.core.shipped import shipped_students
-from brixel_cli.core.student import FILE_NAME, StoredAdapter, Student, build_adapter, load_student, read_adapter
+from brixel_cli.core.student import FILE_NAME, Student
 from brixel_cli.data.images import Photograph, scan_folder
 from brixel_cli.data.views import Views
-from brixel_cli.engines.benchmarking.results import Model
+from brixel_cli.engines.benchmarking.results import Model, Size
 from brixel_cli.engines.distilling.training_images import find_images
-from brixel_cli.engines.models import default_student
+from brixel_cli.engines.models import ModelSpec, default_student, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 
 @dataclass(frozen=True)
+class Photos:
+    """Photographs for the fidelity, the same at every size."""
+
+    folder: str
+    photographs: list[Photograph]
+
+    def views(self, backbone: Backbone, factor: int, size: Size) -> Views:
+        """Their centre crops for the teacher, of which the student sees `size` (height, width)."""
+        fields = {"teacher_size": [factor * side for side in size], "factor": factor}
+        config = ViewConfig.model_validate(fields)
+        return Views(self.photographs, config, 0)
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """A model before its weights are loaded.
+    """A model of a benchmark.
 
     Attributes:
         name: what rows call it.
-        backbone: timm name.
-        weights: `random`, `pretrained` or a path.
-        dtype: in which the weights are held.
-        adapter: its options.
-        factor: output grid over token grid.
-        trained_size: student input (height, width) of the training or of the recipe; None: not known.
-        stored: the trained adapter; None: random weights.
+        spec: the student, before its weights are loaded.
         recipe: of the run or the recipe itself; None where a checkpoint comes without.
     """
 
     name: str
-    backbone: str
-    weights: str
-    dtype: str
-    adapter: AdapterConfig
-    factor: int
-    trained_size: tuple[int, int] | None
-    stored: StoredAdapter | None
+    spec: ModelSpec
     recipe: Recipe | None
 
-    def hollow(self) -> Student:
-        """Shapes without memory, on the meta device: to be counted."""
-        backbone = load_backbone(self.backbone, "random", self.dtype, device="meta")
-        return _held(Student(backbone, build_adapter(backbone.embed_dim, self.factor, self.adapter)), self.dtype)
+    @property
+    def trained_size(self) -> Size | None:
+        """Student input (height, width) of the training or of the recipe; None: not known."""
+        return self.spec.trained_size or (self.recipe.student_hw if self.recipe else None)
+
+    @property
+    def random(self) -> bool:
+        """Whether the weights are random, so that only cost can be measured."""
+        return self.spec.weights == "random"
+
+    def randomised(self) -> Candidate:
+        """The same model with random weights."""
+        return replace(self, spec=replace(self.spec, weights="random", stored=None, chosen_by=None))
 
     def load(self, device: str) -> Student:
-        """The model itself, ready for inference.
+        """The model itself; on the device `meta` its shapes alone.
 
         Raises:
             WeightsError: weights cannot be had, or do not belong together.
         """
-        if self.stored is not None and self.weights != "random":
-            return load_student(
-                self.stored.path,
-                backbone=self.backbone,
-                backbone_weights=self.weights,
-                device=device,
-                dtype=self.dtype,
-            )
-        torch.manual_seed(0)
-        backbone = load_backbone(self.backbone, self.weights, self.dtype, device)
-        adapter = build_adapter(backbone.embed_dim, self.factor, self.adapter)
-        return _held(Student(backbone, adapter.to(device)), self.dtype)
+        student = self.spec.load(device)
+        assert isinstance(student, Student)
+        return student
 
-    def describe(self, backbone: Backbone, photos: Photos | None) -> Model:
+    def describe(self, photos: Photos | None) -> Model:
         """For the results; files are read for their SHA-256, so that changed ones are told from those measured."""
-        trained = self.stored if self.weights != "random" else None
+        spec = self.spec
         return Model(
             name=self.name,
-            backbone=self.backbone,
-            weights=self.weights,
-            student=str(trained.path) if trained else None,
-            student_sha256=tensors_sha256(trained.tensors) if trained else "",
-            adapter=self.adapter.kind,
-            dtype=self.dtype,
-            embed_dim=backbone.embed_dim,
-            patch_size=backbone.patch_size,
-            factor=self.factor,
+            backbone=spec.backbone,
+            weights=spec.weights,
+            student=str(spec.stored.path) if spec.stored else None,
+            student_sha256=tensors_sha256(spec.stored.tensors) if spec.stored else "",
+            adapter=spec.adapter.kind if spec.adapter else "",
+            dtype=spec.dtype,
+            embed_dim=spec.embed_dim,
+            patch_size=spec.patch_size,
+            factor=spec.factor,
             trained_size=self.trained_size,
             images=photos.folder if photos else None,
             num_images=len(photos.photographs) if photos else 0,
-            weights_sha256=joint_digest([("", Path(self.weights))]) if Path(self.weights).is_file() else "",
+            weights_sha256=joint_digest([("", Path(spec.weights))]) if Path(spec.weights).is_file() else "",
             images_sha256=joint_digest((photo.name, photo.path) for photo in photos.photographs) if photos else "",
         )
-
-
-def _held(student: Student, dtype: str) -> Student:
-    if dtype == "bfloat16":
-        student.adapter.to(torch.bfloat16)
-    return student.eval().requires_grad_(False)
 
 
 def find_candidates(options: BenchmarkOptions, precision: str, reporter: Reporter) -> list[Candidate]:
@@ -135,34 +129,28 @@ def find_candidates(options: BenchmarkOptions, precision: str, reporter: Reporte
 
 def _of_recipe(name: str, options: BenchmarkOptions, precision: str) -> Candidate:
     recipe = load_recipe(str(find_recipe(name)))
-    # For cost alone the numbers in the weights do not matter; for fidelity they are all that matters.
-    weights = options.backbone_weights or (recipe.backbone.weights if options.images else "random")
-    dtype = "bfloat16" if precision == "bfloat16" else recipe.backbone.dtype
-    return Candidate(
-        recipe.name, recipe.backbone.name, weights, dtype, recipe.adapter, recipe.views.factor, recipe.student_hw,
-        None, recipe,
-    )  # fmt: skip
+    spec = model_spec(
+        "student",
+        backbone=recipe.backbone.name,
+        # For cost alone the numbers in the weights do not matter; for fidelity they are all that matters.
+        weights=options.backbone_weights or (recipe.backbone.weights if options.images else "random"),
+        dtype="bfloat16" if precision == "bfloat16" else recipe.backbone.dtype,
+        adapter=recipe.adapter,
+        factor=recipe.views.factor,
+    )
+    return Candidate(recipe.name, spec, recipe)
 
 
 def _of_checkpoint(reference: str, options: BenchmarkOptions, precision: str) -> Candidate:
-    stored = read_adapter(reference)
-    card = stored.card
-    if not card.backbone:
-        raise UsageError(f"{stored.path} does not say which backbone it belongs to (D = {card.embed_dim}).")
-    file = stored.path.parent / "recipe.yaml"
+    spec = model_spec("student", checkpoint=reference, weights=options.backbone_weights)
+    assert spec.stored is not None
+    path = spec.stored.path
+    file = path.parent / "recipe.yaml"
     recipe = load_recipe(str(file)) if file.is_file() else None
-    name = stored.path.parent.resolve().name if stored.path.name == FILE_NAME else stored.path.stem
-    return Candidate(
-        name,
-        card.backbone,
-        options.backbone_weights or card.backbone_weights,
-        "bfloat16" if precision == "bfloat16" else recipe.backbone.dtype if recipe else "float32",
-        card.adapter,
-        card.factor,
-        (card.student_size[0], card.student_size[1]) if card.student_size else recipe.student_hw if recipe else None,
-        stored,
-        recipe,
-    )
+    dtype = "bfloat16" if precision == "bfloat16" else recipe.backbone.dtype if recipe else "float32"
+    name = path.parent.resolve().name if path.name == FILE_NAME else path.stem
+    candidate = Candidate(name, replace(spec, dtype=dtype), recipe)
+    return candidate.randomised() if candidate.random else candidate
 
 
 def load_or_randomise(
@@ -182,22 +170,7 @@ def load_or_randomise(
             f"{candidate.name}: cost only, with random weights. {str(error).splitlines()[0]} "
             "Give --backbone-weights PATH (.safetensors or .pth) for the fidelity."
         )
-        costed = replace(candidate, weights="random", stored=None)
-        return costed, costed.load(device)
-
-
-@dataclass(frozen=True)
-class Photos:
-    """Photographs for the fidelity, the same at every size."""
-
-    folder: str
-    photographs: list[Photograph]
-
-    def views(self, backbone: Backbone, factor: int, size: tuple[int, int]) -> Views:
-        """Their centre crops for the teacher, of which the student sees `size` (height, width)."""
-        fields = {"teacher_size": [factor * side for side in size], "factor": factor}
-        config = ViewConfig.model_validate(fields)
-        return Views(self.photographs, config, 0)
+        return candidate.randomised(), candidate.randomised().load(device)
 
 
 def find_photos(candidate: Candidate, options: BenchmarkOptions, reporter: Reporter) -> Photos | None:
@@ -206,11 +179,11 @@ def find_photos(candidate: Candidate, options: BenchmarkOptions, reporter: Repor
     Raises:
         BrixelError: --images names a folder without photographs.
     """
-    if candidate.weights == "random":
+    if candidate.random:
         return None
     if options.images is not None:
         return Photos(str(options.images), scan_folder(options.images, 1)[0][: options.max_images])
-    if candidate.stored is None:
+    if candidate.spec.stored is None:
         return None
     if candidate.recipe is None:
         reporter.warn(f"{candidate.name}: no fidelity without photographs. Give some: --images DIR.")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from brixel_cli.core.formatting import csv_text, to_json
-from brixel_cli.engines.benchmarking.probe_results import ProbeResult
+from brixel_cli.core.metrics import FIDELITY
+from brixel_cli.engines.benchmarking.environment import Environment
+from brixel_cli.engines.benchmarking.latency import Latency
+from brixel_cli.engines.benchmarking.probes import ProbeResult
 from brixel_cli.errors import BrixelError
 
 FORMAT = "brixel-benchmark-1"
@@ -19,29 +23,11 @@ TABLE_NAME = "results.csv"
 
 Kind = Literal["backbone", "bilinear", "student", "baseline", "teacher"]
 How = Literal["measured", "counted"]
+Size = tuple[int, int]
+"""Height and width."""
 
-
-@dataclass(frozen=True)
-class Environment:
-    """Where the figures were taken.
-
-    Attributes:
-        device: `cpu`, `cuda` or `mps`.
-        processor: name of the CPU or GPU.
-        threads: of the computation, on a CPU.
-        memory_bytes: that the device has in all.
-        precision: arithmetic of the networks, `float32` or `bfloat16`.
-        system: operating system.
-        versions: of brixel, torch, timm and Python.
-    """
-
-    device: str
-    processor: str
-    threads: int
-    memory_bytes: int
-    precision: str
-    system: str
-    versions: dict[str, str]
+RecoveredGaps = Annotated[dict[str, float | None], Field(validation_alias=AliasChoices("recovered_gap", "gap_closed"))]
+"""By metric; files of earlier versions call them `gap_closed`."""
 
 
 @dataclass(frozen=True)
@@ -100,22 +86,11 @@ class Model:
     embed_dim: int
     patch_size: int
     factor: int
-    trained_size: tuple[int, int] | None
+    trained_size: Size | None
     images: str | None
     num_images: int
     weights_sha256: str = ""
     images_sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Seconds of a call on one batch: median, 10 % and 90 % quantile over rounds in which all rows took turns."""
-
-    median: float
-    low: float
-    high: float
-    rounds: int
-    compile_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -138,8 +113,7 @@ class Fidelity:
         l1, cosine, edge, spectral: means over photographs.
         cosine_p5: 5th percentile over all locations of all photographs.
         cosine_worst: of the photograph with the lowest mean cosine.
-        gap_closed: share of the gap between bilinear backbone and teacher that is closed, by metric: 1 is the teacher;
-            None where there is no gap.
+        recovered_gap: by metric, (row - bilinear) / (teacher - bilinear): 1 is the teacher; None where there is no gap.
         images: photograph by photograph.
     """
 
@@ -149,7 +123,7 @@ class Fidelity:
     cosine_worst: float
     edge: float
     spectral: float
-    gap_closed: dict[str, float | None]
+    recovered_gap: RecoveredGaps
     images: tuple[ImageFidelity, ...]
 
     @property
@@ -171,8 +145,6 @@ class Row:
         grid: of its map (height, width).
         frozen_parameters, adapter_parameters: numbers; a baseline's own are not known, and left at 0.
         gflop: of one image; a multiply-add is 2, attention counted. None where it cannot be counted.
-        formula_gflop: of its vision transformer, by the closed formula.
-        counted_vit_gflop: the same by the counter; what the two differ by is said below the table.
         uncounted: operators that do arithmetic which `gflop` lacks.
         weights_bytes: of its weights.
         peak_bytes: beyond the weights, on one batch.
@@ -186,14 +158,12 @@ class Row:
     model: str
     kind: Kind
     label: str
-    size: tuple[int, int]
-    input_size: tuple[int, int]
-    grid: tuple[int, int]
+    size: Size
+    input_size: Size
+    grid: Size
     frozen_parameters: int
     adapter_parameters: int
     gflop: float | None
-    formula_gflop: float | None
-    counted_vit_gflop: float | None
     uncounted: tuple[str, ...]
     weights_bytes: int
     peak_bytes: int | None
@@ -204,7 +174,7 @@ class Row:
     note: str = ""
 
     @property
-    def key(self) -> tuple[str, tuple[int, int], str]:
+    def key(self) -> tuple[str, Size, str]:
         """What names a row within a benchmark."""
         return self.model, self.size, self.label
 
@@ -234,7 +204,7 @@ class BudgetRow:
 
     model: str
     label: str
-    size: tuple[int, int]
+    size: Size
     total_bytes: int
     memory: How
     fits: bool
@@ -242,22 +212,11 @@ class BudgetRow:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One label of one model over sizes: how it generalises. Lists run in parallel, smallest size first."""
-
-    model: str
-    label: str
-    kind: Kind
-    sizes: tuple[tuple[int, int], ...]
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
 class Picture:
     """A picture of one photograph: input, maps of all rows, teacher; `rank` 1 is the worst of its model and size."""
 
     model: str
-    size: tuple[int, int]
+    size: Size
     image: str
     rank: int
     path: str
@@ -296,16 +255,35 @@ class Results:
         """The model that a row names."""
         return next(model for model in self.models if model.name == name)
 
-    def teacher(self, row: Row) -> Row | None:
-        """The teacher's row of the same model and size."""
-        for other in self.rows:
-            if other.kind == "teacher" and (other.model, other.size) == (row.model, row.size):
-                return other
-        return None
+    def sizes(self, model: Model) -> list[Size]:
+        """The sizes at which a model was measured."""
+        return list(dict.fromkeys(row.size for row in self.rows if row.model == model.name))
+
+    def main_size(self, model: Model) -> Size:
+        """The size that stands for a model: that of its training, or else the largest."""
+        sizes = self.sizes(model)
+        return model.trained_size if model.trained_size in sizes else max(sizes, key=math.prod)
+
+    def rows_at(self, model: Model, size: Size) -> list[Row]:
+        """The rows of a model at a size."""
+        return [row for row in self.rows if (row.model, row.size) == (model.name, size)]
+
+    def compared(self, model: Model, size: Size) -> list[tuple[Row, Fidelity]]:
+        """Those of them that were compared with the teacher."""
+        return [(row, row.fidelity) for row in self.rows_at(model, size) if row.fidelity]
+
+    def curves(self, model: Model) -> list[list[Row]]:
+        """The rows of a model that have several sizes, by label, the smallest size first."""
+        groups: dict[str, list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: math.prod(row.size)):
+            if row.model == model.name:
+                groups.setdefault(row.label, []).append(row)
+        return [rows for rows in groups.values() if len(rows) > 1]
 
     def ratios(self, row: Row) -> Ratios:
         """How many times less time, arithmetic and memory above weights a row takes than its teacher."""
-        teacher = self.teacher(row)
+        same = [other for other in self.rows if (other.model, other.size) == (row.model, row.size)]
+        teacher = next((other for other in same if other.kind == "teacher"), None)
         if teacher is None:
             return Ratios(None, None, None)
         return Ratios(
@@ -318,18 +296,6 @@ class Results:
         """Throughput of a row."""
         return _over(self.settings.batch_size, row.seconds)
 
-    def curves(self) -> list[Curve]:
-        """Rows of several sizes, by model and label; labels with one size only are left out."""
-        groups: dict[tuple[str, str], list[Row]] = {}
-        for row in self.rows:
-            groups.setdefault((row.model, row.label), []).append(row)
-        found = []
-        for (model, label), rows in groups.items():
-            ordered = tuple(sorted(rows, key=lambda row: row.size[0] * row.size[1]))
-            if len(ordered) > 1:
-                found.append(Curve(model, label, ordered[0].kind, tuple(row.size for row in ordered), ordered))
-        return found
-
     def to_json(self) -> str:
         """As results.json has it; nan becomes null."""
         return to_json(dataclasses.asdict(self), indent=2) + "\n"
@@ -341,23 +307,22 @@ class Results:
     def _cells(self, row: Row) -> list[object]:
         ratios, latency, fidelity = self.ratios(row), row.latency, row.fidelity
         sizes = [f"{height}x{width}" for height, width in (row.size, row.input_size, row.grid)]
-        gaps = fidelity.gap_closed if fidelity else {}
+        gaps = fidelity.recovered_gap if fidelity else {}
         return [
-            row.model, row.label, *sizes, row.frozen_parameters, row.adapter_parameters, row.gflop, row.formula_gflop,
-            row.counted_vit_gflop, row.weights_bytes, row.peak_bytes, row.memory,
+            row.model, row.label, *sizes, row.frozen_parameters, row.adapter_parameters, row.gflop, row.weights_bytes,
+            row.peak_bytes, row.memory,
             *((latency.median, latency.low, latency.high, latency.rounds) if latency else [None] * 4),
             self.images_per_second(row), ratios.faster, ratios.less_flop, ratios.less_memory,
             *(getattr(fidelity, name) if fidelity else None for name in _FIDELITY),
-            *(gaps.get(name) for name in ("l1", "cosine", "edge", "spectral")), row.note,
+            *(gaps.get(name) for name in FIDELITY), row.note,
         ]  # fmt: skip
 
 
 _FIDELITY = ("l1", "cosine", "cosine_p5", "cosine_worst", "edge", "spectral")
 _COLUMNS = (
-    "model", "row", "size", "input", "grid", "frozen_parameters", "adapter_parameters", "gflop", "formula_gflop",
-    "counted_vit_gflop", "weights_bytes", "peak_bytes", "memory", "seconds", "seconds_q10", "seconds_q90", "rounds",
-    "images_per_second", "times_faster", "times_less_flop", "times_less_memory", *_FIDELITY,
-    "gap_closed_l1", "gap_closed_cosine", "gap_closed_edge", "gap_closed_spectral", "note",
+    "model", "row", "size", "input", "grid", "frozen_parameters", "adapter_parameters", "gflop", "weights_bytes",
+    "peak_bytes", "memory", "seconds", "seconds_q10", "seconds_q90", "rounds", "images_per_second", "times_faster",
+    "times_less_flop", "times_less_memory", *_FIDELITY, *(f"recovered_gap_{name}" for name in FIDELITY), "note",
 )  # fmt: skip
 
 

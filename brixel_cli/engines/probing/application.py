@@ -1,10 +1,10 @@
-"""A saved head on new images: from photographs to masks, depth or normal maps."""
+"""A saved head on new images: from image files to masks, depth or normal maps."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from brixel_cli.config.base import Side
-from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.probe import ApplyOptions
+from brixel_cli.config.section import Side
+from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.files import save_picture, write_text
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.heads import Head, load_head
 from brixel_cli.core.identity import file_sha256, tensors_sha256
+from brixel_cli.data.crops import Crop, CropKind, cut_image, plan_crops
 from brixel_cli.data.feature_file import picture_names
-from brixel_cli.data.fields_of_view import FieldKind, FieldOfView, cut_image, plan_fields
 from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, reason_of
-from brixel_cli.data.resizing import Fitting
+from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import Array
 from brixel_cli.drawing.predictions import (
     class_colours,
@@ -33,19 +33,21 @@ from brixel_cli.drawing.predictions import (
     paint_labels,
     paint_normals,
 )
-from brixel_cli.engines.extracting.plan import model_of
-from brixel_cli.engines.models import FeatureExtractor, ModelSpec
+from brixel_cli.engines.models import FeatureExtractor, ModelSpec, model_spec
 from brixel_cli.engines.probing.evaluation import finish
 from brixel_cli.engines.probing.results import FileDescription, HeadDescription, as_dict
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.runtime import Runtime, memory_errors
 from brixel_cli.engines.streams import num_workers, read_ahead
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 DESCRIPTION = "predictions.json"
+DEPTH_UNITS = {1000: "millimetres", 100: "centimetres", 10: "decimetres", 1: "metres"}
+"""Of stored depth: how many make a metre. The finest is taken in which the depths of the training fit."""
+DEEPEST = 2**16 - 1
 UNITS = {
     "segmentation": "class numbers in 8-bit palette PNGs",
-    "depth": "millimetres in 16-bit PNGs",
+    "depth": "{depth_unit} in 16-bit PNGs",
     "normals": "unit vectors as (value / 127.5 - 1) in RGB PNGs: x right, y down, z forward",
 }
 
@@ -77,10 +79,10 @@ class Applied:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An image on its way to the model: the views that it is seen in, and its pixels at its own size."""
+    """An image on its way to the model: the crops that it is seen in, and its pixels at its own size."""
 
     image: Image.Image
-    fields: list[FieldOfView]
+    crops: list[Crop]
     pixels: list[Array]
 
 
@@ -88,17 +90,20 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     """Predict every image of the input with a saved head, each at its own size; bad images are listed, not fatal.
 
     Raises:
-        BrixelError: something the user can mend: no head, no images, other weights than those it was trained on.
+        BrixelError: something the user can fix: no head, no images, other weights than those it was trained on.
     """
     runtime = Runtime(options.device, options.precision)
     head, said = _load_head(options.head)
-    extract, size = _extract_options(options, said)
-    spec = dataclasses.replace(model_of(extract, reporter), factor=_model_of(said)["factor"])
+    spec, size = _model_spec(options, said)
     output = options.output or default_output(options.inputs, f"_{said.recipe.task}")
     inputs = find_inputs(options.inputs, every=1, without=[output])
     model = FeatureExtractor(spec, runtime, reporter)
-    _check_weights(options.head, _model_of(said), spec, model)
-    _begin(output, options, said)
+    _check_weights(options.head, said, spec, model.backbone)
+    unit = depth_unit(head.spec.depth_range[1])
+    units: dict[str, str] = {
+        quantity: UNITS[quantity].format(depth_unit=DEPTH_UNITS[unit]) for quantity in head.spec.quantities
+    }
+    _begin(output, options, said, units)
     head.to(runtime.device)
     names = picture_names([item.name for item in inputs.items])
     failures: dict[str, str] = {}
@@ -110,9 +115,13 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
             if isinstance(loaded, str):
                 failures[item.name] = loaded
             else:
-                predictions = _predict(head, model, loaded)
-                write_predictions(output, names[number], loaded.image, predictions)
-                num_written += 1
+                with memory_errors(f"predicting {item.name}", "Take another --device."):
+                    predictions = _predict(head, model, loaded)
+                try:
+                    write_predictions(output, names[number], loaded.image, predictions, unit)
+                    num_written += 1
+                except BrixelError as error:
+                    failures[item.name] = str(error)
             bar.update(1)
     seconds = time.perf_counter() - began
     if not num_written:
@@ -121,7 +130,7 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
             f"None of the {len(inputs.items)} images found can be used.{listed}\nName others with --input."
         )
     what = f"{said.recipe.task} by {said.label}, trained on {said.recipe.name}"
-    notes = [f"{quantity}: {UNITS[quantity]}." for quantity in head.spec.quantities]
+    notes = [f"{quantity}: {meaning}." for quantity, meaning in units.items()]
     folders = [output / folder for quantity in head.spec.quantities for folder in (quantity, f"{quantity}_preview")]
     return Applied(
         output, what, notes, len(inputs.items), num_written, failures, seconds, [output / DESCRIPTION, *folders]
@@ -136,53 +145,66 @@ def _load_head(path: Path) -> tuple[Head, HeadDescription]:
         raise WeightsError(f"{path}: its description cannot be read: {error}. Train the head again.") from error
 
 
-def _extract_options(options: ApplyOptions, said: HeadDescription) -> tuple[ExtractOptions, Side]:
-    """How the model of the head's source is loaded, and the student's input."""
-    source, size = as_dict(said.source), said.size
-    if isinstance(said.source, FileDescription):
-        inner = said.source.description
-        if "backbone" not in inner or inner.get("pca") or inner.get("dtype") == "int8":
+def _model_spec(options: ApplyOptions, said: HeadDescription) -> tuple[ModelSpec, Side]:
+    """The model that the head was trained on, and the student's input."""
+    source, described, size = said.source, _model_of(said), said.size
+    checkpoint = options.checkpoint
+    if isinstance(source, FileDescription):
+        if "backbone" not in described or described.get("pca") or described.get("dtype") == "int8":
             raise BrixelError(
-                f"{options.head} was trained on the features of {source['path']}, which brixel cannot compute for "
+                f"{options.head} was trained on the features of {source.path}, which brixel cannot compute for "
                 "new images: train the head on the source backbone, student or teacher."
             )
-        size = inner["res"]
-        source = {**inner, "kind": inner["source"], "checkpoint": None}
-    checkpoint = options.checkpoint or source["checkpoint"]
-    if source["kind"] == "student" and checkpoint is None:
+        size = described["res"]
+    else:
+        checkpoint = checkpoint or source.checkpoint
+    is_student = described["source"] == "student"
+    if is_student and checkpoint is None:
         raise UsageError(f"{options.head} was trained on a feature file of a student: name it with --checkpoint.")
-    made = ExtractOptions(
-        inputs=options.inputs, source=source["kind"], checkpoint=checkpoint if source["kind"] == "student" else None,
-        backbone=source["backbone"], backbone_weights=options.backbone_weights or source["backbone_weights"],
-        device=options.device, precision=options.precision,
-    )  # fmt: skip
-    return made, size
+    spec = model_spec(
+        described["source"],
+        checkpoint=checkpoint if is_student else None,
+        backbone=described["backbone"],
+        weights=options.backbone_weights or described["backbone_weights"],
+    )
+    return dataclasses.replace(spec, factor=described["factor"]), size
 
 
 def _model_of(said: HeadDescription) -> dict[str, Any]:
-    """What is said of the model: by the head, or by the feature file that it was trained on."""
+    """The model of the features: as the head describes it, or the feature file that the head was trained on."""
     return said.source.description if isinstance(said.source, FileDescription) else as_dict(said.source)
 
 
-def _check_weights(path: Path, said: dict[str, Any], spec: ModelSpec, model: FeatureExtractor) -> None:
-    student = said.get("student")
-    expected = {
-        "backbone": (said["backbone_sha256"], model.backbone.sha256),
-        "student": (
-            student["sha256"] if student else said.get("student_sha256"),
-            tensors_sha256(spec.stored.tensors) if spec.stored else None,
-        ),
-    }
-    for what, (then, now) in expected.items():
-        if then != now:
-            option = "--backbone-weights" if what == "backbone" else "--checkpoint"
-            raise WeightsError(
-                f"The weights of the {what} are not those that {path} was trained on: SHA-256 {str(now)[:16]}..., "
-                f"expected {str(then)[:16]}.... Name them with {option}."
-            )
+def _check_weights(path: Path, said: HeadDescription, spec: ModelSpec, backbone: Backbone) -> None:
+    """The student must be the one of the training; the backbone's weights may have been converted or rounded.
+
+    Raises:
+        WeightsError: student or backbone have other weights.
+    """
+    described, stored = _model_of(said), spec.stored
+    student = described.get("student")
+    expected = student["sha256"] if student else described.get("student_sha256")
+    found = tensors_sha256(stored.tensors) if stored else None
+    if found != expected:
+        raise _other_weights("student", path, found, expected, "--checkpoint")
+    sha256 = described["backbone_sha256"]
+    if backbone.sha256 == sha256:
+        return
+    signature: Sequence[float] = said.backbone_signature
+    if not signature and stored and stored.card.backbone_sha256 == sha256:  # a head of an earlier version
+        signature = stored.card.backbone_signature
+    if not signature or not backbone.does_as(signature):
+        raise _other_weights("backbone", path, backbone.sha256, sha256, "--backbone-weights")
 
 
-def _begin(output: Path, options: ApplyOptions, said: HeadDescription) -> None:
+def _other_weights(what: str, path: Path, found: str | None, expected: str | None, option: str) -> WeightsError:
+    return WeightsError(
+        f"The weights of the {what} are not those that {path} was trained on: SHA-256 {str(found)[:16]}..., "
+        f"expected {str(expected)[:16]}.... Name them with {option}."
+    )
+
+
+def _begin(output: Path, options: ApplyOptions, said: HeadDescription, units: Mapping[str, str]) -> None:
     """Make the folder and say what is in it; predictions of another head are not mixed with."""
     description = {
         "head": str(options.head.absolute()),
@@ -190,6 +212,7 @@ def _begin(output: Path, options: ApplyOptions, said: HeadDescription) -> None:
         "classes": said.recipe.data.labels.classes if said.recipe.data.labels else [],
         **{key: as_dict(said)[key] for key in ("label", "protocol", "size", "seed", "source", "versions")},
         "recipe": said.recipe.name,
+        "units": units,
     }
     path = output / DESCRIPTION
     if path.exists() and description["head_sha256"] not in path.read_text(encoding="utf-8") and not options.overwrite:
@@ -206,25 +229,25 @@ def _begin(output: Path, options: ApplyOptions, said: HeadDescription) -> None:
 def _loaded(
     inputs: Inputs, said: HeadDescription, size: Side, spec: ModelSpec, runtime: Runtime
 ) -> Iterator[tuple[int, _Loaded | str]]:
-    """Each image with its views, or the reason why there is none; read ahead of whoever takes them."""
-    crops = said.evaluate
-    kind: FieldKind = crops.kind if crops.kind in ("stretch", "slide") else "whole"
-    fitting = Fitting(size if isinstance(size, int) else min(size), "short", spec.patch_size)
+    """Each image with its crops, or the reason why there is none; read ahead of whoever takes them."""
+    rules = said.evaluate
+    kind: CropKind = rules.kind if rules.kind in ("stretch", "slide") else "whole"
+    resizing = Resizing(size if isinstance(size, int) else min(size), "short", spec.patch_size)
     side = size if isinstance(size, int) else (size[0], size[1])
-    scale = (1.0, 1.0) if isinstance(said.source, FileDescription) else crops.scale
+    scale = (1.0, 1.0) if isinstance(said.source, FileDescription) else rules.scale
 
     def load(number: int) -> _Loaded | str:
         item: Item = inputs.items[number]
         if item.reason:
             return item.reason
         try:
-            fitting.student_size(item.height, item.width)
+            resizing.student_size(item.height, item.width)
             image = inputs.load(item)
         except BrixelError as error:
             return reason_of(error, item.path).removesuffix("; --fit centre takes it")  # here nothing does
         shape = image.height, image.width
-        fields = plan_fields(kind, [shape], side, spec.patch_size, stride=crops.stride, scale=scale)
-        return _Loaded(image, fields, [np.asarray(cut_image(image, field, spec.enlarge)) for field in fields])
+        crops = plan_crops(kind, [shape], side, spec.patch_size, stride=rules.stride, scale=scale)
+        return _Loaded(image, crops, [np.asarray(cut_image(image, crop, spec.enlarge)) for crop in crops])
 
     workers = 1 if inputs.videos else num_workers()
     numbers = [[number] for number in range(len(inputs.items))]
@@ -239,10 +262,12 @@ def _predict(head: Head, model: FeatureExtractor, loaded: _Loaded) -> dict[str, 
         maps = model.maps(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
         outputs.append(head(maps.half().float()))  # as stored features are
     size = loaded.image.height, loaded.image.width
-    return finish(outputs, loaded.fields, size)
+    return finish(outputs, loaded.crops, size)
 
 
-def write_predictions(output: Path, name: str, image: Image.Image, predictions: Mapping[str, Tensor]) -> None:
+def write_predictions(
+    output: Path, name: str, image: Image.Image, predictions: Mapping[str, Tensor], unit: int
+) -> None:
     """Write an image's predictions and their previews, under the image's name in a folder for each quantity.
 
     Args:
@@ -250,23 +275,42 @@ def write_predictions(output: Path, name: str, image: Image.Image, predictions: 
         name: of the PNG, path included.
         image: that they belong to.
         predictions: `segmentation` (H, W), `depth` (H, W) in metres, `normals` (3, H, W).
+        unit: of stored depth: as many of it make a metre.
+
+    Raises:
+        BrixelError: a depth is too large for the unit; nothing is written.
     """
-    for quantity, values in predictions.items():
-        file, preview = encode_prediction(quantity, image, values)
+    encoded = {quantity: encode_prediction(quantity, image, values, unit) for quantity, values in predictions.items()}
+    for quantity, (file, preview) in encoded.items():
         for folder, picture in ((quantity, file), (f"{quantity}_preview", preview)):
             path = output / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             save_picture(picture, path)
 
 
-def encode_prediction(quantity: str, image: Image.Image, values: Tensor) -> tuple[Image.Image, Image.Image]:
-    """A prediction as the image that is stored, exact, and as one to look at."""
+def depth_unit(deepest: float) -> int:
+    """The unit of stored depth in which this depth in metres fits into 16 bits: so many of it make a metre."""
+    return next((unit for unit in DEPTH_UNITS if deepest * unit <= DEEPEST), 1)
+
+
+def encode_prediction(quantity: str, image: Image.Image, values: Tensor, unit: int) -> tuple[Image.Image, Image.Image]:
+    """A prediction as the image that is stored, exact, and as one to look at; arguments as `write_predictions`.
+
+    Raises:
+        BrixelError: a depth is too large for the unit.
+    """
     if quantity == "segmentation":
         stored = Image.fromarray(values.numpy().astype(np.uint8))
         stored.putpalette(class_colours().tobytes())
         return stored, Image.blend(image, paint_labels(values), 0.6)
     if quantity == "depth":
-        millimetres = (values * 1000).round().clamp(1, 65535).numpy().astype(np.uint16)
-        return Image.fromarray(millimetres), paint_depth(values, *depth_range(values))
+        deepest = float(values.max())
+        if not deepest * unit < DEEPEST + 0.5:
+            raise BrixelError(
+                f"its depth reaches {deepest:.1f} m, and the files end at {DEEPEST / unit:g} m: far beyond the depths "
+                "that the head was trained on"
+            )
+        stored_depth = (values * unit).round().clamp(min=1).numpy().astype(np.uint16)
+        return Image.fromarray(stored_depth), paint_depth(values, *depth_range(values))
     pixels = ((values + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels), paint_normals(values)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from brixel_cli.core.heads import Head, enlarge
 from brixel_cli.core.probe_metrics import DepthMeter, Meter, NormalsMeter, SegmentationMeter
-from brixel_cli.data.fields_of_view import FieldOfView, stitch
+from brixel_cli.data.crops import Crop, stitch
 from brixel_cli.engines.probing.features import Maps, Targets
 from brixel_cli.engines.probing.plan import Size, SplitPlan
 
@@ -50,7 +50,7 @@ def evaluate_head(
         head: in eval mode.
         maps: of the split.
         targets: of the split.
-        split: the images and their fields.
+        split: the images and their crops.
         align: whether each image's depth is first brought to the truth by scale and shift.
         device: where the head is.
         bar: hears of every image.
@@ -83,22 +83,22 @@ def predict(
         `segmentation`: classes (H, W). `depth`: metres (H, W). `normals`: unit vectors (3, H, W).
     """
     positions = split.positions[image]
-    fields = [split.fields[at] for at in positions]
+    crops = [split.crops[at] for at in positions]
     outputs = [head(maps.read([at]).to(device)) for at in positions]
-    return finish(outputs, fields, size)
+    return finish(outputs, crops, size)
 
 
-def finish(outputs: Sequence[dict[str, Tensor]], fields: Sequence[FieldOfView], size: Size) -> dict[str, Tensor]:
-    """Outputs of a head on the fields of one image as predictions of a size: several windows are put together first."""
+def finish(outputs: Sequence[dict[str, Tensor]], crops: Sequence[Crop], size: Size) -> dict[str, Tensor]:
+    """Outputs of a head on the crops of one image as predictions of a size: several windows are put together first."""
     finished: dict[str, Tensor] = {}
     for quantity in outputs[0]:
         if len(outputs) == 1:
             output = outputs[0][quantity]
         else:
             windows = [
-                enlarge(quantity, some[quantity], field.size)[0] for some, field in zip(outputs, fields, strict=True)
+                enlarge(quantity, some[quantity], crop.size)[0] for some, crop in zip(outputs, crops, strict=True)
             ]
-            output = stitch(windows, fields)[None]
+            output = stitch(windows, crops)[None]
         enlarged = enlarge(quantity, output, size)[0]
         if quantity == "segmentation":
             enlarged = enlarged.argmax(dim=0)

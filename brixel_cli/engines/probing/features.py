@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from brixel_cli.config.labelled import IGNORE
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.heads import QUANTITIES
+from brixel_cli.data.crops import Crop, cut_image, cut_map, cut_target
 from brixel_cli.data.feature_file import Grid, MapWriter, encode
-from brixel_cli.data.fields_of_view import FieldOfView, cut_image, cut_map, cut_target
 from brixel_cli.data.images import load_image
 from brixel_cli.data.labelled import LabelledSet, Sample
 from brixel_cli.data.row_store import DONE, Array, Store, create_store, positions_within_size
@@ -33,13 +34,13 @@ from brixel_cli.errors import BrixelError
 
 
 class Maps(Protocol):
-    """Maps of the fields of view of a split."""
+    """Maps of the crops of a split."""
 
     grids: list[Grid]
     channels: int
 
     def read(self, positions: Sequence[int]) -> Tensor:
-        """Maps (B, D, h, w), float32, of fields whose grids are equal."""
+        """Maps (B, D, h, w), float32, of crops whose grids are equal."""
 
 
 class StoredMaps:
@@ -54,34 +55,34 @@ class StoredMaps:
         self._layout = split.layout
 
     def read(self, positions: Sequence[int]) -> Tensor:
-        """Maps (B, D, h, w), float32, of fields whose grids are equal."""
+        """Maps (B, D, h, w), float32, of crops whose grids are equal."""
         places = [self._layout.dataset("features", at) for at in positions]
         return torch.from_numpy(self.store.read(places[0][0], [place for _, place in places])).float()
 
 
 class FileMaps:
-    """Maps of whole images from a file of `brixel extract`, of which each field's part is taken."""
+    """Maps of whole images from a file of `brixel extract`, of which each crop's part is taken."""
 
     def __init__(self, source: FileSource, split: SplitPlan):
-        self.file, self.fields = source.file, split.fields
+        self.file, self.crops = source.file, split.crops
         self._rows = feature_rows(source, split.labelled)
-        self.grids = [self._grid(field) for field in self.fields]
+        self.grids = [self._grid(crop) for crop in self.crops]
         self.channels = int(self.file[self._rows[0]].shape[0])
 
     def read(self, positions: Sequence[int]) -> Tensor:
-        """Maps (B, D, h, w), float32, of fields whose grids are equal."""
+        """Maps (B, D, h, w), float32, of crops whose grids are equal."""
         return torch.stack([self._read(at) for at in positions])
 
     def _read(self, position: int) -> Tensor:
-        field = self.fields[position]
-        map_ = torch.from_numpy(self.file[self._rows[field.row]])
-        whole = field.size == field.scaled and not field.flip
-        return map_ if whole else cut_map(map_, field, self.grids[position])
+        crop = self.crops[position]
+        map_ = torch.from_numpy(self.file[self._rows[crop.row]])
+        whole = crop.size == crop.scaled and not crop.flip
+        return map_ if whole else cut_map(map_, crop, self.grids[position])
 
-    def _grid(self, field: FieldOfView) -> Grid:
-        """As many locations as the field's share of the image has in the file."""
-        height, width = (int(side) for side in self.file.grid_size[self._rows[field.row]])
-        rows, columns = height * field.size[0] / field.scaled[0], width * field.size[1] / field.scaled[1]
+    def _grid(self, crop: Crop) -> Grid:
+        """As many locations as the crop's share of the image has in the file."""
+        height, width = (int(side) for side in self.file.grid_size[self._rows[crop.row]])
+        rows, columns = height * crop.size[0] / crop.scaled[0], width * crop.size[1] / crop.scaled[1]
         return max(round(rows), 1), max(round(columns), 1)
 
 
@@ -143,7 +144,7 @@ def _fill_targets(split: SplitPlan, task: str, reporter: Reporter) -> None:
         return [_cut(sample, split, row, task) for row in rows_of_image[image]]
 
     total = len(split.target_sizes)
-    with reporter.bar(f"targets, {split.split}", total, total - len(missing), "view") as bar:
+    with reporter.bar(f"targets, {split.split}", total, total - len(missing), "crop") as bar:
         for chunk, loaded in read_ahead([[image] for image in images], load, num_workers(), polite=False):
             rows = rows_of_image[chunk[0]]
             for row, values in zip(rows, loaded[0], strict=True):
@@ -156,10 +157,10 @@ def _fill_targets(split: SplitPlan, task: str, reporter: Reporter) -> None:
 
 def _cut(sample: Sample, split: SplitPlan, row: int, task: str) -> dict[str, Array]:
     """An image's targets for one row; beyond the evaluation crop, in evaluation, nothing counts."""
-    field, size = (None, None) if split.slides else (split.fields[row], split.target_sizes[row])
+    crop, size = (None, None) if split.slides else (split.crops[row], split.target_sizes[row])
     valid = sample.valid if split.split == "evaluate" else np.ones_like(sample.valid)
     wholes: dict[str, tuple[Array | None, Array]] = {
-        "segmentation": (sample.labels, np.array(255, np.uint8)),
+        "segmentation": (sample.labels, np.array(IGNORE, np.uint8)),
         "depth": (sample.depth, np.array(0, np.float32)),
         "normals": (sample.normals, np.array(0, np.float32)),
     }
@@ -168,7 +169,7 @@ def _cut(sample: Sample, split: SplitPlan, row: int, task: str) -> dict[str, Arr
         value, nothing = wholes[quantity]
         assert value is not None
         whole = np.where(valid, value, nothing)
-        target = whole if field is None else cut_target(whole, field, size)
+        target = whole if crop is None else cut_target(whole, crop, size)
         targets[quantity] = target[None] if quantity == "depth" else target
     return targets
 
@@ -184,7 +185,7 @@ def _fill_maps(source_plan: SourcePlan, runtime: Runtime, reporter: Reporter) ->
     model = source.load(runtime, reporter)
     for split, store in zip(splits, stores, strict=True):
         missing = [int(row) for row in store.missing]
-        with reporter.bar(f"{source.label}, {split.split}", len(store), len(store) - len(missing), "view") as bar:
+        with reporter.bar(f"{source.label}, {split.split}", len(store), len(store) - len(missing), "crop") as bar:
             for chunk, maps in _computed(model, split, missing, source.enlarge):
                 _write(split, store, chunk, maps)
                 bar.update(len(chunk))
@@ -194,10 +195,10 @@ def _fill_maps(source_plan: SourcePlan, runtime: Runtime, reporter: Reporter) ->
 def _computed(
     model: FeatureExtractor, split: SplitPlan, missing: Sequence[int], enlarge: int
 ) -> Iterator[tuple[Sequence[int], Array]]:
-    """Maps of the missing fields, batch by batch of one size."""
+    """Maps of the missing crops, batch by batch of one size."""
     rows_of_size: dict[Size, list[int]] = {}
     for position in missing:
-        size = split.fields[position].size
+        size = split.crops[position].size
         rows_of_size.setdefault((size[0] * enlarge, size[1] * enlarge), []).append(position)
     batch_sizes = model.batch_sizes({size: len(rows) for size, rows in rows_of_size.items()}, None) if missing else {}
     chunks = [
@@ -206,21 +207,21 @@ def _computed(
         for at in range(0, len(rows), batch_sizes[size])
     ]
     polite = model.runtime.device.type == "cpu"
-    load = _image_loader(split.labelled, split.fields, enlarge)
+    load = _image_loader(split.labelled, split.crops, enlarge)
     for chunk, pixels in read_ahead(chunks, load, num_workers(), polite):
         maps = model.maps(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous())
         tensors, finite = encode(maps, "float16", None)
         if not all(finite):
-            name = split.labelled.names[split.fields[chunk[finite.index(False)]].row]
+            name = split.labelled.names[split.crops[chunk[finite.index(False)]].row]
             raise BrixelError(f"{name}: its features are no finite numbers in float16; check the weights.")
         yield chunk, tensors["features"].cpu().numpy()
 
 
-def _image_loader(labelled: LabelledSet, fields: Sequence[FieldOfView], enlarge: int) -> Callable[[int], Array]:
+def _image_loader(labelled: LabelledSet, crops: Sequence[Crop], enlarge: int) -> Callable[[int], Array]:
     def load(position: int) -> Array:
-        field = fields[position]
-        image = load_image(labelled.root / labelled.names[field.row])
-        return np.asarray(cut_image(image, field, enlarge))
+        crop = crops[position]
+        image = load_image(labelled.root / labelled.names[crop.row])
+        return np.asarray(cut_image(image, crop, enlarge))
 
     return load
 

@@ -1,4 +1,4 @@
-"""What a probe will look at and store: fields of view, targets, maps, and the room that they need on the disk."""
+"""What a probe will look at and store: crops, targets, maps, and the room that they need on the disk."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from brixel_cli.config.base import Side
 from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
-from brixel_cli.config.protocols import FieldConfig
+from brixel_cli.config.protocols import CropConfig
+from brixel_cli.config.section import Side
 from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.core.identity import json_digest
+from brixel_cli.data.crops import Crop, cut_target, plan_crops
 from brixel_cli.data.feature_file import Grid, Layout
-from brixel_cli.data.fields_of_view import FieldOfView, cut_target, plan_fields
 from brixel_cli.data.labelled import LabelledSet
 from brixel_cli.data.row_store import Column, bytes_needed
 from brixel_cli.engines.probing.sources import FileSource, ModelSource, Source
@@ -36,7 +36,7 @@ class StoredPart:
 
     Attributes:
         path: of the file.
-        num_rows: a row for each field of view.
+        num_rows: a row for each crop.
         columns: its datasets.
         description: what the fingerprint is of.
     """
@@ -59,7 +59,7 @@ class SplitPlan:
     Attributes:
         labelled: the images with their targets.
         split: `train` or `evaluate`.
-        fields: of view, those of an image side by side.
+        crops: of the images, those of an image side by side.
         targets: where their targets are stored.
         target_sizes: (height, width) of each row of the targets.
         maps: where the source's maps of them are stored; None for a feature file.
@@ -69,7 +69,7 @@ class SplitPlan:
 
     labelled: LabelledSet
     split: Split
-    fields: list[FieldOfView]
+    crops: list[Crop]
     targets: StoredPart
     target_sizes: list[Size]
     maps: StoredPart | None
@@ -78,10 +78,10 @@ class SplitPlan:
 
     @cached_property
     def positions(self) -> list[list[int]]:
-        """For each image of the set, the positions of its fields."""
+        """For each image of the set, the positions of its crops."""
         found: list[list[int]] = [[] for _ in range(len(self.labelled))]
-        for position, field in enumerate(self.fields):
-            found[field.row].append(position)
+        for position, crop in enumerate(self.crops):
+            found[crop.row].append(position)
         return found
 
 
@@ -131,7 +131,7 @@ class ProbePlan:
 def make_plan(
     options: ProbeOptions, sources: Sequence[Source], train: LabelledSet, evaluate: LabelledSet, precision: str
 ) -> ProbePlan:
-    """Work out fields, grids and bytes from headers; nothing is written.
+    """Work out crops, grids and bytes from headers; nothing is written.
 
     Raises:
         BrixelError: an image's header cannot be read, or a feature file lacks an image of the set, or has
@@ -143,10 +143,10 @@ def make_plan(
     }
     protocol = options.protocol
     plans = []
-    targets: dict[tuple[Split, int], tuple[list[FieldOfView], StoredPart, list[Size]]] = {}
+    targets: dict[tuple[Split, int], tuple[list[Crop], StoredPart, list[Size]]] = {}
     for source in sources:
         splits = []
-        settings: list[tuple[Split, LabelledSet, FieldConfig, Side | None]] = [
+        settings: list[tuple[Split, LabelledSet, CropConfig, Side | None]] = [
             ("train", train, protocol.train, protocol.train_labels),
             ("evaluate", evaluate, protocol.evaluate, protocol.evaluate_labels),
         ]
@@ -154,24 +154,22 @@ def make_plan(
             key = split, source.patch_size
             if key not in targets:
                 stride = protocol.stride(options.size)
-                fields = fields_of_view(config, sizes[split], options.size, source.patch_size, stride)
-                part, target_sizes = _targets(options, labelled, split, fields, sizes[split], label_side, config)
-                targets[key] = fields, part, target_sizes
-            fields, part, target_sizes = targets[key]
-            maps, layout = _maps(options, source, labelled, fields, precision)
+                crops = crops_of(config, sizes[split], options.size, source.patch_size, stride)
+                part, target_sizes = _targets(options, labelled, split, crops, sizes[split], label_side, config)
+                targets[key] = crops, part, target_sizes
+            crops, part, target_sizes = targets[key]
+            maps, layout = _maps(options, source, labelled, crops, precision)
             slides = config.kind == "slide"
-            splits.append(SplitPlan(labelled, split, fields, part, target_sizes, maps, layout, slides))
+            splits.append(SplitPlan(labelled, split, crops, part, target_sizes, maps, layout, slides))
         if isinstance(source, FileSource):
             _refuse_shared_rows(source, [planned.labelled for planned in splits])
         plans.append(SourcePlan(source, *splits))
     return ProbePlan(options, plans)
 
 
-def fields_of_view(
-    config: FieldConfig, sizes: Sequence[Size], side: Side, patch_size: int, stride: int | None
-) -> list[FieldOfView]:
-    """The fields of view of a set; where they are mirrored too, the mirrored ones follow the plain ones."""
-    fields = plan_fields(
+def crops_of(config: CropConfig, sizes: Sequence[Size], side: Side, patch_size: int, stride: int | None) -> list[Crop]:
+    """The crops of a set; where they are mirrored too, the mirrored ones follow the plain ones."""
+    crops = plan_crops(
         config.kind,
         sizes,
         side if isinstance(side, int) else (side[0], side[1]),
@@ -181,8 +179,8 @@ def fields_of_view(
         scale=(config.scale[0], config.scale[1]),
     )
     if not config.flip:
-        return fields
-    return [dataclasses.replace(field, flip=flip) for field in fields for flip in (False, True)]
+        return crops
+    return [dataclasses.replace(crop, flip=flip) for crop in crops for flip in (False, True)]
 
 
 def feature_rows(source: FileSource, labelled: LabelledSet) -> list[int]:
@@ -242,43 +240,43 @@ def _targets(
     options: ProbeOptions,
     labelled: LabelledSet,
     split: Split,
-    fields: list[FieldOfView],
+    crops: list[Crop],
     sizes: Sequence[Size],
     label_side: Side | None,
-    config: FieldConfig,
+    config: CropConfig,
 ) -> tuple[StoredPart, list[Size]]:
     fixed = None if label_side is None else (label_side, label_side) if isinstance(label_side, int) else label_side
     if config.kind == "slide":
         target_sizes = list(sizes)
     elif fixed is not None:
-        target_sizes = [(fixed[0], fixed[1])] * len(fields)
+        target_sizes = [(fixed[0], fixed[1])] * len(crops)
     else:
-        target_sizes = [_own_size(field, sizes[field.row]) for field in fields]
+        target_sizes = [_own_size(crop, sizes[crop.row]) for crop in crops]
     description = {
         "format": FORMAT,
         "targets": options.recipe.task,
         "split": split,
         "set": labelled.fingerprint(),
-        "fields": json_digest([dataclasses.astuple(field) for field in fields]),
+        "fields": json_digest([dataclasses.astuple(crop) for crop in crops]),
         "sizes": json_digest(target_sizes),
     }
     columns = target_columns(options.recipe.task, target_sizes, split)
     return _part(options.features, len(target_sizes), columns, description), target_sizes
 
 
-def _own_size(field: FieldOfView, image: Size) -> Size:
-    if field.size == field.scaled:
+def _own_size(crop: Crop, image: Size) -> Size:
+    if crop.size == crop.scaled:
         return image
-    height, width = cut_target(np.broadcast_to(np.uint8(0), image), field).shape
+    height, width = cut_target(np.broadcast_to(np.uint8(0), image), crop).shape
     return height, width
 
 
 def _maps(
-    options: ProbeOptions, source: Source, labelled: LabelledSet, fields: list[FieldOfView], precision: str
+    options: ProbeOptions, source: Source, labelled: LabelledSet, crops: list[Crop], precision: str
 ) -> tuple[StoredPart | None, Layout | None]:
     if not isinstance(source, ModelSource):
         return None, None
-    grids: tuple[Grid, ...] = tuple(source.grid(field.size) for field in fields)
+    grids: tuple[Grid, ...] = tuple(source.grid(crop.size) for crop in crops)
     layout = Layout(grids, source.spec.embed_dim, "float16")
     identity = source.identity()
     for key in ("checkpoint", "backbone_weights"):
@@ -288,9 +286,9 @@ def _maps(
         "maps": identity,
         "precision": precision,
         "images": labelled.image_fingerprint(),
-        "fields": json_digest([dataclasses.astuple(field) for field in fields]),
+        "fields": json_digest([dataclasses.astuple(crop) for crop in crops]),
     }
-    return _part(options.features, len(fields), layout.columns, description), layout
+    return _part(options.features, len(crops), layout.columns, description), layout
 
 
 def _part(folder: Path, num_rows: int, columns: dict[str, Column], description: dict[str, Any]) -> StoredPart:

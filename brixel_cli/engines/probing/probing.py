@@ -169,27 +169,28 @@ def _settings(plan: ProbePlan, runtime: Runtime) -> Settings:
 
 
 def _describe(item: SourcePlan) -> SourceDescription:
-    source, fields = item.source, item.evaluate.fields
+    source, crops = item.source, item.evaluate.crops
     if isinstance(source, ModelSource):
-        inputs = Counter(f"{f.size[0] * source.enlarge}x{f.size[1] * source.enlarge}" for f in fields)
-        grids = Counter("x".join(map(str, source.grid(field.size))) for field in fields)
+        inputs = Counter(f"{f.size[0] * source.enlarge}x{f.size[1] * source.enlarge}" for f in crops)
+        grids = Counter("x".join(map(str, source.grid(crop.size))) for crop in crops)
         return ModelDescription(kind=source.kind, input=dict(inputs), grid=dict(grids), **source.identity())
     grids = Counter("x".join(map(str, grid)) for grid in open_maps(item, item.evaluate).grids)
     return FileDescription(kind="file", grid=dict(grids), **source.identity())
 
 
 def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str, Any]:
-    options, crops = plan.options, plan.options.protocol.evaluate
-    assert crops.kind != "random"  # the protocol has refused it
+    options, rules = plan.options, plan.options.protocol.evaluate
+    assert rules.kind != "random"  # the protocol has refused it
     return HeadDescription(
         recipe=options.recipe,
         protocol=options.protocol_name,
-        evaluate=CropsUsed(crops.kind, options.protocol.stride(options.size), (crops.scale[0], crops.scale[1])),
+        evaluate=CropsUsed(rules.kind, options.protocol.stride(options.size), (rules.scale[0], rules.scale[1])),
         size=options.size,
         seed=seed,
         label=item.source.label,
         source=_describe(item),
         versions=_versions(),
+        backbone_signature=item.source.backbone_signature if isinstance(item.source, ModelSource) else [],
     ).to_dict()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from brixel_cli.core.files import save_picture
 from brixel_cli.core.heads import QUANTITIES, load_head
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, LEADING
-from brixel_cli.data.fields_of_view import cut_image
+from brixel_cli.data.crops import cut_image
 from brixel_cli.data.images import load_image
 from brixel_cli.drawing.curves import draw_curves
 from brixel_cli.drawing.feature_maps import panel
@@ -72,12 +72,12 @@ def _prediction(
 def _image(item: SourcePlan, row: int) -> Image.Image:
     """What is seen of an image in evaluation, at the size of its target."""
     split = item.evaluate
-    number = row if split.slides else split.fields[row].row
+    number = row if split.slides else split.crops[row].row
     image = load_image(split.labelled.root / split.labelled.names[number])
     height, width = split.target_sizes[row]
     if not split.slides:
-        field = split.fields[row]
-        image = cut_image(image, field, max(round(height / field.size[0]), 1))
+        crop = split.crops[row]
+        image = cut_image(image, crop, max(round(height / crop.size[0]), 1))
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import AliasChoices, BeforeValidator, Field, TypeAdapter, ValidationError
 
-from brixel_cli.config.base import Side
 from brixel_cli.config.labelled import ProbeRecipe, Split, SplitConfig, Task
 from brixel_cli.config.protocols import Protocol
+from brixel_cli.config.section import Side
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.metrics import recovered_gap
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
@@ -38,7 +38,7 @@ class ModelDescription:
         factor: output grid over token grid of the student; the teacher's input over the student's.
         patch_size: in pixels.
         channels: of the feature maps.
-        input: number of evaluation crops of each input size, as `HEIGHTxWIDTH`.
+        input: number of evaluated crops of each input size, as `HEIGHTxWIDTH`.
         grid: the same by the size of the feature map.
     """
 
@@ -203,7 +203,7 @@ class ProbeResults:
 
 @dataclass(frozen=True)
 class CropsUsed:
-    """How a protocol looks at the images of its evaluation; see `config.protocols.FieldConfig`."""
+    """How a protocol looks at the images of its evaluation; see `config.protocols.CropConfig`."""
 
     kind: Literal["whole", "centre", "stretch", "slide"]
     stride: int | None
@@ -220,6 +220,7 @@ class HeadDescription:
         label: of its source.
         source: of its features.
         versions: of the libraries.
+        backbone_signature: by which weights that were converted or rounded are known; empty: by SHA-256 alone.
     """
 
     recipe: ProbeRecipe
@@ -230,6 +231,7 @@ class HeadDescription:
     label: str
     source: SourceDescription
     versions: Versions
+    backbone_signature: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As the head's file has it."""

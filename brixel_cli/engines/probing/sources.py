@@ -30,13 +30,15 @@ class ModelSource:
         label: names it in tables and files.
         kind: which of the models it is.
         spec: of the model before its weights are loaded.
-        backbone_sha256: of the backbone's weights.
+        backbone_sha256: of the backbone's weights; empty where they were not to be read, and are not known.
+        backbone_signature: of the same weights; see `Backbone.signature`.
     """
 
     label: str
     kind: ModelKind
     spec: ModelSpec
     backbone_sha256: str
+    backbone_signature: list[float]
 
     @property
     def patch_size(self) -> int:
@@ -105,8 +107,14 @@ class FileSource:
 Source = ModelSource | FileSource
 
 
-def resolve_sources(options: ProbeOptions, reporter: Reporter) -> list[Source]:
-    """The sources that were asked for, in that order; the backbone's weights are read once, for their SHA-256.
+def resolve_sources(options: ProbeOptions, reporter: Reporter, read_weights: bool = True) -> list[Source]:
+    """The sources that were asked for, in that order.
+
+    Args:
+        options: of the probe.
+        reporter: hears which student is taken where none is named.
+        read_weights: whether the backbone's weights are read, once, for their SHA-256; else a student's description
+            says it, or nothing.
 
     Raises:
         UsageError: a source is unknown or stands twice, or no model is named.
@@ -116,16 +124,18 @@ def resolve_sources(options: ProbeOptions, reporter: Reporter) -> list[Source]:
     checkpoints = list(options.checkpoints)
     if not checkpoints and ("student" in names or (not options.backbone and any(name in MODELS for name in names))):
         checkpoints = [default_student(options.backbone, reporter)]
-    hashes: dict[tuple[str, str], str] = {}
+    identities: dict[tuple[str, str], tuple[str, list[float]]] = {}
     sources: list[Source] = []
     for name in names:
         if name == "student":
             labels = _labels(checkpoints)
             pairs = zip(labels, checkpoints, strict=True)
-            sources += [_model("student", label, checkpoint, options, hashes) for label, checkpoint in pairs]
+            sources += [
+                _model("student", label, checkpoint, options, identities, read_weights) for label, checkpoint in pairs
+            ]
         elif name in MODELS:
             first = checkpoints[0] if checkpoints else None
-            sources.append(_model(MODELS[name], name, first, options, hashes))
+            sources.append(_model(MODELS[name], name, first, options, identities, read_weights))
         else:
             sources.append(_file(name))
     labels = [source.label for source in sources]
@@ -140,13 +150,16 @@ def _model(
     label: str,
     checkpoint: str | None,
     options: ProbeOptions,
-    hashes: dict[tuple[str, str], str],
+    identities: dict[tuple[str, str], tuple[str, list[float]]],
+    read_weights: bool,
 ) -> ModelSource:
     spec = model_spec(kind, checkpoint=checkpoint, backbone=options.backbone, weights=options.backbone_weights)
     key = spec.backbone, spec.weights
-    if key not in hashes:
-        hashes[key] = load_backbone(*key).sha256
-    return ModelSource(label, kind, spec, hashes[key])
+    if read_weights and key not in identities:
+        loaded = load_backbone(*key)
+        identities[key] = loaded.sha256, loaded.signature()
+    sha256, signature = identities.get(key, (spec.chosen_by.card.backbone_sha256 if spec.chosen_by else "", []))
+    return ModelSource(label, kind, spec, sha256, signature)
 
 
 def _file(name: str) -> FileSource:

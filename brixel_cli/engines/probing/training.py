@@ -57,28 +57,28 @@ class TrainedHead:
 def batches(
     positions: Sequence[Sequence[int]], grids: Sequence[Grid], batch_size: int, num_steps: int, seed: int
 ) -> Iterator[list[int]]:
-    """Fields of each step: every image once an epoch, in one of its fields, in a new order; a function of the seed.
+    """Crops of each step: every image once an epoch, in one of its crops, in a new order; a function of the seed.
 
     Maps of a batch have one grid: where a set has several, an image waits for others of its grid.
 
     Args:
-        positions: for each image, its fields.
-        grids: of each field's map.
+        positions: for each image, its crops.
+        grids: of each crop's map.
         batch_size: images in a step.
         num_steps: batches to yield.
-        seed: of the order and of the choice of fields.
+        seed: of the order and of the choice of crops.
     """
     waiting: dict[Grid, list[int]] = {}
     epoch = yielded = 0
     while True:
         rng = np.random.default_rng(seed_of(seed, _BATCHES, epoch))
         for image in rng.permutation(len(positions)):
-            fields = positions[image]
-            field = fields[int(rng.integers(len(fields)))]
-            group = waiting.setdefault(grids[field], [])
-            group.append(field)
+            crops = positions[image]
+            crop = crops[int(rng.integers(len(crops)))]
+            group = waiting.setdefault(grids[crop], [])
+            group.append(crop)
             if len(group) == batch_size:
-                yield waiting.pop(grids[field])
+                yield waiting.pop(grids[crop])
                 yielded += 1
                 if yielded == num_steps:
                     return
@@ -100,9 +100,9 @@ def train_head(
     Args:
         spec: of the head.
         protocol: rules of training.
-        maps: of the training fields.
+        maps: of the training crops.
         targets: of the same.
-        positions: for each image, its fields.
+        positions: for each image, its crops.
         seed: of weights, batches and points.
         device: where the head is trained.
         bar: hears of every step.
@@ -151,7 +151,7 @@ def batch_loss(
     step: int,
     device: torch.device,
 ) -> Tensor:
-    """Loss of a head on some fields: the sum over its quantities.
+    """Loss of a head on some crops: the sum over its quantities.
 
     Labels keep their resolution: outputs are enlarged to it, at all pixels or at as many random ones of each image as
     the protocol says. Labels of several sizes are pooled pixel by pixel.

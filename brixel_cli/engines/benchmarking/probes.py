@@ -1,18 +1,54 @@
-"""Probes on the disk, read for a benchmark."""
+"""Probes on the disk, as far as a benchmark shows them: the main figures of each."""
 
 from __future__ import annotations
 
 import math
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AliasChoices, Field
 
 from brixel_cli.config.probe import OUTPUT
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.core.probe_metrics import LEADING
-from brixel_cli.engines.benchmarking.probe_results import Figure, ProbeResult
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.results import ModelDescription, ProbeResults
 from brixel_cli.errors import BrixelError
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Mean and standard deviation over seeds; None where there is none, as of a single seed."""
+
+    mean: float | None
+    spread: float | None
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The main figure of a probe, of one quantity of its task.
+
+    Attributes:
+        folder: of the probe.
+        recipe: name of the probe's recipe.
+        protocol: its name, with all that is not as published.
+        metric: `miou`, `rmse_m` or `mean_angle_deg`; a share lies between 0 and 1.
+        aligned: whether scale and shift of depth were fitted to the truth.
+        seeds: number of heads that were trained on the student, or on the backbone where only that was probed.
+        figures: by source, of `backbone`, `student` and `teacher` those that were probed.
+        recovered_gap: (student - backbone) / (teacher - backbone); None where it is not known, or there is no gap.
+    """
+
+    folder: str
+    recipe: str
+    protocol: str
+    metric: str
+    aligned: bool
+    seeds: int
+    figures: dict[str, Figure]
+    recovered_gap: Annotated[float | None, Field(validation_alias=AliasChoices("recovered_gap", "gap_closed"))] = None
 
 
 def read_probe(folder: Path, student: str = "student") -> list[ProbeResult]:
@@ -62,7 +98,7 @@ def _main_figures(folder: Path, results: ProbeResults, student: str) -> list[Pro
                 aligned=settings.protocol_settings.align,
                 seeds=summary[labels.get("student") or labels["backbone"]].seeds,
                 figures=figures,
-                gap_closed=_known(gaps.get(metric, math.nan)),
+                recovered_gap=_known(gaps.get(metric, math.nan)),
             )
         )
     return found
