@@ -129,7 +129,7 @@ class Fidelity:
 
     @property
     def worst_images(self) -> list[ImageFidelity]:
-        """Photographs by cosine, worst first."""
+        """Images by cosine similarity, worst first."""
         return sorted(self.images, key=lambda image: image.cosine)
 
 
@@ -214,7 +214,7 @@ class BudgetRow:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of one photograph: input, maps of all rows, teacher; `rank` 1 is the worst of its model and size."""
+    """A picture of one image: input, maps of all rows, teacher; `rank` 1 is the worst of its model and size."""
 
     model: str
     size: Size
