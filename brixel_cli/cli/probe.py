@@ -122,7 +122,7 @@ def run_probe(options: ProbeOptions, per_class: bool, dry_run: bool, as_json: bo
         return
     _show_results(done, per_class)
     print_files(files)
-    say(f"use a head: brixel probe --apply {options.output}/heads/HEAD.safetensors --input PHOTOGRAPHS")
+    say(f"use a head: brixel probe --apply {options.output}/heads/HEAD.safetensors --input IMAGES")
 
 
 def run_apply(options: ApplyOptions, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from brixel_cli.cli.tables import (
     probe_tables,
 )
 from brixel_cli.core.formatting import human_bytes, human_seconds, human_size
+from brixel_cli.core.metric_titles import FIDELITY_TITLES
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.drawing.charts import SERIES, Bar, Line, bar_chart, line_chart
 from brixel_cli.drawing.page import Block, Chart, Commands, Page, Photo, Section, Table, Text, write_page
@@ -26,7 +27,6 @@ from brixel_cli.engines.benchmarking.environment import Environment
 from brixel_cli.engines.benchmarking.results import Model, Results, Row
 from brixel_cli.errors import UsageError
 
-TITLES = {"l1": "L1", "cosine": "Cosine", "edge": "Edge error", "spectral": "Spectral error"}
 BEST = {"l1": "best 0", "cosine": "best 1", "edge": "best 0", "spectral": "best 0"}
 COLOURS = {"backbone": "grey", "bilinear": "amber", "student": "blue", "teacher": "red"}
 BASELINES = ("violet", "teal", "pink", "green")
@@ -124,7 +124,7 @@ def _headline(results: Results) -> tuple[str, list[tuple[str, str]]]:
         gap = student.fidelity.recovered_gap.get("cosine")
         mine, plain = f"{student.fidelity.cosine:.3f}", f"{bilinear.fidelity.cosine:.3f}"
         text += (
-            f" On {len(student.fidelity.images)} photographs its map has a mean cosine of {mine} to the teacher's; "
+            f" On {len(student.fidelity.images)} images its map has a mean cosine of {mine} to the teacher's; "
             f"the backbone's own map, enlarged bilinearly, has {plain}."
         )
         highlights.append((mine, f"mean cosine to the teacher; bilinear {plain}"))
@@ -222,13 +222,13 @@ def _fidelity(results: Results) -> Iterator[Block]:
 
 
 def _fidelity_charts(results: Results, model: Model, number: int) -> Iterator[Chart]:
-    """Recovered gaps at the main size, each metric against the input size, and cosines of the single photographs."""
+    """Recovered gaps at the main size, each metric against the input size, and cosines of the single images."""
     size = results.main_size(model)
     where = f"{model.name}, {human_size(size)} px"
     compared = results.compared(model, size)
     colours = _colours([row for row, _ in compared])
     bars = [
-        Bar(row.label, gap * 100, f"{gap:.1%}", colour, group=TITLES[name])
+        Bar(row.label, gap * 100, f"{gap:.1%}", colour, group=FIDELITY_TITLES[name])
         for name in FIDELITY
         for (row, fidelity), colour in zip(compared, colours, strict=True)
         if row.kind != "bilinear" and (gap := fidelity.recovered_gap.get(name)) is not None
@@ -241,7 +241,7 @@ def _fidelity_charts(results: Results, model: Model, number: int) -> Iterator[Ch
             return getattr(row.fidelity, name) if row.fidelity else None
 
         if lines := _lines(results.curves(model), lambda row: math.prod(row.size) ** 0.5, figure):
-            title = f"{TITLES[name]} to the teacher: {model.name}"
+            title = f"Fidelity to the teacher, {FIDELITY_TITLES[name]}: {model.name}"
             chart = line_chart(title, lines, "student input, pixels a side", BEST[name])
             caption = f"Trained at {human_size(model.trained_size)} px." if model.trained_size else ""
             yield Chart(f"fidelity_{name}_{number}", chart, caption)
@@ -250,7 +250,7 @@ def _fidelity_charts(results: Results, model: Model, number: int) -> Iterator[Ch
         for (row, fidelity), colour in zip(compared, colours, strict=True)
     ]
     if lines and len(lines[0].points) > 1:
-        title, x_title = f"Cosine of each photograph: {where}", "photographs, in the order of their cosine"
+        title, x_title = f"Cosine of each image: {where}", "images, in the order of their cosine"
         yield Chart(f"photographs_{number}", line_chart(title, lines, x_title, BEST["cosine"]), "")
 
 
@@ -264,7 +264,7 @@ def _pictures(results: Results, folder: Path) -> Iterator[Block]:
         ranks = {2: "the second worst", last // 2 + 1: "the median", last: "the best", 1: "the worst"}
         rank = ranks.get(picture.rank, f"number {picture.rank} from the worst")
         where = f"{picture.model} at {human_size(picture.size)} px"
-        yield Photo(f"maps_{number}", path, f"{picture.image}: {rank} of {last} photographs in cosine, {where}.")
+        yield Photo(f"maps_{number}", path, f"{picture.image}: {rank} of {last} images in cosine, {where}.")
 
 
 def _ablation(ablations: Ablations, group: str) -> Iterator[Block]:
@@ -277,7 +277,7 @@ def _ablation_charts(group: str, variants: Sequence[VariantResult]) -> Iterator[
     names = list(SERIES)
     coloured = [(item, names[number % len(names)]) for number, item in enumerate(variants)]
     bars = [
-        Bar(item.name, gap * 100, f"{gap:.1%}", colour, group=TITLES[name])
+        Bar(item.name, gap * 100, f"{gap:.1%}", colour, group=FIDELITY_TITLES[name])
         for name in ("cosine", "edge")
         for item, colour in coloured
         if (gap := item.recovered_gap.get(name)) is not None
@@ -290,7 +290,7 @@ def _ablation_charts(group: str, variants: Sequence[VariantResult]) -> Iterator[
         lines.append(Line(item.name, colour, tuple(points)))
     if any(len(line.points) > 1 for line in lines):
         chart = line_chart(f"Cosine in the course of training: {group}", lines, "updates", BEST["cosine"])
-        yield Chart(f"ablation_steps_{group}", chart, "On the held-out photographs.")
+        yield Chart(f"ablation_steps_{group}", chart, "On the held-out images.")
     if len({item.latency for item in variants}) > 1:
         lines = [
             Line(item.name, colour, ((item.latency.median * 1e3, item.fidelity["cosine"] or 0.0),))
@@ -335,7 +335,7 @@ def _methods(results: Results | None, ablations: Ablations | None) -> Iterator[s
     if (results and any(row.fidelity for row in results.rows)) or ablations:
         yield (
             "Fidelity: maps are compared with the teacher's, the same frozen backbone on the large image, over whole "
-            "photographs that the student was not trained on unless others were named. L1: mean absolute difference, "
+            "images that the student was not trained on unless others were named. L1: mean absolute difference, "
             "in feature units. Cosine: mean cosine similarity over locations. Edge: squared error of Sobel gradients "
             "in the teacher's first 8 principal components, over the teacher's own gradient energy. Spectral: mean "
             "squared log ratio of high-frequency amplitudes. Recovered gap: (row - bilinear) / (teacher - bilinear)."
@@ -343,7 +343,7 @@ def _methods(results: Results | None, ablations: Ablations | None) -> Iterator[s
     if ablations:
         equal = "as many updates" if ablations.equal == "steps" else "updates for the same time"
         yield (
-            f"Ablations: all variants have {equal}, the same photographs ({ablations.photographs}), the same views in "
+            f"Ablations: all variants have {equal}, the same images ({ablations.photographs}), the same views in "
             "the same order where the seed is the same, and are measured at the end of the training, not at their "
             "best. Update: median time of one on a batch in memory, the variants interleaved. Training memory: "
             "counted; batch, weights, gradients, moments, average and the largest working set of a pass, without the "
