@@ -70,10 +70,8 @@ def find_entries(recipe: ProbeRecipe, split: Split, root: Path, patterns: Mappin
 
 def how_to_get(recipe: ProbeRecipe, root: Path) -> str:
     """What to download and where to put it."""
-    return (
-        f"{recipe.data.download.strip()}\nPut it into {root}, or name the folder where it is with --data DIR "
-        "(--probe-data DIR of brixel benchmark)."
-    )
+    source = f"{recipe.data.download.strip()}\nPut it into {root}, or name" if recipe.data.download else "Name"
+    return f"{source} the folder where it is with --data DIR (--probe-data DIR of brixel benchmark)."
 
 
 def _filled(pattern: str, words: Mapping[str, str]) -> str:
