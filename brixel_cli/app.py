@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,20 +21,42 @@ app = typer.Typer(
     name="brixel",
     help="Sharp dense features from one cheap pass of a vision transformer.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 
+MODEL, INPUT, OUTPUT, COMPUTE = "Model", "Input", "Output", "Computation"
+RECIPE, MEASURE, ABLATION, HEAD = "Recipe", "Measurement", "Ablation (with --ablate)", "Saved head (with --apply)"
+STUDENT = "run folder, .safetensors, released .pth, hf-hub:user/name, or a shipped one's name."
+SHIPPED = "Default: the one that comes with brixel."
+
+
+def _option(panel: str, help: str, *names: str, show_default: bool = False, **more: Any) -> Any:
+    """An option in a panel of the help; its default is in the text, unless it is shown."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=show_default, **more)
+
+
 # Options that several commands take.
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No hints and no progress bars.")]
-Where = Annotated[Device, typer.Option(help="auto, cpu, cuda, cuda:1 (the second card) or mps.")]
-Backbone = Annotated[str | None, typer.Option(help="timm name; default: the one of the student.", show_default=False)]
-OldRes = Annotated[str | None, typer.Option(hidden=True)]  # what --res was called
+Json = Annotated[bool, _option(OUTPUT, "Print the result as one line of JSON.", "--json")]
+Quiet = Annotated[bool, _option(OUTPUT, "No hints and no progress bars.", "--quiet")]
+DryRun = Annotated[bool, _option(COMPUTE, "Say what it would take; write nothing.", "--dry-run")]
+Where = Annotated[Device, _option(COMPUTE, "auto, cpu, cuda, cuda:1 or mps.", show_default=True)]
+Arithmetic = Annotated[
+    Precision,
+    _option(COMPUTE, "Arithmetic of the models. auto: bfloat16 where the device computes in it; else, on a GPU, "
+            "float16; else float32.", show_default=True),
+]  # fmt: skip
+Backbone = Annotated[str | None, _option(MODEL, "timm name. Default: that of the student.")]
 Weights = Annotated[
-    str | None,
-    typer.Option(help="pretrained, or a .safetensors or .pth file; default: as in training.", show_default=False),
+    str | None, _option(MODEL, "Of the backbone: pretrained, or a .safetensors or .pth file. Default: as in training.")
+]
+Set = Annotated[
+    list[str] | None, _option(RECIPE, "Override a value of the recipe; can be repeated.", "--set", metavar="KEY=VALUE")
+]
+OldRes = Annotated[str | None, typer.Option(hidden=True)]  # what --res was called
+ListRecipes = Annotated[bool, _option(RECIPE, "List the recipes that come with brixel.", "--list-recipes")]
+CopyRecipe = Annotated[
+    tuple[str, str] | None, _option(RECIPE, "Copy a shipped recipe to a file, to be changed.", metavar="NAME FILE")
 ]
 
 
@@ -56,43 +78,37 @@ def brixel(
 @app.command(epilog=examples.DISTILL)
 def distill(
     recipe: Annotated[
-        str | None,
-        typer.Option(
-            help="A recipe file, or the name of a shipped one, such as vitl. Default: dinov2_vits.", show_default=False
-        ),
+        str | None, _option(RECIPE, "Recipe file, or name of a shipped one: vitl. Default: dinov2_vits.")
     ] = None,
+    set_: Set = None,
+    list_recipes: ListRecipes = False,
+    copy_recipe: CopyRecipe = None,
     images: Annotated[
-        str | None, typer.Option(help="Folder of photographs; short for --set data.images=DIR.", show_default=False)
+        str | None, _option(INPUT, "Of training images; short for --set data.images=DIR.", metavar="DIR")
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the run. Default: runs/NAME, by the recipe's name.", show_default=False),
+    init: Annotated[str | None, _option(MODEL, f"Student to start from: {STUDENT}")] = None,
+    backbone_weights: Annotated[
+        str | None, _option(MODEL, "A .safetensors or .pth file; as --set backbone.weights=FILE.")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's value; can be repeated.")
-    ] = None,
-    init: Annotated[
-        str | None,
-        typer.Option(
-            help="Student to start from: run folder, .safetensors, released .pth, hub id or shipped name.",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or mps; short for --set run.device=NAME.", show_default=False)
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew over a run that is there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would cost; write nothing.")] = False,
+    output: Annotated[Path | None, _option(OUTPUT, "Folder of the run. Default: runs/NAME of the recipe.")] = None,
+    resume: Annotated[bool, _option(OUTPUT, "Continue the run in the output folder.", "--resume")] = False,
+    overwrite: Annotated[bool, _option(OUTPUT, "Begin anew over a run that is there.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    device: Annotated[str | None, _option(COMPUTE, "auto, cpu, cuda, cuda:1 or mps; as --set run.device=NAME.")] = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """Train an adapter on a folder of photographs, without labels."""
+    """Train an adapter on a folder of images, without labels."""
     with error_boundary():
         from brixel_cli.cli.distill import run_distill
+        from brixel_cli.config.distill import Recipe
 
         set_quiet(quiet)
-        shorthands = {"data.images": images, "init": init, "run.device": device}
+        if _recipes_only(Recipe, list_recipes, copy_recipe, as_json):
+            return
+        shorthands = {
+            "data.images": images, "init": init, "backbone.weights": backbone_weights, "run.device": device,
+        }  # fmt: skip
         overrides = [f"{key}={json.dumps(value)}" for key, value in shorthands.items() if value is not None]
         run_distill(recipe, output, overrides + (set_ or []), resume, overwrite, dry_run, as_json)
 
@@ -101,59 +117,57 @@ def distill(
 def extract(
     input_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--input", help="Folder, image, video, quoted glob or .txt list; can be repeated.", show_default=False
-        ),
+        _option(INPUT, "Folder, image, video, quoted glob or .txt list; can be repeated.", "--input"),
     ] = None,
-    res: Annotated[int, typer.Option(help="Input side in pixels that the student or backbone sees.")] = 448,
+    res: Annotated[int, _option(INPUT, "Input size of the student or backbone in pixels.", show_default=True)] = 448,
     fit: Annotated[
-        Fit, typer.Option(help="short: shorter side, aspect kept. centre: middle square. stretch: squeezed square.")
-    ] = "short",
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Student: run folder, .safetensors, released .pth, hub id, or a shipped one's name. Default: newest "
-            "run, or the shipped student.",
-            show_default=False,
+        Fit,
+        _option(
+            INPUT,
+            "What --res is the side of. short: the shorter side, aspect kept. centre: the middle square. "
+            "stretch: the image, squeezed into a square.",
+            show_default=True,
         ),
-    ] = None,
+    ] = "short",
+    every: Annotated[int, _option(INPUT, "Of a video, take every so many frames.", show_default=True)] = 1,
+    checkpoint: Annotated[str | None, _option(MODEL, f"Student: {STUDENT} {SHIPPED}")] = None,
     source: Annotated[
-        Source, typer.Option(help="Whose maps: student, backbone, or teacher (backbone at the larger size).")
+        Source,
+        _option(MODEL, "Whose maps: student, backbone, or teacher (backbone at the larger size).", show_default=True),
     ] = "student",
     backbone: Backbone = None,
     backbone_weights: Weights = None,
     output: Annotated[
-        Path | None,
-        typer.Option(help="The .h5 file, or folder of single files. Default: beside the input.", show_default=False),
+        Path | None, _option(OUTPUT, "The .h5 file, or folder of single files. Default: beside the input.")
     ] = None,
     format_: Annotated[
-        Storage, typer.Option("--format", help="h5: one file. npy, safetensors: a folder with a file for each image.")
+        Storage,
+        _option(
+            OUTPUT,
+            "h5: one file. npy, safetensors: a folder with a file for each image.",
+            "--format",
+            show_default=True,
+        ),
     ] = "h5",
     dtype: Annotated[
-        Number, typer.Option(help="How features are stored; int8 has a scale for each location.")
+        Number, _option(OUTPUT, "How features are stored; int8 has a scale for each location.", show_default=True)
     ] = "float16",
     pca: Annotated[
-        int | None,
-        typer.Option(help="Store so many principal components of the set instead of all channels.", show_default=False),
+        int | None, _option(OUTPUT, "Store so many principal components of the set instead of all channels.")
     ] = None,
-    device: Where = "auto",
-    precision: Annotated[Precision, typer.Option(help="Arithmetic of the model.")] = "auto",
-    batch_size: Annotated[str, typer.Option(help="Images at once: auto (by memory) or a number.")] = "auto",
-    workers: Annotated[
-        int | None, typer.Option(help="Threads that read and decode images. Default: by the cores.", show_default=False)
-    ] = None,
-    every: Annotated[int, typer.Option(help="Of a video, take every so many frames.")] = 1,
-    preview: Annotated[bool, typer.Option("--preview", help="Also paint the features, beside the output.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that fails.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew over a feature file.")] = False,
-    export: Annotated[
-        Path | None, typer.Option(help="Write the model as an ONNX graph instead of features.", show_default=False)
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Make all checks, compute one batch, estimate the time; write nothing.")
-    ] = False,
+    preview: Annotated[bool, _option(OUTPUT, "Also paint the features, beside the output.", "--preview")] = False,
+    export: Annotated[Path | None, _option(OUTPUT, "Write the model as an ONNX graph instead of features.")] = None,
+    overwrite: Annotated[bool, _option(OUTPUT, "Begin anew over a feature file.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    device: Where = "auto",
+    precision: Arithmetic = "auto",
+    batch_size: Annotated[
+        str, _option(COMPUTE, "Images at once: a number, or auto: by memory.", show_default=True)
+    ] = "auto",
+    workers: Annotated[int | None, _option(COMPUTE, "Threads that decode images. Default: by the cores.")] = None,
+    strict: Annotated[bool, _option(COMPUTE, "Stop at the first image that fails.", "--strict")] = False,
+    dry_run: Annotated[bool, _option(COMPUTE, "Check all, time one batch; write nothing.", "--dry-run")] = False,
 ) -> None:
     """Write the dense features of images or video frames to disk.
 
@@ -163,109 +177,74 @@ def extract(
         from brixel_cli.cli.extract import run_extract
 
         set_quiet(quiet)
+        if batch_size != "auto" and (not batch_size.isdigit() or int(batch_size) < 1):
+            raise UsageError(f"--batch-size must be auto or a number from 1 up, not {batch_size}.")
         options = ExtractOptions(
-            inputs=input_ or [],
-            res=res,
-            fit=fit,
-            source=source,
-            checkpoint=checkpoint,
-            backbone=backbone,
-            backbone_weights=backbone_weights,
-            output=output,
-            storage=format_,
-            dtype=dtype,
-            pca=pca,
-            device=device,
-            precision=precision,
-            batch_size=_batch_size(batch_size),
-            workers=workers,
-            every=every,
-            strict=strict,
-            overwrite=overwrite,
-            preview=preview,
-        )
+            inputs=input_ or [], res=res, fit=fit, source=source, checkpoint=checkpoint, backbone=backbone,
+            backbone_weights=backbone_weights, output=output, storage=format_, dtype=dtype, pca=pca, device=device,
+            precision=precision, batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
+            every=every, strict=strict, overwrite=overwrite, preview=preview,
+        )  # fmt: skip
         run_extract(options, export, dry_run, as_json)
 
 
 @app.command(epilog=examples.PROBE)
 def probe(
     recipe: Annotated[
-        str | None,
-        typer.Option(help="A recipe of a labelled set, or the name of a shipped one: camvid ...", show_default=False),
+        str | None, _option(RECIPE, "Recipe of a labelled set, or name of a shipped one: camvid ...")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of the labelled set; short for --set data.root=DIR.", show_default=False)
-    ] = None,
-    checkpoint: Annotated[
+    set_: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Student: run folder, .safetensors, released .pth, hub id or a shipped one's name; can be repeated. "
-            "Default: newest run, or the shipped student.",
-            show_default=False,
+        _option(
+            RECIPE, "Override a value of the recipe, or protocol.KEY; can be repeated.", "--set", metavar="KEY=VALUE"
         ),
     ] = None,
+    protocol: Annotated[
+        str | None,
+        _option(RECIPE, "quick, jafar, brixel, dinov3-ade, dinov3-nyu, brixel-nyu, normals. Default: the recipe's."),
+    ] = None,
+    quick: Annotated[bool, _option(RECIPE, "Short for --protocol quick: an answer in minutes.", "--quick")] = False,
+    list_recipes: ListRecipes = False,
+    copy_recipe: CopyRecipe = None,
+    data: Annotated[
+        Path | None, _option(INPUT, "Of the labelled set; short for --set data.root=DIR.", metavar="DIR")
+    ] = None,
+    res: Annotated[
+        str | None, _option(INPUT, "Input size of the student in pixels: 112, or 288x384. Default: the recipe's.")
+    ] = None,
+    size: OldRes = None,
+    checkpoint: Annotated[list[str] | None, _option(MODEL, f"Student; can be repeated: {STUDENT} {SHIPPED}")] = None,
     source: Annotated[
         list[str] | None,
-        typer.Option(
-            help="backbone, student, teacher, or a feature file (.h5); can be repeated. Default: the first three.",
-            show_default=False,
+        _option(
+            MODEL, "backbone, student, teacher, or a feature file (.h5); can be repeated. Default: the first three."
         ),
     ] = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
-    res: Annotated[
-        str | None,
-        typer.Option(
-            help="Input size of the student in pixels: 112, or 288x384. Default: the recipe's.", show_default=False
-        ),
-    ] = None,
-    size: OldRes = None,
-    protocol: Annotated[
-        str | None,
-        typer.Option(
-            help="quick, jafar, brixel, dinov3-ade, dinov3-nyu, brixel-nyu, normals. Default: the recipe's.",
-            show_default=False,
-        ),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Short for --protocol quick: an answer in minutes.")] = False,
-    seeds: Annotated[int, typer.Option(help="Trainings of each source, with seeds 0, 1, ...")] = 3,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a value of the recipe, or protocol.KEY; can be repeated."
-        ),
-    ] = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Also print the IoU of each class.")] = False,
-    apply: Annotated[
-        Path | None,
-        typer.Option(help="A saved head: predict new images with it instead of probing.", show_default=False),
-    ] = None,
+    apply: Annotated[Path | None, _option(HEAD, "A saved head: predict new images with it instead of probing.")] = None,
     input_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            help="With --apply: folder, image, quoted glob or .txt list; can be repeated.",
-            show_default=False,
-        ),
+        list[str] | None, _option(HEAD, "Folder, image, quoted glob or .txt list; can be repeated.", "--input")
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the results. Default: runs/probe/NAME, by the recipe's name.", show_default=False),
+        Path | None, _option(OUTPUT, "Folder of the results. Default: runs/probe/NAME of the recipe.")
     ] = None,
     features: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder of stored features, which probes can share. Default: runs/probe/features; with --output, "
-            "features in it.",
-            show_default=False,
+        _option(
+            OUTPUT,
+            "Folder of stored features, which probes can share. Default: runs/probe/features; with "
+            "--output, features in it.",
         ),
     ] = None,
-    device: Where = "auto",
-    precision: Annotated[Precision, typer.Option(help="Arithmetic of the models; heads are float32.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew over a probe that is there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; write nothing.")] = False,
+    per_class: Annotated[bool, _option(OUTPUT, "Also print the IoU of each class.", "--per-class")] = False,
+    overwrite: Annotated[bool, _option(OUTPUT, "Begin anew over a probe that is there.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    seeds: Annotated[int, _option(COMPUTE, "Trainings of each source, with seeds 0, 1, ...", show_default=True)] = 3,
+    device: Where = "auto",
+    precision: Arithmetic = "auto",
+    dry_run: DryRun = False,
 ) -> None:
     """Say how good dense features are: train small heads on them, frozen, and measure.
 
@@ -273,8 +252,11 @@ def probe(
     """
     with error_boundary():
         from brixel_cli.cli.probe import apply_options, probe_options, run_apply, run_probe
+        from brixel_cli.config.labelled import ProbeRecipe
 
         set_quiet(quiet)
+        if _recipes_only(ProbeRecipe, list_recipes, copy_recipe, as_json):
+            return
         if apply is not None:
             others = {"--recipe": recipe, "--data": data, "--source": source, "--res": res or size,
                       "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
@@ -299,104 +281,71 @@ def probe(
 @app.command(epilog=examples.BENCHMARK)
 def benchmark(
     compare_highres: Annotated[
-        bool, typer.Option("--compare-highres", help="Also run the teacher: the same backbone on the large image.")
+        bool,
+        _option(MODEL, "Also run the teacher: the backbone on the large image.", "--compare-highres"),
     ] = False,
     models: Annotated[
-        str | None,
-        typer.Option(
-            help="Recipes, run folders or shipped students, by commas. Default: the newest student under runs, or the "
-            "shipped one.",
-            show_default=False,
-        ),
+        str | None, _option(MODEL, f"Recipes, run folders or shipped students, by commas. {SHIPPED}")
+    ] = None,
+    checkpoint: Annotated[str | None, _option(MODEL, f"One student: {STUDENT}")] = None,
+    backbone_weights: Weights = None,
+    baseline: Annotated[
+        list[str] | None,
+        _option(MODEL, "A function from elsewhere as a row; can be repeated.", metavar="FILE.py:FUNCTION"),
     ] = None,
     res: Annotated[
         str | None,
-        typer.Option(
-            help="Input sizes of the student in pixels: 112, 96x128, 84,112,168 or 128..512. Default: that of the "
-            "training.",
-            show_default=False,
+        _option(
+            INPUT,
+            "Input sizes of the student in pixels: 112, 96x128, 84,112,168 or 128..512. Default: that of the training.",
         ),
     ] = None,
     sizes: OldRes = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="One student: run folder, .safetensors, .pth, hub id, or a shipped one's name.", show_default=False
-        ),
-    ] = None,
-    backbone_weights: Weights = None,
     images: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Photographs for the fidelity. Default: the run's held-out ones.", show_default=False
-        ),
+        Path | None, _option(INPUT, "Images for the fidelity. Default: the run's held-out ones.", metavar="DIR")
     ] = None,
-    max_images: Annotated[int, typer.Option(help="So many photographs at most.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Images at once, for time and memory.")] = 1,
-    precision: Annotated[
-        Precision, typer.Option(help="Weights and arithmetic; auto: bfloat16 where the device computes in it.")
-    ] = "float32",
-    device: Where = "auto",
-    compile_: Annotated[
-        bool, typer.Option("--compile", help="Use torch.compile; its own time is reported apart.")
-    ] = False,
+    max_images: Annotated[int, _option(INPUT, "So many of them at most.", show_default=True)] = 64,
+    batch_size: Annotated[int, _option(MEASURE, "Images at once, for time and memory.", show_default=True)] = 1,
     seconds: Annotated[
-        float, typer.Option(help="Timing of each model and size; rows with slower calls than this are not run.")
-    ] = 20.0,
-    budget: Annotated[
-        str | None, typer.Option(help="Memory, such as 4GB: which models and sizes fit?", show_default=False)
-    ] = None,
-    baseline: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE.py:FUNCTION", help="A function from elsewhere as a row; can be repeated.", show_default=False
+        float,
+        _option(
+            MEASURE, "Timing of each model and size; rows with slower calls than this are not run.", show_default=True
         ),
-    ] = None,
+    ] = 20.0,
+    budget: Annotated[str | None, _option(MEASURE, "Memory, such as 4GB: which models and sizes fit?")] = None,
+    compile_: Annotated[bool, _option(MEASURE, "Use torch.compile; reported with its own time.", "--compile")] = False,
     ablate: Annotated[
         str | None,
-        typer.Option(
+        _option(
+            ABLATION,
+            "Train variants of a recipe instead: losses, spectral, residual, adapter, context, linear, "
+            "views, schedule, rate, noise, average, edge, cosine, seed, or a YAML file of your own, by commas.",
             metavar="GROUPS",
-            help="Train variants of a recipe instead: losses, spectral, residual, adapter, context, linear, views, "
-            "schedule, rate, noise, average, edge, cosine, seed, or a YAML file of your own, by commas.",
-            show_default=False,
         ),
     ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="With --ablate: the base recipe. Default: dinov2_vits.", show_default=False)
-    ] = None,
+    recipe: Annotated[str | None, _option(ABLATION, "The base recipe. Default: dinov2_vits.")] = None,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="With --ablate: override a value of the base recipe."),
+        list[str] | None, _option(ABLATION, "Override a value of the base recipe.", "--set", metavar="KEY=VALUE")
     ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(help=f"With --ablate: updates of each variant. Default: {ABLATION_STEPS}.", show_default=False),
-    ] = None,
-    train_seconds: Annotated[
-        float | None,
-        typer.Option(help="With --ablate: instead of --steps, equal time of updates.", show_default=False),
-    ] = None,
+    steps: Annotated[int | None, _option(ABLATION, f"Updates of each variant. Default: {ABLATION_STEPS}.")] = None,
+    train_seconds: Annotated[float | None, _option(ABLATION, "Instead of --steps, equal time of updates.")] = None,
     probe: Annotated[
         str | None,
-        typer.Option(
-            metavar="RECIPE",
-            help="With --ablate: also probe each variant, by a recipe of brixel probe: camvid ...",
-            show_default=False,
-        ),
+        _option(ABLATION, "Also probe each variant, by a recipe of brixel probe: camvid ...", metavar="RECIPE"),
     ] = None,
     probe_data: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="With --probe: folder of the labelled set.", show_default=False),
+        Path | None, _option(ABLATION, "With --probe: folder of the labelled set.", metavar="DIR")
     ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write a report too, as HTML and Markdown, into DIR.", show_default=False),
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of results and pictures.")] = Path("runs/benchmark"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure anew what was measured before.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count only; run and write nothing.")] = False,
+    output: Annotated[Path, _option(OUTPUT, "Folder of results and pictures.", show_default=True)] = Path(
+        "runs/benchmark"
+    ),
+    report: Annotated[Path | None, _option(OUTPUT, "Also write a report, HTML and Markdown.", metavar="DIR")] = None,
+    overwrite: Annotated[bool, _option(OUTPUT, "Measure anew what was measured before.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    device: Where = "auto",
+    precision: Arithmetic = "float32",
+    dry_run: DryRun = False,
 ) -> None:
     """Measure what a student costs beside its backbone and its teacher, and how close it comes to the teacher.
 
@@ -407,23 +356,11 @@ def benchmark(
 
         set_quiet(quiet)
         options = BenchmarkOptions(
-            highres=compare_highres,
-            models=models,
-            sizes=res or sizes,
-            checkpoint=checkpoint,
-            backbone_weights=backbone_weights,
-            images=images,
-            max_images=max_images,
-            batch_size=batch_size,
-            precision=precision,
-            device=device,
-            compiled=compile_,
-            seconds=seconds,
-            budget=budget,
-            baselines=tuple(baseline or ()),
-            output=output,
-            overwrite=overwrite,
-        )
+            highres=compare_highres, models=models, sizes=res or sizes, checkpoint=checkpoint,
+            backbone_weights=backbone_weights, images=images, max_images=max_images, batch_size=batch_size,
+            precision=precision, device=device, compiled=compile_, seconds=seconds, budget=budget,
+            baselines=tuple(baseline or ()), output=output, overwrite=overwrite,
+        )  # fmt: skip
         only_with_ablate = {
             "--recipe": recipe, "--set": set_, "--steps": steps, "--train-seconds": train_seconds,
             "--probe": probe, "--probe-data": probe_data,
@@ -445,12 +382,15 @@ def benchmark(
         run_ablation(ablation, report, dry_run, as_json)
 
 
-def _batch_size(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdigit() or int(text) < 1:
-        raise UsageError(f"--batch-size must be auto or a number from 1 up, not {text}.")
-    return int(text)
+def _recipes_only(schema: Any, listed: bool, copied: tuple[str, str] | None, as_json: bool) -> bool:
+    """Whether the command was about shipped recipes alone, and is done."""
+    from brixel_cli.cli.recipes import list_recipes, write_copy
+
+    if listed:
+        list_recipes(schema, as_json)
+    if copied:
+        write_copy(schema, *copied, as_json)
+    return listed or bool(copied)
 
 
 def main() -> None:

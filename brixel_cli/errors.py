@@ -1,8 +1,8 @@
-"""Faults that the user can mend. Everything else keeps its traceback: it is ours to mend."""
+"""Errors that the user can fix. Everything else keeps its traceback: it is a bug of brixel."""
 
 
 class BrixelError(Exception):
-    """Something the user can put right: the message says what, where, and what to do next. Exit code 1."""
+    """Something the user can fix: the message says what, where, and what to do next. Exit code 1."""
 
     exit_code = 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,15 @@ def extract_options(model: tuple[str, str], photographs: Path, tmp_path: Path):
         return ExtractOptions(**values | changes)
 
     return make
+
+
+@pytest.fixture(params=[False, True], ids=["cuda", "mps_operators"])
+def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Within such a test, device "cuda" can be named: tensors there have shapes, but no numbers (see fake_gpu.py)."""
+    from fake_gpu import fake_gpu
+
+    with fake_gpu(request.param):
+        yield
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import brixel_cli
+from brixel_cli import load_student
 from brixel_cli.app import app
-from brixel_cli.core.student import load_student
 from brixel_cli.data.views import normalise
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.engines.models import FeatureExtractor
@@ -203,6 +203,20 @@ def test_two_processes_fill_one_file(extract_options, mixed: Path, model, tmp_pa
     assert process.returncode == 0, err
     assert json.loads(out)["computed"] == 10
     assert every_row(output) == expected
+
+
+def test_an_error_of_the_first_process_ends_all_and_is_reported_once(extract_options, model, listener: Listener):
+    done = extract(extract_options(), listener)
+    process = run(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "brixel_cli", "extract",
+        "--input", *extract_options().inputs, "--res", "96", "--checkpoint", model[0], "--device", "cpu",
+        "--precision", "float32", "--output", str(done.output),
+    )  # fmt: skip
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("was begun with something else") == 1
+    assert "--res: 64 -> 96" in err
+    assert "in extract" not in err  # no traceback of the other process
 
 
 def test_the_command_says_what_it_did(model, mixed: Path, tmp_path: Path):

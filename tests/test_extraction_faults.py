@@ -21,10 +21,11 @@ from test_inputs import odd_files
 from typer.testing import CliRunner
 
 import brixel_cli
+from brixel_cli import load_student
 from brixel_cli.app import app
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.files import locked
-from brixel_cli.core.student import load_student, read_adapter, save_student
+from brixel_cli.core.student import read_adapter, save_student
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
@@ -169,7 +170,7 @@ def test_memory_that_runs_out_halves_the_batch(extract_options, listener: Listen
     [
         (
             ["--input", "x", "--backbone", "test_vit"],
-            "No student of test_vit under ./runs, and the one that comes with",
+            "The student that comes with brixel is of vit_small_patch14_dinov2.lvd142m, not of test_vit. Name one",
         ),
         (
             ["--input", "x", "--checkpoint", str(FIXTURES / "official_layout_tiny.pth")],
@@ -217,7 +218,7 @@ def test_plain_maps_come_from_the_weights_that_the_student_was_trained_on(
     card = dataclasses.replace(stored.card, backbone_weights=str(tmp_path / "other.safetensors"))
     (tmp_path / "runs" / "moved").mkdir(parents=True)
     save_student(tmp_path / "runs" / "moved" / "student.safetensors", stored.tensors, card)
-    plain = {"source": "backbone", "checkpoint": None, "backbone": None, "backbone_weights": None}
+    plain = {"source": "backbone", "checkpoint": "runs/moved", "backbone": None, "backbone_weights": None}
     with pytest.raises(WeightsError, match=r"other.safetensors\) are not those that runs/moved/.* was trained on"):
         extract(extract_options(**plain), listener)
     done = extract(extract_options(**plain | {"backbone_weights": model[1]}), listener)

@@ -17,7 +17,7 @@ from PIL import Image
 from brixel_cli.data import images as images_module
 from brixel_cli.data.images import load_image, read_size
 from brixel_cli.data.inputs import default_output, find_inputs
-from brixel_cli.data.resizing import Fitting
+from brixel_cli.data.resizing import Resizing
 from brixel_cli.errors import BrixelError, UsageError
 
 
@@ -195,12 +195,12 @@ def odd_files(folder: Path) -> dict[str, str]:
 
 def test_odd_files_become_items_with_a_reason(tmp_path: Path):
     reasons = odd_files(tmp_path)
-    fitting = Fitting(64, "short", 16)
+    resizing = Resizing(64, "short", 16)
     for item in find_inputs([str(tmp_path)], 1).items:
         reason = item.reason
         if not reason:
             with pytest.raises(BrixelError) as caught:
-                fitting.model_size(item.height, item.width)
+                resizing.model_size(item.height, item.width)
             reason = str(caught.value)
         assert reasons[item.name] in reason
 
@@ -244,24 +244,24 @@ def test_no_damage_raises_anything_but_our_own_error(tmp_path: Path):
     ],
 )
 def test_sizes_are_multiples_of_the_patch(fit, height: int, width: int, expected: tuple[int, int]):
-    fitting = Fitting(112, fit, 14)
-    assert fitting.model_size(height, width) == expected
-    assert Fitting(112, fit, 14, enlarge=4).model_size(height, width) == (expected[0] * 4, expected[1] * 4)
-    assert fitting.apply(Image.new("RGB", (width, height))).shape == (3, *expected)
+    resizing = Resizing(112, fit, 14)
+    assert resizing.model_size(height, width) == expected
+    assert Resizing(112, fit, 14, enlarge=4).model_size(height, width) == (expected[0] * 4, expected[1] * 4)
+    assert resizing.apply(Image.new("RGB", (width, height))).shape == (3, *expected)
 
 
 def test_pixels_are_resized_as_pillow_does():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 121, 3), np.uint8))
-    pixels = Fitting(56, "short", 14).apply(image).permute(1, 2, 0).numpy().astype(int)
+    pixels = Resizing(56, "short", 14).apply(image).permute(1, 2, 0).numpy().astype(int)
     expected = np.asarray(image.resize((70, 56), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(pixels - expected).max() <= 1
     assert (pixels == expected).mean() > 0.95
 
 
 def test_snapping_is_measured():
-    assert Fitting(112, "short", 14).snapped(300, 400) == pytest.approx(154 - 112 * 4 / 3)
-    assert Fitting(112, "short", 14).snapped(112, 112) == 0
-    assert Fitting(100, "centre", 16).snapped(300, 300) == pytest.approx(4)
+    assert Resizing(112, "short", 14).snapped(300, 400) == pytest.approx(154 - 112 * 4 / 3)
+    assert Resizing(112, "short", 14).snapped(112, 112) == 0
+    assert Resizing(100, "centre", 16).snapped(300, 300) == pytest.approx(4)
 
 
 def test_videos_need_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

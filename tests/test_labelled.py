@@ -91,16 +91,6 @@ def test_a_missing_folder_says_what_to_download_and_where_to_put_it(root: Path) 
     )
 
 
-def test_a_set_of_ones_own_needs_no_word_on_its_download(root: Path, tmp_path: Path) -> None:
-    plain = recipe(tmp_path)
-    own = plain.model_copy(update={"data": plain.data.model_copy(update={"download": ""})})
-    with pytest.raises(BrixelError) as caught:
-        LabelledSet(own, "train", tmp_path / "absent")
-    assert str(caught.value).endswith(
-        "\nName the folder where it is with --data DIR (--probe-data DIR of brixel benchmark)."
-    )
-
-
 def test_a_folder_without_images_says_what_was_looked_for(root: Path) -> None:
     assert fault(root, "data.train.split=training") == how(
         "No image in ROOT fits images/training/{name}.png, the training images of mine."

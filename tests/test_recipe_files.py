@@ -1,4 +1,4 @@
-"""Recipes: read without YAML's traps, every fault named at once, written so that they read back equal."""
+"""Recipes: read without YAML's traps, every error named at once, written so that they read back equal."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from brixel_cli.config.base import check_device
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import (
     SHIPPED,
-    difference_lines,
-    differences,
+    copy_recipe,
     dump_recipe,
     find_recipe,
     load_recipe,
+    recipe_summaries,
     shipped_recipes,
 )
+from brixel_cli.config.labelled import ProbeRecipe
+from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.errors import UsageError
 
 LEAST = "name: least\nbackbone: {name: test_vit}\noptim: {steps: 4}\n"
@@ -31,7 +33,7 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
-def fault(folder: Path, text: str, *overrides: str) -> str:
+def error_of(folder: Path, text: str, *overrides: str) -> str:
     """The message of the one UsageError that the recipe gives."""
     with pytest.raises(UsageError) as caught:
         load_recipe(write(folder, text), overrides)
@@ -65,8 +67,8 @@ def test_a_leading_zero_is_no_octal_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("word", ["no", "yes", "on", "off", "y", "n", "True", "FALSE"])
 def test_only_true_and_false_are_booleans(tmp_path: Path, word: str) -> None:
-    message = fault(tmp_path, LEAST + f"run: {{tensorboard: {word}}}\n")
-    assert message.endswith(f'mine.yaml has 1 fault:\n  run.tensorboard: expected boolean; found "{word}"')
+    message = error_of(tmp_path, LEAST + f"run: {{tensorboard: {word}}}\n")
+    assert message.endswith(f'mine.yaml has 1 error:\n  run.tensorboard: expected boolean; found "{word}"')
 
 
 @pytest.mark.parametrize("word", ["no", "on", "1_000x", "2024-01-01", "12:30:45", "0x10", ".inf"])
@@ -80,29 +82,29 @@ def test_true_and_false_are_booleans(tmp_path: Path, text: str, value: bool) -> 
 
 
 @pytest.mark.parametrize("text", ["name: a\nname: b\n", "optim: {steps: 3, lr: 1.0, steps: 4}\n"])
-def test_a_duplicate_key_is_a_fault(tmp_path: Path, text: str) -> None:
-    message = fault(tmp_path, text)
+def test_a_duplicate_key_is_an_error(tmp_path: Path, text: str) -> None:
+    message = error_of(tmp_path, text)
     key = "name" if text.startswith("name") else "steps"
     assert "mine.yaml is not a valid YAML file: " in message
     assert f"the key '{key}' stands twice" in message
     assert "line " in message
 
 
-def test_a_section_that_stands_twice_is_a_fault(tmp_path: Path) -> None:
-    assert "the key 'optim' stands twice" in fault(tmp_path, LEAST + "optim: {lr: 1.0}\n")
+def test_a_section_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    assert "the key 'optim' stands twice" in error_of(tmp_path, LEAST + "optim: {lr: 1.0}\n")
 
 
 @pytest.mark.parametrize("key", ["[a, b]", "{a: b}"])
-def test_a_key_that_is_no_word_is_a_fault_of_the_file(tmp_path: Path, key: str) -> None:
-    assert "is not a valid YAML file" in fault(tmp_path, LEAST + f"? {key}\n: 3\n")
+def test_a_key_that_is_no_word_is_an_error_of_the_file(tmp_path: Path, key: str) -> None:
+    assert "is not a valid YAML file" in error_of(tmp_path, LEAST + f"? {key}\n: 3\n")
 
 
 def test_a_file_may_not_make_python_objects(tmp_path: Path) -> None:
-    message = fault(tmp_path, LEAST + "seed: !!python/object/apply:os.getpid []\n")
+    message = error_of(tmp_path, LEAST + "seed: !!python/object/apply:os.getpid []\n")
     assert "python/object/apply:os.getpid is not allowed here" in message
 
 
-# --- faults ---
+# --- errors ---
 
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
@@ -146,7 +148,7 @@ def test_anchors_and_merge_keys_can_be_used(tmp_path: Path) -> None:
     assert config_files._read(tmp_path / "r.yaml")["edge"] == {"weight": 2.0, "components": 4}
 
 
-def test_all_faults_are_reported_at_once_with_path_expectation_finding_and_nearest_spelling(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once_with_path_expectation_finding_and_nearest_spelling(tmp_path: Path) -> None:
     text = (
         "nmae: typo\n"
         "backbone: {name: test_vit, dtype: bfloat}\n"
@@ -155,8 +157,8 @@ def test_all_faults_are_reported_at_once_with_path_expectation_finding_and_neare
         "run: {log_evry: 3, workers: -1, zzzz: 1}\n"
         "views: {factor: 3}\n"
     )
-    head, *lines = fault(tmp_path, text).splitlines()
-    assert head.endswith("mine.yaml has 10 faults:")
+    head, *lines = error_of(tmp_path, text).splitlines()
+    assert head.endswith("mine.yaml has 10 errors:")
     assert set(lines) == {
         "  name: missing; Names the run folder, runs/NAME, unless --output is given.",
         "  nmae: unknown key; did you mean name?",
@@ -173,7 +175,7 @@ def test_all_faults_are_reported_at_once_with_path_expectation_finding_and_neare
 
 
 def test_missing_sections_are_named(tmp_path: Path) -> None:
-    lines = fault(tmp_path, "name: a\n").splitlines()
+    lines = error_of(tmp_path, "name: a\n").splitlines()
     assert lines[1:] == ["  backbone: missing; required", "  optim: missing; required"]
 
 
@@ -194,44 +196,44 @@ def test_missing_sections_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named_with_what_was_expected(tmp_path: Path, override: str, line: str) -> None:
-    assert fault(tmp_path, LEAST, override).split(" fault:\n  ")[1] == line
+    assert error_of(tmp_path, LEAST, override).split(" error:\n  ")[1] == line
 
 
 @pytest.mark.parametrize("epochs", ["1e999", "0", "-1"])
 def test_epochs_must_be_a_positive_finite_number(tmp_path: Path, epochs: str) -> None:
-    assert "optim.epochs: expected" in fault(tmp_path, LEAST, "optim.steps=null", f"optim.epochs={epochs}")
+    assert "optim.epochs: expected" in error_of(tmp_path, LEAST, "optim.steps=null", f"optim.epochs={epochs}")
 
 
 @pytest.mark.parametrize("key", ["Seed", "batch-size", "3", "int", "name 2"])
 def test_an_unknown_key_of_any_spelling_is_named_as_written(tmp_path: Path, key: str) -> None:
-    assert f"\n  {key}: unknown key; " in fault(tmp_path, LEAST + f'"{key}": 1\n')
+    assert f"\n  {key}: unknown key; " in error_of(tmp_path, LEAST + f'"{key}": 1\n')
 
 
 def test_an_unknown_key_inside_a_section_is_named_as_written(tmp_path: Path) -> None:
-    message = fault(tmp_path, "name: a\nbackbone: {name: b}\noptim: {steps: 4, batch-size: 3}\n")
+    message = error_of(tmp_path, "name: a\nbackbone: {name: b}\noptim: {steps: 4, batch-size: 3}\n")
     assert "\n  optim.batch-size: unknown key; did you mean batch_size?" in message
 
 
 @pytest.mark.parametrize("value", ["abc", "[3]", "[448, x]", "-8"])
-def test_one_wrong_teacher_size_is_one_fault(tmp_path: Path, value: str) -> None:
-    message = fault(tmp_path, LEAST, f"views.teacher_size={value}")
-    assert "has 1 fault:\n  views.teacher_size" in message
+def test_one_wrong_teacher_size_is_one_error(tmp_path: Path, value: str) -> None:
+    message = error_of(tmp_path, LEAST, f"views.teacher_size={value}")
+    assert "has 1 error:\n  views.teacher_size" in message
 
 
-def test_a_file_that_is_no_yaml_is_a_fault(tmp_path: Path) -> None:
-    message = fault(tmp_path, "name: [\n")
+def test_a_file_that_is_no_yaml_is_an_error(tmp_path: Path) -> None:
+    message = error_of(tmp_path, "name: [\n")
     assert "mine.yaml is not a valid YAML file: while parsing" in message
 
 
-def test_a_file_that_is_no_text_is_a_fault(tmp_path: Path) -> None:
+def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(b"name: \xff\xfe\n")
     with pytest.raises(UsageError, match=r"mine\.yaml is not a valid YAML file: 'utf-8' codec"):
         load_recipe(str(tmp_path / "mine.yaml"))
 
 
 @pytest.mark.parametrize(("text", "shown"), [("- a\n", '["a"]'), ("", "null"), ("hello\n", '"hello"')])
-def test_a_file_without_keys_is_a_fault(tmp_path: Path, text: str, shown: str) -> None:
-    message = fault(tmp_path, text)
+def test_a_file_without_keys_is_an_error(tmp_path: Path, text: str, shown: str) -> None:
+    message = error_of(tmp_path, text)
     assert message.endswith(f"mine.yaml must hold keys and values, such as 'name: mine'; it holds {shown}.")
 
 
@@ -274,8 +276,8 @@ def test_a_file_without_keys_is_a_fault(tmp_path: Path, text: str, shown: str) -
         ),
     ],
 )
-def test_values_that_do_not_fit_together_are_a_fault(tmp_path: Path, overrides: list[str], expected: str) -> None:
-    assert fault(tmp_path, LEAST, *overrides).endswith(f"mine.yaml has 1 fault:\n  {expected}")
+def test_values_that_do_not_fit_together_are_an_error(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    assert error_of(tmp_path, LEAST, *overrides).endswith(f"mine.yaml with --set applied has 1 error:\n  {expected}")
 
 
 @pytest.mark.parametrize(
@@ -290,7 +292,7 @@ def test_values_that_do_not_fit_together_are_a_fault(tmp_path: Path, overrides: 
         ["loss.l1.weight=0", "loss.edge.weight=0", "loss.spectral.weight=0", "loss.cosine.weight=0.1"],
     ],
 )
-def test_the_neighbours_of_those_faults_are_none(tmp_path: Path, overrides: list[str]) -> None:
+def test_the_neighbours_of_those_errors_are_none(tmp_path: Path, overrides: list[str]) -> None:
     assert least(tmp_path, *overrides).name == "least"
 
 
@@ -326,36 +328,36 @@ def test_an_override_may_replace_a_whole_section(tmp_path: Path) -> None:
     assert least(tmp_path, "optim={epochs: 2}").optim.epochs == 2
 
 
-def test_an_override_with_an_unknown_key_is_a_fault(tmp_path: Path) -> None:
-    assert "\n  optim.learning_rate: unknown key; known here: batch_size, " in fault(
+def test_an_override_with_an_unknown_key_is_an_error(tmp_path: Path) -> None:
+    assert "\n  optim.learning_rate: unknown key; known here: batch_size, " in error_of(
         tmp_path, LEAST, "optim.learning_rate=1.0"
     )
-    assert "\n  optim.step: unknown key; did you mean steps?" in fault(tmp_path, LEAST, "optim.step=1")
+    assert "\n  optim.step: unknown key; did you mean steps?" in error_of(tmp_path, LEAST, "optim.step=1")
 
 
 @pytest.mark.parametrize("override", ["optim.lr", "=3", " =3", ""])
-def test_a_malformed_override_is_a_fault_that_shows_an_example(tmp_path: Path, override: str) -> None:
+def test_a_malformed_override_is_an_error_that_shows_an_example(tmp_path: Path, override: str) -> None:
     expected = f"--set takes key.path=value, such as optim.lr=3e-4; got {override!r}."
-    assert fault(tmp_path, LEAST, override) == expected
+    assert error_of(tmp_path, LEAST, override) == expected
 
 
 @pytest.mark.parametrize("override", ["optim.=3", ".seed=3", "optim..lr=3"])
-def test_an_override_with_an_empty_part_is_a_fault_that_names_the_override(tmp_path: Path, override: str) -> None:
+def test_an_override_with_an_empty_part_is_an_error_that_names_the_override(tmp_path: Path, override: str) -> None:
     key = override.partition("=")[0]
-    message = fault(tmp_path, LEAST, override)
+    message = error_of(tmp_path, LEAST, override)
     assert f"{key}:" in message or repr(override) in message
 
 
 def test_a_value_is_no_section(tmp_path: Path) -> None:
-    assert fault(tmp_path, LEAST, "optim.steps.x=3") == "--set optim.steps.x: 'steps' is a value, not a section."
+    assert error_of(tmp_path, LEAST, "optim.steps.x=3") == "--set optim.steps.x: 'steps' is a value, not a section."
 
 
 def test_an_override_reaches_into_a_section_left_empty(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, LEAST + "run:\n"), ["run.device=cpu"]).run.device == "cpu"
 
 
-def test_an_override_that_is_no_yaml_is_a_fault(tmp_path: Path) -> None:
-    message = fault(tmp_path, LEAST, "views.teacher_size=[1")
+def test_an_override_that_is_no_yaml_is_an_error(tmp_path: Path) -> None:
+    message = error_of(tmp_path, LEAST, "views.teacher_size=[1")
     assert message.startswith("--set views.teacher_size: '[1' is not a YAML value: while parsing a flow sequence")
 
 
@@ -387,7 +389,7 @@ def test_a_path_is_found(tmp_path: Path) -> None:
     ("reference", "hint"),
     [("vitll", " Did you mean vitl?"), ("elsewhere/vitl.yaml", " Did you mean vitl?"), ("qqq", "")],
 )
-def test_an_unknown_recipe_is_a_fault_with_a_hint(reference: str, hint: str) -> None:
+def test_an_unknown_recipe_is_an_error_with_a_hint(reference: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
         find_recipe(reference)
     assert str(caught.value) == (
@@ -401,7 +403,7 @@ def test_a_folder_is_no_recipe(reference: str) -> None:
         find_recipe(reference)
 
 
-def test_the_recipes_of_the_paper_and_the_default_one_are_shipped() -> None:
+def test_the_recipes_of_the_paper_and_the_deerror_one_are_shipped() -> None:
     assert {"vits", "vitb", "vitl", "vithplus", "dinov2_vits", "demo"} <= set(shipped_recipes())
 
 
@@ -483,3 +485,37 @@ def test_what_is_no_device(tmp_path: Path, device: str) -> None:
 def test_training_in_float16_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="run.precision float16 is for inference; train in bfloat16 or float32"):
         least(tmp_path, "run.precision=float16")
+
+
+def test_wrong_values_are_reported_as_those_of_the_file_or_of_set(tmp_path: Path) -> None:
+    message = error_of(tmp_path, LEAST + "seed: -1\n", "optim.step=1", "views.kind=middle")
+    file, option = message.split("\n--set has 2 errors:\n")
+    assert file.endswith(
+        "mine.yaml with --set applied has 1 error:\n  seed: expected greater than or equal to 0; found -1"
+    )
+    assert option.splitlines() == [
+        "  views.kind: expected 'centre', 'random' or 'fixed'; found \"middle\"",
+        "  optim.step: unknown key; did you mean steps?",
+    ]
+
+
+def test_a_recipe_is_copied_and_never_over_a_file(tmp_path: Path) -> None:
+    path = copy_recipe("vitl", tmp_path / "my.yaml")
+    assert path.read_text() == (SHIPPED / "vitl.yaml").read_text()
+    assert load_recipe(str(path)) == load_recipe("vitl")
+    assert copy_recipe("camvid", tmp_path, ProbeRecipe) == tmp_path / "camvid.yaml"
+    with pytest.raises(UsageError, match="my.yaml is there already, and is not overwritten: name another file"):
+        copy_recipe("vits", path)
+    with pytest.raises(UsageError, match=r"A recipe is a .yaml file: copy vits to .*mine.yaml, or into a folder"):
+        copy_recipe("vits", tmp_path / "mine")
+    with pytest.raises(UsageError, match="No recipe at vitx, .* Did you mean vit"):
+        copy_recipe("vitx", tmp_path / "x.yaml")
+    with pytest.raises(UsageError, match=r"no/x.yaml cannot be written: No such file or directory"):
+        copy_recipe("vits", tmp_path / "no" / "x.yaml")
+
+
+@pytest.mark.parametrize("schema", [Recipe, ProbeRecipe])
+def test_every_recipe_has_a_summary(schema: type[Recipe] | type[ProbeRecipe]) -> None:
+    summaries = recipe_summaries(schema)
+    assert list(summaries) == shipped_recipes(schema)
+    assert all(len(text) > 10 and not text.startswith("#") for text in summaries.values())

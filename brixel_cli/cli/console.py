@@ -9,15 +9,18 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from tqdm import tqdm
 
 from brixel_cli.core.formatting import to_json
 from brixel_cli.errors import BrixelError, UsageError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _quiet = False
 
@@ -35,14 +38,20 @@ def set_quiet(quiet: bool) -> None:
 
 def say(message: str) -> None:
     """A hint or a stage of the work, to stderr."""
-    if not _quiet and is_first_process():
-        tqdm.write(message, file=sys.stderr)
+    if not _quiet:
+        _write(message)
 
 
 def warn(message: str) -> None:
     """A warning, to stderr."""
+    _write(f"warning: {message}")
+
+
+def _write(line: str) -> None:
     if is_first_process():
-        tqdm.write(f"warning: {message}", file=sys.stderr)
+        from tqdm import tqdm  # slow to import
+
+        tqdm.write(line, file=sys.stderr)
 
 
 def print_table(
@@ -54,6 +63,8 @@ def print_table(
 ) -> None:
     """A table to stdout, with a title above and notes below.
 
+    A table of figures that is too wide for the terminal is printed in parts, each with the names of the rows.
+
     Args:
         title: of the table.
         columns: headings; with empty ones there is no heading.
@@ -63,22 +74,46 @@ def print_table(
     """
     if not is_first_process():
         return
-    table = Table(show_header=any(columns))
-    for number, column in enumerate(columns):
-        figure = figures and number > 0
-        table.add_column(
-            escape(column),
-            justify="right" if figure else "left",
-            no_wrap=figure,
-            overflow="ellipsis" if figure else "fold",
-        )
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
     console = Console(highlight=False)
     if title:
         console.print(escape(title), soft_wrap=True)
-    console.print(table)
+    widths = [max(cell_len(cell) for cell in cells) for cells in zip(columns, *rows, strict=True)]
+    least = min(widths[0], console.width // 3) if figures else None  # of the names, which may be folded
+    parts = _parts(widths, least, console.width) if least is not None else [range(len(columns))]
+    for part in parts:
+        table = Table(show_header=any(columns))
+        for number in part:
+            figure = figures and number > 0
+            table.add_column(
+                escape(columns[number]),
+                justify="right" if figure else "left",
+                min_width=None if number else least,
+                no_wrap=figure,
+                overflow="ellipsis" if figure else "fold",
+            )
+        for row in rows:
+            table.add_row(*(escape(row[number]) for number in part))
+        console.print(table)
     print_notes(notes)
+
+
+def _parts(widths: Sequence[int], first: int, width: int) -> list[list[int]]:
+    """The columns of each part of a table: the first in all of them, and so many of the others as fit.
+
+    Args:
+        widths: characters of the columns.
+        first: least width of the first column.
+        width: of the terminal.
+    """
+    parts = [[0]]
+    used = start = first + 4  # with the borders and the spaces beside the text
+    for number in range(1, len(widths)):
+        if used + widths[number] + 3 > width and len(parts[-1]) > 1:
+            parts.append([0])
+            used = start
+        parts[-1].append(number)
+        used += widths[number] + 3
+    return parts
 
 
 def print_notes(notes: Sequence[str]) -> None:
@@ -108,11 +143,11 @@ def print_files(files: Sequence[str]) -> None:
 
 @contextmanager
 def error_boundary() -> Iterator[None]:
-    """Turn user faults into one message and their exit code; anything else keeps its traceback."""
+    """Turn errors of the user into one message and their exit code; anything else keeps its traceback."""
     try:
         yield
     except BrixelError as error:
-        # Every process finds the same fault in the command; a failure may be one process's own.
+        # Every process finds the same error in the command; a failure may be one process's own.
         if is_first_process() or not isinstance(error, UsageError):
             who = "" if is_first_process() else f"[process {os.environ['RANK']}] "
             sys.stderr.write(f"{who}error: {error}\n")
@@ -136,6 +171,8 @@ class Progress:
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0, unit: str = "it") -> Iterator[tqdm[Any]]:
         """A progress bar on stderr, with speed and time left; silent when quiet, sparse where stderr is no terminal."""
+        from tqdm import tqdm
+
         interval = 0.2 if sys.stderr.isatty() else 15.0
         with tqdm(
             desc=title, total=total, initial=done, unit=f" {unit}", file=sys.stderr, mininterval=interval,

@@ -32,7 +32,7 @@ def run_distill(
     """Carry out `brixel distill` with options as the user gave them; see `app.distill` for what they mean.
 
     Raises:
-        BrixelError: something the user can mend.
+        BrixelError: something the user can fix.
     """
     if resume and overwrite:
         raise UsageError("--resume continues a run and --overwrite begins it anew: give one of them.")

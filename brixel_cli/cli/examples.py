@@ -5,6 +5,10 @@ from __future__ import annotations
 DISTILL = """
 [bold]Examples[/bold]
 
+  brixel distill --list-recipes
+
+  brixel distill --copy-recipe vitl my.yaml
+
   brixel distill --recipe recipes/vitl.yaml --dry-run
 
   brixel distill --recipe vits --images ~/photos --output runs/vits
@@ -32,6 +36,8 @@ EXTRACT = """
 
 PROBE = """
 [bold]Examples[/bold]
+
+  brixel probe --list-recipes
 
   brixel probe --recipe camvid --data data/camvid --checkpoint runs/vits --dry-run
 

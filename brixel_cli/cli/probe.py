@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, print_table, say
-from brixel_cli.config.base import Device, Precision, Side, parse_size
+from brixel_cli.config.base import Device, Precision, parse_size
 from brixel_cli.config.files import load_recipe, shipped_recipes, with_overrides
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.probe import OUTPUT, ApplyOptions, ProbeOptions
 from brixel_cli.config.protocols import PROTOCOLS, Protocol, published
+from brixel_cli.config.section import Side
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.metric_titles import figure_text, figure_title
 from brixel_cli.errors import BrixelError, UsageError

@@ -1,48 +1,37 @@
-"""What all options have in common: typed sections, and texts of the user's that mean a size, bytes or a device."""
+"""Texts of the user that mean a size, bytes or a device. Without pydantic, which would slow down `--help`."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from collections.abc import Sequence
+from typing import Literal
 
 from brixel_cli.errors import UsageError
 
 
-def _device(text: str) -> str:
+def device_name(text: str) -> str:
+    """The text, unless it names no device, which is a ValueError."""
     if re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", text) is None:
         raise ValueError(f"a device is auto, cpu, cuda, cuda:1 (the second GPU) or mps; found {text}")
     return text
 
 
-Device = Annotated[str, AfterValidator(_device)]
+Device = str
 """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 """Arithmetic of the networks. `auto`: bfloat16 where the device computes in it; on other GPUs float16, in training
 float32; elsewhere float32."""
-Side = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
-"""A size in pixels: one side, or [height, width]."""
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Frozen, and closed: a key that is not listed is a fault, never silently dropped."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 def check_device(text: str, option: str = "--device") -> None:
     """Raise a UsageError that names the option unless the text names a device."""
     try:
-        _device(text)
+        device_name(text)
     except ValueError as error:
         raise UsageError(f"{option}: {error}.") from error
 
 
-def height_width(side: Side) -> tuple[int, int]:
+def height_width(side: int | Sequence[int]) -> tuple[int, int]:
     """A size as (height, width)."""
     return (side, side) if isinstance(side, int) else (side[0], side[1])
 
@@ -63,7 +52,7 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def parse_size(text: str, option: str = "--res") -> Side:
+def parse_size(text: str, option: str = "--res") -> int | list[int]:
     """A size in pixels: `112`, or `288x384` as [height, width].
 
     Args:

@@ -1,4 +1,4 @@
-"""Every knob of a distillation, typed, with its unit. How a recipe file is read is in `recipe_files.py`."""
+"""Every option of a distillation, typed, with its unit; `files.py` reads the recipes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from brixel_cli.config.base import Device, Fraction, Precision, Rate, Section, Side, Weight, height_width
+from brixel_cli.config.base import Precision, height_width
+from brixel_cli.config.section import DeviceName, Fraction, Rate, Section, Side, Weight
 
 
 class BackboneConfig(Section):
@@ -70,15 +71,15 @@ class AdapterConfig(Section):
 
 class DataConfig(Section):
     images: str = "photos"
-    """Folder of training photographs, searched recursively."""
+    """Folder of training images, searched recursively."""
     val_images: str | None = None
-    """Folder of held-out photographs; null: hold out a share of `images`."""
+    """Folder of held-out images; null: hold out a share of `images`."""
     val_fraction: Fraction = 0.05
     """Share of `images` held out, chosen by file name, when `val_images` is null; never trained on."""
     max_val_images: PositiveInt = 64
-    """At most so many held-out photographs are looked at in a validation."""
+    """At most so many held-out images are looked at in a validation."""
     min_side: PositiveInt | None = None
-    """Photographs with a shorter side than this (pixels) are skipped; null: the teacher's own short side."""
+    """Images with a shorter side than this (pixels) are skipped; null: the teacher's own short side."""
 
 
 class ViewConfig(Section):
@@ -88,23 +89,23 @@ class ViewConfig(Section):
     """Teacher side over student side; also output grid over token grid."""
     other_sizes: list[Side] = []
     """Further teacher inputs to train on, each batch of one size, all sizes equally often; a size given twice counts
-    twice. Held-out photographs are looked at in `teacher_size` alone."""
+    twice. Held-out images are looked at in `teacher_size` alone."""
     kind: Literal["centre", "random", "fixed"] = "centre"
     """`centre`: cover and centre crop (released). `random`: a new random crop and flip each epoch.
-    `fixed`: for each photograph the centre crop and `per_image - 1` random ones, the same in every epoch."""
+    `fixed`: for each image the centre crop and `per_image - 1` random ones, the same in every epoch."""
     per_image: PositiveInt = 1
-    """Views of each photograph when `kind` is `fixed`."""
+    """Views of each image when `kind` is `fixed`."""
     scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] = [0.06, 1.0]
-    """Area of a random crop, as a share of the photograph's, least and most."""
+    """Area of a random crop, as a share of the image's, least and most."""
     flip: bool = True
     """Mirror random crops left to right half of the time."""
     jitter: Annotated[list[Fraction], Field(min_length=4, max_length=4)] = [0.6, 0.6, 0.6, 0.4]
     """How far brightness, contrast, saturation (of 1) and hue (of the colour circle; 0.5 at most) of random crops
-    change. The teacher sees the changed picture too."""
+    change. The teacher sees the changed image too."""
     grayscale: Fraction = 0.1
     """Share of the random crops that lose their colour."""
     perspective: Fraction = 0.4
-    """Distortion of half of the random crops, as if photographed aslant: 1 moves corners up to the middle."""
+    """Distortion of half of the random crops, as if seen from the side: 1 moves corners up to the middle."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ViewConfig:
@@ -133,7 +134,7 @@ class ViewConfig(Section):
 
     @property
     def num_sizes(self) -> int:
-        """How many sizes take turns."""
+        """How many sizes are interleaved."""
         return 1 + len(self.other_sizes)
 
 
@@ -212,8 +213,8 @@ class OptimConfig(Section):
     """Before the first step the adapter's linear part is fitted on so many training views at most, by ridge
     regression; 0: it is not. Without one, or with `init`, there is nothing to fit."""
     map_noise: Weight = 0.5
-    """Gaussian noise on the backbone's maps in training, as a share of their standard deviation: few photographs are
-    then harder to learn by heart."""
+    """Gaussian noise on the backbone's maps in training, as a share of their standard deviation: it counters
+    overfitting to few images."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the moving average of the weights that is validated and saved; 0 switches averaging off."""
 
@@ -233,13 +234,13 @@ class OptimConfig(Section):
 class RunConfig(Section):
     """How the run is carried out. Only what stands here may differ when a run is resumed."""
 
-    device: Device = "auto"
+    device: DeviceName = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
     precision: Precision = "auto"
     """Arithmetic of the networks; `auto`: bfloat16 where the device computes in it, else float32. `float16` is for
     inference only. Losses are always float32."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that read and crop photographs."""
+    """Processes that read and crop images."""
     log_every: PositiveInt = 10
     """Updates between lines of the metrics."""
     validate_every: PositiveInt = 500

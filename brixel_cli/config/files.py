@@ -1,4 +1,4 @@
-"""Recipes as YAML files: finding them, reading them without YAML's traps, reporting all faults at once."""
+"""Recipes as YAML files: finding them, reading them without YAML's traps, reporting all errors at once."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from brixel_cli.config.base import Section
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.labelled import ProbeRecipe
+from brixel_cli.config.section import Section, flatten
 from brixel_cli.errors import UsageError
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -108,6 +108,35 @@ def find_recipe(reference: str, schema: type[Section] = Recipe) -> Path:
     )
 
 
+def recipe_summaries(schema: type[Section] = Recipe) -> dict[str, str]:
+    """Names of the recipes that come with brixel, and what the first line of each says."""
+    folder = SHIPPED / _KINDS[schema].folder
+    return {
+        name: (folder / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        for name in shipped_recipes(schema)
+    }
+
+
+def copy_recipe(name: str, destination: Path, schema: type[Section] = Recipe) -> Path:
+    """Copy a recipe, to be changed; into a folder it goes under its own name.
+
+    Raises:
+        UsageError: there is no such recipe, or the destination is there already or cannot be written.
+    """
+    source = find_recipe(name, schema)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"A recipe is a .yaml file: copy {name} to {target}.yaml, or into a folder that is there.")
+    try:
+        with open(target, "x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise UsageError(f"{target} is there already, and is not overwritten: name another file.") from error
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror}.") from error
+    return target
+
+
 @typing.overload
 def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe: ...
 
@@ -120,7 +149,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), schema: type[Sect
     """Read a recipe of a schema, and apply `key.path=value` overrides, in order.
 
     Raises:
-        UsageError: with every fault of the recipe in one message: key path, expected, found, nearest spelling.
+        UsageError: with every error of the recipe in one message: key path, expected, found, nearest spelling.
     """
     path = find_recipe(reference, schema)
     tree = _read(path)
@@ -128,7 +157,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), schema: type[Sect
         raise UsageError(f"{path} must hold keys and values, such as 'name: mine'; it holds {_shown(tree)}.")
     for override in overrides:
         _apply(tree, override, _KINDS[schema].example)
-    return _validated(tree, schema, str(path))
+    return _validated(tree, schema, str(path), "--set", overrides)
 
 
 def with_overrides(section: Schema, overrides: Sequence[str], what: str) -> Schema:
@@ -140,23 +169,33 @@ def with_overrides(section: Schema, overrides: Sequence[str], what: str) -> Sche
         what: names the section in errors.
 
     Raises:
-        UsageError: with every fault in one message, as `load_recipe`.
+        UsageError: with every error in one message, as `load_recipe`.
     """
     tree = section.model_dump()
     for override in overrides:
         _apply(tree, override, "lr=3e-4")
-    return _validated(tree, type(section), what)
+    return _validated(tree, type(section), what, f"--set for {what}", overrides)
 
 
-def _validated(tree: dict[str, Any], schema: type[Schema], what: str) -> Schema:
+def _validated(tree: dict[str, Any], schema: type[Schema], what: str, option: str, overrides: Sequence[str]) -> Schema:
+    """The tree as a section; wrong values are reported as those of the option where its overrides set them."""
     sections = {key for key, field in schema.model_fields.items() if isinstance(field.annotation, type(BaseModel))}
     tree = {key: {} if value is None and key in sections else value for key, value in tree.items()}
     try:
         return schema.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        faults = _describe_all(error.errors(), schema)
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UsageError(f"{what} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults)) from error
+        lines = _describe_all(error.errors(), schema)
+        keys = [override.partition("=")[0].strip() for override in overrides]
+        own = [line for path, line in lines.items() if any(f"{path}.".startswith(f"{key}.") for key in keys)]
+        others = [line for line in lines.values() if line not in own]
+        where = f"{what} with --set applied" if overrides else what
+        raise UsageError(
+            "\n".join(
+                f"{name} has {len(found)} error{'s' * (len(found) > 1)}:\n" + "\n".join(f"  {line}" for line in found)
+                for name, found in ((where, others), (option, own))
+                if found
+            )
+        ) from error
 
 
 def load_variants(path: Path) -> dict[str, dict[str, Any]]:
@@ -188,37 +227,8 @@ def missing_keys(reference: str, schema: type[Section] = Recipe) -> list[str]:
     Raises:
         UsageError: as `load_recipe`.
     """
-    whole, given = load_recipe(reference, [], schema), _flatten(_read(find_recipe(reference, schema)))
-    return [key for key in _flatten(whole.model_dump()) if key not in given]
-
-
-def differences(
-    old: Section | Mapping[str, Any], new: Section | Mapping[str, Any], ignored: Collection[str] = ()
-) -> dict[str, tuple[Any, Any]]:
-    """What differs between two configurations: by key path the old value and the new one, None where there is none.
-
-    Args:
-        old: a section, or a mapping of JSON values, whose mappings may be nested.
-        new: as `old`.
-        ignored: key paths whose values may differ; a section's name ignores the whole section.
-    """
-    before, after = (_flatten(tree.model_dump() if isinstance(tree, Section) else tree) for tree in (old, new))
-    sections = tuple(f"{key}." for key in ignored)
-    return {
-        key: (before.get(key), after.get(key))
-        for key in before | after
-        if before.get(key) != after.get(key) and key not in ignored and not key.startswith(sections)
-    }
-
-
-def difference_lines(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    """Differences for people: `key.path: old -> new`, long values cut."""
-    return [f"{key}: {_shortened(before)} -> {_shortened(after)}" for key, (before, after) in found.items()]
-
-
-def _shortened(value: Any) -> str:
-    text = _shown(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    whole, given = load_recipe(reference, [], schema), flatten(_read(find_recipe(reference, schema)))
+    return [key for key in flatten(whole.model_dump()) if key not in given]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -300,49 +310,51 @@ def _apply(tree: dict[str, Any], override: str, example: str) -> None:
         raise UsageError(f"--set {key}: {text!r} is not a YAML value: {error}") from error
 
 
-def _describe_all(faults: Sequence[Any], schema: type[Section]) -> list[str]:
-    """One line for each faulty key, whatever the number of things that are wrong with its value."""
+def _describe_all(errors: Sequence[Any], schema: type[Section]) -> dict[str, str]:
+    """By key path one line for each wrong key, whatever the number of things that are wrong with its value."""
     lines: dict[str, list[Any]] = {}
-    for fault in faults:
-        section, depth = _section_of(fault["loc"][:-1], schema)
+    for error in errors:
+        section, depth = _section_of(error["loc"][:-1], schema)
         # Below a section's key, pydantic adds positions in lists, and the branches of unions, which no user knows.
-        below = fault["loc"][depth + 1 :]
-        known = fault["loc"] if all(isinstance(part, int) for part in below) else fault["loc"][: depth + 1]
+        below = error["loc"][depth + 1 :]
+        known = error["loc"] if all(isinstance(part, int) for part in below) else error["loc"][: depth + 1]
         path = ".".join(str(part) for part in known) or "the recipe"
-        lines.setdefault(path, []).append((section, fault))
-    return [f"{path}: {_describe(path, found[0][0], [fault for _, fault in found])}" for path, found in lines.items()]
+        lines.setdefault(path, []).append((section, error))
+    return {
+        path: f"{path}: {_describe(path, found[0][0], [error for _, error in found])}" for path, found in lines.items()
+    }
 
 
-def _describe(path: str, section: type[BaseModel], faults: Sequence[Any]) -> str:
-    fault = faults[0]
+def _describe(path: str, section: type[BaseModel], errors: Sequence[Any]) -> str:
+    error = errors[0]
     key = path.rpartition(".")[2]
-    if fault["type"] == "extra_forbidden":
+    if error["type"] == "extra_forbidden":
         known = list(section.model_fields)
         close = difflib.get_close_matches(key.lower(), known, n=1)
         return "unknown key; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
-    if fault["type"] == "missing":
+    if error["type"] == "missing":
         return f"missing; {section.model_fields[key].description or 'required'}"
-    if fault["type"] == "value_error":
-        return str(fault["ctx"]["error"])
-    expected = " or ".join(dict.fromkeys(_expectation(fault) for fault in faults))
-    found = fault["input"]
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    expected = " or ".join(dict.fromkeys(_expectation(error) for error in errors))
+    found = error["input"]
     hint = ""
-    if isinstance(found, str) and fault["type"] == "literal_error":
-        close = difflib.get_close_matches(found, re.findall(r"'([^']*)'", fault["msg"]), n=1)
+    if isinstance(found, str) and error["type"] == "literal_error":
+        close = difflib.get_close_matches(found, re.findall(r"'([^']*)'", error["msg"]), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
     return f"expected {expected}; found {_shown(found)}{hint}"
 
 
-def _expectation(fault: Any) -> str:
-    if fault["type"] in ("too_short", "too_long"):
-        limit = fault["ctx"].get("min_length", fault["ctx"].get("max_length"))
+def _expectation(error: Any) -> str:
+    if error["type"] in ("too_short", "too_long"):
+        limit = error["ctx"].get("min_length", error["ctx"].get("max_length"))
         return f"a list of {limit}"
-    message: str = fault["msg"]
+    message: str = error["msg"]
     return message.removeprefix("Input should be ").removeprefix("a valid ").replace("array", "a list")
 
 
 def _section_of(location: Sequence[Any], schema: type[Section]) -> tuple[type[BaseModel], int]:
-    """The innermost section that a fault's location lies in, and how many keys lead to it."""
+    """The innermost section that a error's location lies in, and how many keys lead to it."""
     section: type[BaseModel] = schema
     for depth, key in enumerate(location):
         annotation = typing.get_type_hints(section).get(str(key))
@@ -355,13 +367,3 @@ def _section_of(location: Sequence[Any], schema: type[Section]) -> tuple[type[Ba
 
 def _shown(value: Any) -> str:
     return json.dumps(value, default=str)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -1,4 +1,4 @@
-"""A labelled data set described for `brixel probe`: which files, what their values mean. Read by `recipe_files.py`."""
+"""A labelled data set described for `brixel probe`: which files, what their values mean. Read by `files.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from brixel_cli.config.base import Rate, Section
+from brixel_cli.config.section import Rate, Section
 
 Task = Literal["segmentation", "depth", "normals", "depth_normals"]
 Split = Literal["train", "evaluate"]
@@ -34,7 +34,7 @@ class LabelsConfig(Section):
     colours: dict[str, Annotated[list[_Colour], Field(min_length=1)]] = {}
     """For each class the colours [red, green, blue] that mean it, where the mask is a picture."""
     others: Literal["error", "ignore"] = "error"
-    """Values or colours that mean no class: a fault of the file, or pixels that count nowhere."""
+    """Values or colours that mean no class: an error of the file, or pixels that count nowhere."""
 
     @model_validator(mode="after")
     def _consistent(self) -> LabelsConfig:
@@ -131,8 +131,9 @@ class DataSetConfig(Section):
 
     root: str
     """Folder of the set; --data takes another."""
-    download: str
-    """What to download, from where, under which licence, and how it has to lie in `root`."""
+    download: str = ""
+    """What to download, from where, under which licence, and how it has to lie in `root`; not needed for a set of
+    one's own."""
     images: str
     """Path of an image, e.g. `images/{split}/{name}.jpg`."""
     list_file: str | None = None

@@ -1,4 +1,4 @@
-"""What `brixel probe` was told, typed; `app.probe` says what each means to the user."""
+"""The options of `brixel probe`, typed; `app.probe` says what each means to the user."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from brixel_cli.config.base import Device, Precision, Side, check_device
+from brixel_cli.config.base import Device, Precision, check_device
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.protocols import Protocol, printed_name
+from brixel_cli.config.section import Side
 from brixel_cli.errors import UsageError
 
 OUTPUT = Path("runs/probe")
@@ -67,7 +68,7 @@ class ProbeOptions:
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """What `brixel probe --apply` was told.
+    """The options of `brixel probe --apply`.
 
     Attributes:
         head: file of a saved head.

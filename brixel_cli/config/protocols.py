@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from brixel_cli.config.base import Rate, Section, Side, Weight
 from brixel_cli.config.labelled import Task
+from brixel_cli.config.section import Rate, Section, Side, Weight
 
 
 class CropConfig(Section):

@@ -214,8 +214,8 @@ def _create_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
     except Exception as error:  # timm, torch and the hub's client each raise their own kinds here
         raise WeightsError(
             f"The weights of {name} could not be had from the hub: {_first_lines(error)}\n"
-            "Check the network, or download them elsewhere and give the file: "
-            "--backbone-weights PATH, or --set backbone.weights=PATH (.safetensors or .pth)."
+            "Check the network, or download them elsewhere and give the file, .safetensors or .pth: "
+            "--backbone-weights PATH, or backbone.weights in a recipe."
         ) from error
 
 

@@ -108,8 +108,8 @@ class DepthMeter:
         valid = (target > 0) & target.isfinite()
         if not valid.any():
             return dict.fromkeys((*list(self.metrics)[:5], "silog"), math.nan)
-        truth = target[valid].double().cpu()
-        guess = prediction[valid].double().cpu()
+        truth = target[valid].cpu().double()
+        guess = prediction[valid].cpu().double()
         if self.align:
             guess = aligned(guess, truth)
         guess = guess.clamp(min=self.least)
@@ -152,7 +152,7 @@ class NormalsMeter:
         valid = (target.square().sum(dim=0) > 0) & target.isfinite().all(dim=0)
         if not valid.any():
             return dict.fromkeys(names, math.nan)
-        angles = angles_deg(prediction[:, valid].double().cpu(), target[:, valid].double().cpu()).numpy()
+        angles = angles_deg(prediction[:, valid].cpu().double(), target[:, valid].cpu().double()).numpy()
         within = np.array([(angles < angle).sum() for angle in ANGLES])
         self.count += len(angles)
         self.total += float(angles.sum())

@@ -58,17 +58,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
     """Raise a WeightsError, beginning with `what`, that names every missing, unknown or misshapen key of `found`."""
-    faults = [f"missing: {key}" for key in expected if key not in found]
-    faults += [f"unknown: {key}" for key in found if key not in expected]
-    faults += [
+    errors = [f"missing: {key}" for key in expected if key not in found]
+    errors += [f"unknown: {key}" for key in found if key not in expected]
+    errors += [
         f"misshapen: {key} is {tuple(found[key].shape)}, expected {tuple(tensor.shape)}"
         for key, tensor in expected.items()
         if key in found and found[key].shape != tensor.shape
     ]
-    if faults:
-        listed = "\n".join(f"  {fault}" for fault in faults[:20])
-        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise WeightsError(f"{what}: {len(faults)} of its keys are wrong.\n{listed}{more}")
+    if errors:
+        listed = "\n".join(f"  {line}" for line in errors[:20])
+        more = f"\n  and {len(errors) - 20} more" if len(errors) > 20 else ""
+        raise WeightsError(f"{what}: {len(errors)} of its keys are wrong.\n{listed}{more}")
 
 
 def load_pth(path: Path) -> dict[str, Tensor]:

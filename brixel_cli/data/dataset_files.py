@@ -69,9 +69,12 @@ def find_entries(recipe: ProbeRecipe, split: Split, root: Path, patterns: Mappin
 
 
 def how_to_get(recipe: ProbeRecipe, root: Path) -> str:
-    """What to download and where to put it."""
-    source = f"{recipe.data.download.strip()}\nPut it into {root}, or name" if recipe.data.download else "Name"
-    return f"{source} the folder where it is with --data DIR (--probe-data DIR of brixel benchmark)."
+    """What to download and where to put it; of a set of the user's own, where it should be."""
+    what = f"{recipe.data.download.strip()}\n" if recipe.data.download else ""
+    return (
+        f"{what}Put it into {root}, or name the folder where it is with --data DIR "
+        "(--probe-data DIR of brixel benchmark)."
+    )
 
 
 def _filled(pattern: str, words: Mapping[str, str]) -> str:

@@ -33,8 +33,8 @@ def check_res(res: int, patch_size: int) -> None:
 
 
 @dataclass(frozen=True)
-class Fitting:
-    """What is done to every image.
+class Resizing:
+    """The resizing of every image; the same for all of them.
 
     Attributes:
         res: input side in pixels: the shorter one for `short`, both for `centre` and `stretch`.

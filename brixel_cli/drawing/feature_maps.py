@@ -34,8 +34,8 @@ class Palette:
     def fit(basis: Basis, references: Sequence[Tensor]) -> Palette:
         """Range from the 1st to the 99th percentile of each component over reference maps (D, H, W)."""
         scores = torch.cat([basis.project(map_[None].float())[0].flatten(1) for map_ in references], dim=1)
-        step = max(scores.shape[1] // 100_000, 1)
-        low, high = torch.quantile(scores[:, ::step], torch.tensor([0.01, 0.99]).to(scores), dim=1)
+        shown = scores[:, :: max(scores.shape[1] // 100_000, 1)].cpu()  # torch's quantiles take float64 on the way
+        low, high = torch.quantile(shown, torch.tensor([0.01, 0.99]), dim=1).to(scores.device)
         return Palette(basis, low, high)
 
     def paint(self, map_: Tensor) -> Image.Image:

@@ -116,6 +116,21 @@ class Runtime:
         distributed.all_gather_object(lists, items)
         return [item for part in lists for item in part]
 
+    def first_only(self, work: Callable[[], object]) -> None:
+        """Have the first process do what the others wait for; where it fails by a BrixelError, all of them end.
+
+        Raises:
+            BrixelError: of the work, in the first process.
+        """
+        error: BrixelError | None = None
+        if self.is_first:
+            try:
+                work()
+            except BrixelError as caught:
+                error = caught
+        if self.gather([error])[0] is not None:
+            raise error or SystemExit(1)  # the first process reports it
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.world_size > 1:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from brixel_cli.config.distill import Recipe
-from brixel_cli.config.files import differences, load_recipe, shipped_recipes
+from brixel_cli.config.files import load_recipe, shipped_recipes
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.protocols import published
+from brixel_cli.config.section import differences
 from brixel_cli.core.shipped import shipped_students
 from brixel_cli.engines.probing.results import ModelDescription, ProbeResults
 

@@ -21,7 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from brixel_cli.config.distill import Recipe
-from brixel_cli.config.files import difference_lines, differences, dump_recipe, load_recipe, missing_keys
+from brixel_cli.config.files import dump_recipe, load_recipe, missing_keys
+from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.shipped import shipped_students

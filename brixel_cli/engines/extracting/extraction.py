@@ -6,7 +6,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,23 +148,17 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     with _quiet_pillow():
         plan = make_plan(options, reporter)
         _announce(plan, reporter)
-        with locked(plan.output) if runtime.is_first else nullcontext():
+        with ExitStack() as stack:
+            runtime.first_only(lambda: stack.enter_context(locked(plan.output)))
             return _extract(plan, runtime, reporter)
 
 
 def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extracted:
     options = plan.options
-    if runtime.is_first:
-        plan.check_disk()
-    else:
-        runtime.wait()  # until the first process has created the file
+    runtime.first_only(plan.check_disk)
     model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
-    if runtime.is_first and (options.overwrite or not plan.store_path.exists()):
-        _create(plan, model, reporter)
+    runtime.first_only(lambda: _open_output(plan, model, reporter))
     store = Store(plan.store_path, writable=True)
-    if runtime.is_first:
-        check_same(plan, model, store, reporter)
-        runtime.wait()
     status = store.status
     runtime.wait()  # every process has read the same status before the first row is filled
     chunks = [chunk for chunk in plan_chunks(plan, store) if any(status[row] == MISSING for row in chunk)]
@@ -204,6 +198,14 @@ def _rows_of_size(plan: ExtractPlan) -> dict[tuple[int, int], list[int]]:
         if size is not None:
             rows.setdefault(size, []).append(row)
     return rows
+
+
+def _open_output(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> None:
+    """Create the output, or make sure that the one that is there may be continued."""
+    if plan.options.overwrite or not plan.store_path.exists():
+        _create(plan, model, reporter)
+    else:
+        check_same(plan, model, Store(plan.store_path), reporter)
 
 
 def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> None:
@@ -285,7 +287,7 @@ def _load(plan: ExtractPlan, row: int) -> Tensor | str:
         image = plan.inputs.load(item)
         if (image.height, image.width) != (item.height, item.width):
             return f"its header says {item.width}x{item.height} pixels, its contents {image.width}x{image.height}"
-        return plan.fitting.apply(image)
+        return plan.resizing.apply(image)
     except BrixelError as error:
         return reason_of(error, item.path)
 

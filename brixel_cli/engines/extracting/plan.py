@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from brixel_cli.config.extract import ExtractOptions
-from brixel_cli.config.files import difference_lines, differences
+from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.identity import files_sha256
 from brixel_cli.data.feature_file import FORMAT, INDEX_NAME, REASON_BYTES, FeatureFile, Layout, text_array
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
-from brixel_cli.data.resizing import Fitting, check_res
+from brixel_cli.data.resizing import Resizing, check_res
 from brixel_cli.data.row_store import FAILED, MISSING, Array, Store
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
 from brixel_cli.engines.reporting import Reporter
@@ -45,7 +45,7 @@ class ExtractPlan:
     Attributes:
         options: as given.
         spec: of the model.
-        fitting: what is done to every image.
+        resizing: what is done to every image.
         inputs: the items, a row each.
         model_sizes: of each row's input; None for rows that cannot be computed.
         reasons: why not; empty for the others.
@@ -56,7 +56,7 @@ class ExtractPlan:
 
     options: ExtractOptions
     spec: ModelSpec
-    fitting: Fitting
+    resizing: Resizing
     inputs: Inputs
     model_sizes: list[tuple[int, int] | None]
     reasons: list[str]
@@ -178,15 +178,15 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
         raise UsageError(f"--output {output} is a file; --format {options.storage} writes a folder.")
     with reporter.bar("reading headers", total=0, unit="image") as bar:
         inputs = find_inputs(options.inputs, options.every, [preview_folder(output)], bar.update)
-    fitting = Fitting(options.res, options.fit, spec.patch_size, spec.enlarge)
+    resizing = Resizing(options.res, options.fit, spec.patch_size, spec.enlarge)
     model_sizes: list[tuple[int, int] | None] = []
     reasons, snaps = [], []
     for item in inputs.items:
         size, reason = None, item.reason
         if not reason:
             try:
-                size = fitting.model_size(item.height, item.width)
-                snaps.append(fitting.snapped(item.height, item.width))
+                size = resizing.model_size(item.height, item.width)
+                snaps.append(resizing.snapped(item.height, item.width))
             except BrixelError as error:
                 reason = str(error)
         if reason and options.strict:
@@ -202,7 +202,7 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
         raise BrixelError(f"None of the {len(reasons)} images found can be used.{listed}\nName others with --input.")
     snapped = [snap for snap in snaps if snap > 1e-6]
     return ExtractPlan(
-        options, spec, fitting, inputs, model_sizes, reasons, len(snapped), max(snapped, default=0.0), output
+        options, spec, resizing, inputs, model_sizes, reasons, len(snapped), max(snapped, default=0.0), output
     )
 
 

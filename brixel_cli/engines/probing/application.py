@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from brixel_cli.config.base import Side
 from brixel_cli.config.probe import ApplyOptions
+from brixel_cli.config.section import Side
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.files import save_picture, write_text
 from brixel_cli.core.formatting import to_json
@@ -24,7 +24,7 @@ from brixel_cli.core.identity import file_sha256, tensors_sha256
 from brixel_cli.data.crops import Crop, CropKind, cut_image, plan_crops
 from brixel_cli.data.feature_file import picture_names
 from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, reason_of
-from brixel_cli.data.resizing import Fitting
+from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import Array
 from brixel_cli.drawing.predictions import (
     class_colours,
@@ -232,7 +232,7 @@ def _loaded(
     """Each image with its crops, or the reason why there is none; read ahead of whoever takes them."""
     rules = said.evaluate
     kind: CropKind = rules.kind if rules.kind in ("stretch", "slide") else "whole"
-    fitting = Fitting(size if isinstance(size, int) else min(size), "short", spec.patch_size)
+    resizing = Resizing(size if isinstance(size, int) else min(size), "short", spec.patch_size)
     side = size if isinstance(size, int) else (size[0], size[1])
     scale = (1.0, 1.0) if isinstance(said.source, FileDescription) else rules.scale
 
@@ -241,7 +241,7 @@ def _loaded(
         if item.reason:
             return item.reason
         try:
-            fitting.student_size(item.height, item.width)
+            resizing.student_size(item.height, item.width)
             image = inputs.load(item)
         except BrixelError as error:
             return reason_of(error, item.path).removesuffix("; --fit centre takes it")  # here nothing does

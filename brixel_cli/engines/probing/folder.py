@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from brixel_cli.config.files import difference_lines, differences
+from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import write_text
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.engines.probing.results import ProbeResults, Run, Settings, SourceDescription, as_dict

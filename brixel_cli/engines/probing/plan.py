@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from brixel_cli.config.base import Side
 from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.config.protocols import CropConfig
+from brixel_cli.config.section import Side
 from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.core.identity import json_digest

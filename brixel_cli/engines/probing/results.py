@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import AliasChoices, BeforeValidator, Field, TypeAdapter, ValidationError
 
-from brixel_cli.config.base import Side
 from brixel_cli.config.labelled import ProbeRecipe, Split, SplitConfig, Task
 from brixel_cli.config.protocols import Protocol
+from brixel_cli.config.section import Side
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.metrics import recovered_gap
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
