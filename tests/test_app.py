@@ -116,7 +116,7 @@ def test_a_failure_exits_with_1(tiny_recipe_file: Path, tmp_path: Path) -> None:
     )
     assert code == 1
     where = Path("nowhere").absolute()
-    assert err == f"error: No folder of photographs at {where}. Name yours with --images DIR.\n"
+    assert err == f"error: No folder of images at {where}. Name yours with --images DIR.\n"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_a_dry_run_without_photographs_or_weights_still_tells_the_cost(tiny_reci
     plan = json.loads(out)
     assert code == 0
     assert plan["notes"] == [
-        f"images: No folder of photographs at {Path('nowhere').absolute()}. Name yours with --images DIR.",
+        f"images: No folder of images at {Path('nowhere').absolute()}. Name yours with --images DIR.",
         f"backbone: no weights at {Path('absent.safetensors').absolute()}",
     ]
     assert plan["num_views"] is None

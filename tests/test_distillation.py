@@ -349,7 +349,7 @@ def test_three_refusals_in_a_row_end_the_run_with_the_file_names(
     assert (tmp_path / "run" / "state.safetensors").exists()
 
 
-# Knobs
+# Options
 
 
 def test_views_that_do_not_fit_the_patch_are_refused_with_the_nearest(

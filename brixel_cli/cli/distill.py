@@ -11,13 +11,12 @@ from brixel_cli.cli.console import Progress, print_files, print_json, print_tabl
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe
 from brixel_cli.core.formatting import human_bytes
+from brixel_cli.core.metric_titles import FIDELITY_TITLES
 from brixel_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from brixel_cli.engines.distilling.distillation import Results
     from brixel_cli.engines.distilling.plan import Plan
-
-TITLES = {"l1": "L1", "cosine": "cosine", "edge": "edge", "spectral": "spectral"}
 
 
 def run_distill(
@@ -75,13 +74,13 @@ def _show_results(results: Results, recipe: Recipe) -> None:
     best = results.best
     (height, width), (big_height, big_width) = recipe.student_hw, recipe.views.teacher_hw
     rows = [
-        ["backbone, bilinear", *(f"{best.backbone[name]:.4f}" for name in TITLES)],
-        ["student", *(f"{best.student[name]:.4f}" for name in TITLES)],
-        ["recovered gap", *(_percent(best.gap_closed[name]) for name in TITLES)],
+        ["backbone, bilinear", *(f"{best.backbone[name]:.4f}" for name in FIDELITY_TITLES)],
+        ["student", *(f"{best.student[name]:.4f}" for name in FIDELITY_TITLES)],
+        ["recovered gap", *(_percent(best.gap_closed[name]) for name in FIDELITY_TITLES)],
     ]
     print_table(
         f"{best.num_images} held-out images, {height}x{width} px against the teacher at {big_height}x{big_width} px",
-        ["", *TITLES.values()],
+        ["", *FIDELITY_TITLES.values()],
         rows,
         [f"Best student: step {best.step} of {results.steps}. The teacher: L1, edge, spectral 0; cosine 1."],
     )

@@ -23,7 +23,7 @@ from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 @dataclass(frozen=True)
 class Photos:
-    """Photographs for the fidelity, the same at every size."""
+    """Images for the fidelity, the same at every size."""
 
     folder: str
     photographs: list[Photograph]
