@@ -134,7 +134,7 @@ def test_gradients_reach_only_the_adapter(tiny_recipe_file: Path, kind: str, lis
     trainer = Trainer(
         recipe, make_adapter(recipe, backbone, listener), Runtime(recipe.run.device, recipe.run.precision)
     )
-    views, _ = make_views(recipe, find_images(recipe), backbone)
+    views, _ = make_views(recipe, find_images(recipe))
     batches = OnlineBatches(views, backbone, trainer.runtime, workers=0)
     for _ in range(4):  # the first updates wake layers that start at zero, from the last one backwards
         trainer.update(batches.iterate(batch_keys(views, range(1), 4)), lr=1e-3)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from brixel_cli.cli.console import Progress, print_files, print_json, print_table, say
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe
-from brixel_cli.core.formatting import human_bytes
+from brixel_cli.core.formatting import human_bytes, human_seconds
 from brixel_cli.core.metric_titles import FIDELITY_TITLES
 from brixel_cli.errors import UsageError
 
@@ -105,6 +105,8 @@ def _show_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     ]
     if recipe.cache.enabled:
         rows.append(["caching one view", _duration(plan.cached_view_seconds or None)])
+    readers = f"{plan.num_workers} worker processes" if plan.num_workers else "no worker process"
+    rows.append([f"reading one view, {readers}", human_seconds(plan.reading_seconds)])
     rows += [
         ["views in an epoch", "unknown" if plan.num_views is None else f"{plan.num_views:,}"],
         ["steps", "unknown" if plan.num_steps is None else f"{plan.num_steps:,}"],
@@ -114,6 +116,10 @@ def _show_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     if recipe.cache.enabled:
         rows.append(["disk for each cached view", human_bytes(plan.cache_bytes_per_view)])
     notes = [f"Times: {plan.how_timed}."]
+    if plan.limit:
+        work = "Filling the cache" if recipe.cache.enabled else "Training"
+        slower = "reading images; more --set run.workers=N may help" if plan.limit == "reading" else "the networks"
+        notes.append(f"{work} is limited by {slower}.")
     if plan.uncounted:
         notes.append(f"Not in the FLOP: {', '.join(plan.uncounted)}.")
     notes += [f"Note: {note}" for note in plan.notes]
