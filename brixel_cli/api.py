@@ -19,13 +19,13 @@ from torch import Tensor
 
 from brixel_cli.config.base import Precision
 from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage
-from brixel_cli.core import student as students
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.images import load_image, upright_rgb
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import batches_of_one_size
 from brixel_cli.data.views import normalise_pixels
+from brixel_cli.engines.models import model_spec
 from brixel_cli.engines.reporting import Reporter, Silent
 from brixel_cli.engines.runtime import find_device
 from brixel_cli.errors import SizeError, UsageError
@@ -145,9 +145,10 @@ def load_student(
         UsageError: the backbone or the device is not known.
     """
     where = find_device(device, "device")
-    loaded = students.load_student(
-        checkpoint, backbone=backbone, backbone_weights=backbone_weights, device=str(where), dtype=dtype
-    )
+    weights = None if backbone_weights is None else str(backbone_weights)
+    spec = model_spec("student", checkpoint=str(checkpoint), backbone=backbone, weights=weights, dtype=dtype)
+    loaded = spec.load(str(where))
+    assert isinstance(loaded, Student)
     student = ImageStudent(loaded.backbone, loaded.adapter)
     student.released = loaded.released
     return student.eval()

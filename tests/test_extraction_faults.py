@@ -21,10 +21,11 @@ from test_inputs import odd_files
 from typer.testing import CliRunner
 
 import brixel_cli
+from brixel_cli import load_student
 from brixel_cli.app import app
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.files import locked
-from brixel_cli.core.student import load_student, read_adapter, save_student
+from brixel_cli.core.student import read_adapter, save_student
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.errors import BrixelError, UsageError, WeightsError

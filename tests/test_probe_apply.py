@@ -234,7 +234,8 @@ def test_predictions_of_two_heads_are_not_mixed(root: Path, probed: Path, tmp_pa
 
 
 def test_other_weights_are_refused(root: Path, probed: Path, tmp_path: Path, model, listener: Listener) -> None:
-    from brixel_cli.core.student import load_student, read_adapter, save_student
+    from brixel_cli import load_student
+    from brixel_cli.core.student import read_adapter, save_student
 
     images = [str(root / "images/val")]
     other = Path(shutil.copytree(model[0], tmp_path / "other"))

@@ -12,7 +12,7 @@ from conftest import Listener, make_photograph
 from PIL import Image
 from probe_sets import HEIGHT, NAMES, WIDTH, make_options, make_set, noise, stored_levels, write_features
 
-from brixel_cli.core.student import load_student
+from brixel_cli import load_student
 from brixel_cli.data.crops import cut_image, cut_map, cut_target
 from brixel_cli.data.row_store import Store
 from brixel_cli.data.views import normalise

@@ -127,7 +127,7 @@ def test_cost_and_fidelity_are_those_of_the_benchmark(tmp_path: Path) -> None:
     assert line(text, "student", "29.0 ms")[-1] == "14.5x"  # 0.42 s over 0.029 s
     # Over the backbone's 2.9 GFLOP, 9 MiB and 21 ms: 4.4 / 2.9, 22 / 9, 29 / 21.
     assert line(text, "student", "1.52x") == ["student", "1.52x", "2.44x", "1.38x"]
-    assert "vits: Fidelity to the teacher at 112x112 px: 4 photographs**" in text
+    assert "vits: Fidelity to the teacher at 112x112 px: 4 images**" in text
     assert line(text, "student", "0.1200")[2] == "0.8800"
     assert line(text, "student", "20.0%") == ["student", "20.0%", "40.0%", "30.0%", "-"]  # (0.88 - 0.8) / (1 - 0.8)
 

@@ -17,12 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from brixel_cli import load_student
 from brixel_cli.app import app
 from brixel_cli.config.files import load_recipe
 from brixel_cli.core import shipped
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.shipped import DEFAULT_STUDENT, STUDENTS, shipped_student, shipped_students
-from brixel_cli.core.student import load_student, read_adapter, save_student
+from brixel_cli.core.student import read_adapter, save_student
 from brixel_cli.engines.distilling.run_folder import resolve_paths
 from brixel_cli.engines.models import default_student
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
@@ -175,7 +176,7 @@ def test_without_a_hub_the_command_says_what_to_do(
     assert done.exit_code == 1
     text = " ".join(done.stderr.split())
     assert "could not be had from the hub: OSError: no route to host" in text
-    assert "give the file: --backbone-weights PATH" in text
+    assert "give the file, .safetensors or .pth: --backbone-weights PATH" in text
 
 
 def test_weights_that_were_converted_or_rounded_will_do(model: tuple[str, str], tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from conftest import FIXTURES, Listener
 from safetensors.torch import save_file
 
 import brixel_cli
+from brixel_cli import load_student
 from brixel_cli.config.distill import AdapterConfig, FusionConfig
 from brixel_cli.core.backbone import Backbone, load_backbone
-from brixel_cli.core.student import StudentCard, build_adapter, load_student, read_adapter, save_student
+from brixel_cli.core.student import StudentCard, build_adapter, read_adapter, save_student
 from brixel_cli.errors import SizeError, UsageError, WeightsError
 
 SMALL = AdapterConfig(fusion=FusionConfig(width=16, fine_width=16, blocks=[1, 1, 1]))
@@ -49,7 +50,7 @@ def test_a_released_checkpoint_in_two_lines(backbone_file: Path) -> None:
     student = brixel_cli.load_student(released, backbone="test_vit", backbone_weights=backbone_file, device="cpu")
     assert student(torch.randn(1, 3, 32, 64)).shape == (1, 64, 8, 16)
     assert "skipped that never reach the output" in student.released.summary
-    with pytest.raises(UsageError, match=r"does not say which backbone it belongs to \(D = 64\): give backbone=\."):
+    with pytest.raises(UsageError, match=r"does not say which backbone it belongs to \(D = 64\): give --backbone NAME"):
         load_student(released)
 
 

@@ -124,7 +124,7 @@ def _headline(results: Results) -> tuple[str, list[tuple[str, str]]]:
         gap = student.fidelity.recovered_gap.get("cosine")
         mine, plain = f"{student.fidelity.cosine:.3f}", f"{bilinear.fidelity.cosine:.3f}"
         text += (
-            f" On {len(student.fidelity.images)} photographs its map has a mean cosine of {mine} to the teacher's; "
+            f" On {len(student.fidelity.images)} images its map has a mean cosine of {mine} to the teacher's; "
             f"the backbone's own map, enlarged bilinearly, has {plain}."
         )
         highlights.append((mine, f"mean cosine to the teacher; bilinear {plain}"))
@@ -222,7 +222,7 @@ def _fidelity(results: Results) -> Iterator[Block]:
 
 
 def _fidelity_charts(results: Results, model: Model, number: int) -> Iterator[Chart]:
-    """Recovered gaps at the main size, each metric against the input size, and cosines of the single photographs."""
+    """Recovered gaps at the main size, each metric against the input size, and cosines of the single images."""
     size = results.main_size(model)
     where = f"{model.name}, {human_size(size)} px"
     compared = results.compared(model, size)
@@ -250,7 +250,7 @@ def _fidelity_charts(results: Results, model: Model, number: int) -> Iterator[Ch
         for (row, fidelity), colour in zip(compared, colours, strict=True)
     ]
     if lines and len(lines[0].points) > 1:
-        title, x_title = f"Cosine of each photograph: {where}", "photographs, in the order of their cosine"
+        title, x_title = f"Cosine of each image: {where}", "images, in the order of their cosine"
         yield Chart(f"photographs_{number}", line_chart(title, lines, x_title, BEST["cosine"]), "")
 
 
@@ -264,7 +264,7 @@ def _pictures(results: Results, folder: Path) -> Iterator[Block]:
         ranks = {2: "the second worst", last // 2 + 1: "the median", last: "the best", 1: "the worst"}
         rank = ranks.get(picture.rank, f"number {picture.rank} from the worst")
         where = f"{picture.model} at {human_size(picture.size)} px"
-        yield Photo(f"maps_{number}", path, f"{picture.image}: {rank} of {last} photographs in cosine, {where}.")
+        yield Photo(f"maps_{number}", path, f"{picture.image}: {rank} of {last} images in cosine, {where}.")
 
 
 def _ablation(ablations: Ablations, group: str) -> Iterator[Block]:
@@ -290,7 +290,7 @@ def _ablation_charts(group: str, variants: Sequence[VariantResult]) -> Iterator[
         lines.append(Line(item.name, colour, tuple(points)))
     if any(len(line.points) > 1 for line in lines):
         chart = line_chart(f"Cosine in the course of training: {group}", lines, "updates", BEST["cosine"])
-        yield Chart(f"ablation_steps_{group}", chart, "On the held-out photographs.")
+        yield Chart(f"ablation_steps_{group}", chart, "On the held-out images.")
     if len({item.latency for item in variants}) > 1:
         lines = [
             Line(item.name, colour, ((item.latency.median * 1e3, item.fidelity["cosine"] or 0.0),))
@@ -335,7 +335,7 @@ def _methods(results: Results | None, ablations: Ablations | None) -> Iterator[s
     if (results and any(row.fidelity for row in results.rows)) or ablations:
         yield (
             "Fidelity: maps are compared with the teacher's, the same frozen backbone on the large image, over whole "
-            "photographs that the student was not trained on unless others were named. L1: mean absolute difference, "
+            "images that the student was not trained on unless others were named. L1: mean absolute difference, "
             "in feature units. Cosine: mean cosine similarity over locations. Edge: squared error of Sobel gradients "
             "in the teacher's first 8 principal components, over the teacher's own gradient energy. Spectral: mean "
             "squared log ratio of high-frequency amplitudes. Recovered gap: (row - bilinear) / (teacher - bilinear)."
@@ -343,7 +343,7 @@ def _methods(results: Results | None, ablations: Ablations | None) -> Iterator[s
     if ablations:
         equal = "as many updates" if ablations.equal == "steps" else "updates for the same time"
         yield (
-            f"Ablations: all variants have {equal}, the same photographs ({ablations.photographs}), the same views in "
+            f"Ablations: all variants have {equal}, the same images ({ablations.photographs}), the same views in "
             "the same order where the seed is the same, and are measured at the end of the training, not at their "
             "best. Update: median time of one on a batch in memory, the variants interleaved. Training memory: "
             "counted; batch, weights, gradients, moments, average and the largest working set of a pass, without the "

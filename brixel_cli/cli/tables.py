@@ -54,7 +54,7 @@ def fidelity_tables(results: Results, model: Model, size: tuple[int, int]) -> li
     if not compared:
         return []
     num_images = len(compared[0][1].images)
-    title = f"Fidelity to the teacher at {human_size(size)} px: {num_images} photographs of {model.images}"
+    title = f"Fidelity to the teacher at {human_size(size)} px: {num_images} images of {model.images}"
     others = [(row, fidelity) for row, fidelity in compared if row.kind != "bilinear"]
     gaps = [[row.label, *_percents(fidelity.recovered_gap, FIDELITY)] for row, fidelity in others]
     return [
@@ -119,7 +119,7 @@ def ablation_tables(ablations: Ablations, group: str) -> list[Table]:
     variants = ablations.groups()[group]
     first = next((item for item in variants if item.bilinear), None)
     equal = f"{ablations.budget:,.0f} updates" if ablations.equal == "steps" else human_seconds(ablations.budget)
-    images = f"{first.num_images} held-out photographs" if first else "nothing trained yet"
+    images = f"{first.num_images} held-out images" if first else "nothing trained yet"
     bilinear = [["bilinear", *_figures(first.bilinear)]] if first else []
     faithful = bilinear + [_ablation_fidelity(item) for item in variants]
     last, higher, notes = _last_column(variants)

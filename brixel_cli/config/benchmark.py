@@ -17,7 +17,7 @@ PROBE_SEEDS = 3
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What `brixel benchmark` was told; checked at construction.
+    """The options of `brixel benchmark`; checked at construction.
 
     Attributes:
         highres: whether the teacher is a row.
@@ -25,7 +25,7 @@ class BenchmarkOptions:
         sizes: student inputs in pixels, as `parse_sizes` reads them; None: those of the training.
         checkpoint: a student, as `load_student` takes it; the only model.
         backbone_weights: `pretrained` or a file, for all models.
-        images: folder of photographs for the fidelity; None: the held-out ones of the run.
+        images: folder of images for the fidelity; None: the held-out ones of the run.
         max_images: of them, at most.
         batch_size: images at once, in timing and memory.
         seconds: of timing for each model and size.
@@ -94,7 +94,7 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True)
 class AblationOptions:
-    """What `brixel benchmark --ablate` was told; checked at construction.
+    """The options of `brixel benchmark --ablate`; checked at construction.
 
     Attributes:
         groups: names of built-in groups, or YAML files of variants, by commas.

@@ -101,7 +101,7 @@ class ViewConfig(Section):
     """Mirror random crops left to right half of the time."""
     jitter: Annotated[list[Fraction], Field(min_length=4, max_length=4)] = [0.6, 0.6, 0.6, 0.4]
     """How far brightness, contrast, saturation (of 1) and hue (of the colour circle; 0.5 at most) of random crops
-    change. The teacher sees the changed picture too."""
+    change. The teacher sees the changed image too."""
     grayscale: Fraction = 0.1
     """Share of the random crops that lose their colour."""
     perspective: Fraction = 0.4

@@ -1,4 +1,4 @@
-"""What `brixel probe` was told, typed; `app.probe` says what each means to the user."""
+"""The options of `brixel probe`, typed; `app.probe` says what each means to the user."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ProbeOptions:
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """What `brixel probe --apply` was told.
+    """The options of `brixel probe --apply`.
 
     Attributes:
         head: file of a saved head.

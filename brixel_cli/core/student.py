@@ -21,7 +21,7 @@ from brixel_cli.core.deformable import DeformableAdapter
 from brixel_cli.core.fusion import FusionAdapter
 from brixel_cli.core.shipped import shipped_student, shipped_students
 from brixel_cli.core.weights import ReleasedStudent, check_keys, import_released, load_pth, load_tensors, save_tensors
-from brixel_cli.errors import UsageError, WeightsError
+from brixel_cli.errors import WeightsError
 
 ADAPTERS: dict[str, type[Adapter]] = {"fusion": FusionAdapter, "deformable": DeformableAdapter}
 FORMAT = "brixel-student-1"
@@ -145,7 +145,7 @@ class StoredAdapter:
         return adapter
 
     def load(self, backbone: str, weights: str, dtype: str = "float32", device: str = "cpu") -> Student:
-        """The student that this adapter makes with a backbone, ready for inference; `load_student` says more.
+        """The student that this adapter makes with a backbone, ready for inference; `api.load_student` says more.
 
         Raises:
             WeightsError: the backbone's weights cannot be had, or the two do not belong together.
@@ -244,38 +244,3 @@ def _download(reference: str) -> Path:
     except Exception as error:  # the hub's client raises many kinds: network, rights, absence
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(f"{FILE_NAME} of {reference} could not be had from the hub: {reason}") from error
-
-
-def load_student(
-    checkpoint: str | Path,
-    *,
-    backbone: str | None = None,
-    backbone_weights: str | Path | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-) -> Student:
-    """Load a student, ready for inference.
-
-    Args:
-        checkpoint: a run folder, a .safetensors of brixel, the name of a shipped student, a released .pth, or
-            `hf-hub:user/name[@revision]`.
-        backbone: timm model name; needed only where the file does not know it.
-        backbone_weights: `pretrained` or the path of the backbone's weights; default: as in training.
-        device: where the student goes.
-        dtype: `float32` or `bfloat16`, the format of the weights held; the maps are float32 in either.
-
-    Returns:
-        The student in eval mode, all parameters frozen.
-
-    Raises:
-        WeightsError: the files cannot be had or read, or do not belong together.
-        UsageError: the backbone is not known, neither from the file nor from the arguments.
-    """
-    stored = read_adapter(str(checkpoint))
-    card = stored.card
-    name = backbone or card.backbone
-    if not name:
-        raise UsageError(
-            f"{stored.path} does not say which backbone it belongs to (D = {card.embed_dim}): give backbone=."
-        )
-    return stored.load(name, str(backbone_weights or card.backbone_weights), dtype, device)

@@ -117,7 +117,7 @@ def line_chart(
         joined: whether points are joined by lines; else they are only marked, and labelled in place.
     """
     scales = [name for name, is_log in (("x", log_x), ("y", log_y)) if is_log]
-    columns = max(48 // (max(len(line.label) for line in lines) + 4), 1)
+    columns = max(42 // (max(len(line.label) for line in lines) + 4), 1)
 
     def draw(axes: Axes) -> None:
         for line in lines:

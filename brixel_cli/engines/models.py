@@ -137,7 +137,7 @@ def model_spec(
         where = stored.path if stored else f"A {source} without a checkpoint"
         raise UsageError(
             f"{where} does not say which backbone it belongs to{f' (D = {card.embed_dim})' if card else ''}: "
-            "give --backbone NAME, such as vit_small_patch14_dinov2.lvd142m."
+            "give --backbone NAME (in Python backbone=), such as vit_small_patch14_dinov2.lvd142m."
         )
     if stored:
         stored.check_name(name)
@@ -213,7 +213,6 @@ class FeatureExtractor:
         runtime: device and precision.
         reporter: is warned where memory runs out.
         batch_size: images at once at most; None: as many as come.
-        size_option: what sets the size of the input, in errors.
 
     Attributes:
         student: None for plain backbone and teacher.
@@ -229,9 +228,8 @@ class FeatureExtractor:
         runtime: Runtime,
         reporter: Reporter,
         batch_size: int | None = None,
-        size_option: str = "--res",
     ):
-        self.spec, self.runtime, self.reporter, self.size_option = spec, runtime, reporter, size_option
+        self.spec, self.runtime, self.reporter = spec, runtime, reporter
         model = spec.load(str(runtime.device))
         self.student = model if isinstance(model, Student) else None
         self.backbone: Backbone = model.backbone if isinstance(model, Student) else model
@@ -287,7 +285,7 @@ class FeatureExtractor:
                     height, width = pixels.shape[-2:]
                     raise BrixelError(
                         f"Out of memory on {self.runtime.device} with a single image of {height}x{width} pixels. "
-                        f"Lower {self.size_option}, or take --precision bfloat16 or another --device; "
+                        "Lower --res, or take --precision bfloat16 or another --device; "
                         "what was computed stays."
                     ) from error
                 self.most_at_once = size // 2

@@ -1,6 +1,6 @@
-"""Ablations: short distillations of one recipe's variants on the same photographs, and what each costs.
+"""Ablations: short distillations of one recipe's variants on the same images, and what each costs.
 
-A variant's run is named by a digest of its recipe and photographs: one that is finished is never trained again, one
+A variant's run is named by a digest of its recipe and images: one that is finished is never trained again, one
 that was interrupted goes on, and two groups that have a variant in common share its run.
 """
 
@@ -65,11 +65,11 @@ def ablate(options: AblationOptions, reporter: Reporter, probe: ProbeOptions | N
 
     Returns:
         What is also in the files, which are written anew after each variant: these groups, and before them others
-        that an earlier call with the same recipe, budget and photographs has left there.
+        that an earlier call with the same recipe, budget and images has left there.
 
     Raises:
-        BrixelError: something the user can mend. A variant whose training or probe fails does not end the others: its
-            row says why.
+        BrixelError: an error that the user can fix. A variant whose training or probe fails does not end the others:
+            its row says why.
     """
     folder = options.output
     probes = VariantProbes(probe, folder / RUNS, reporter) if probe else None

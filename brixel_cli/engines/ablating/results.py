@@ -45,9 +45,9 @@ class VariantResult:
         update_seconds: of one update on a batch in memory; median over interleaved rounds.
         training_bytes: counted: batch, weights, gradients, moments, average, and the largest working set of a pass.
         curve: fidelity at each validation; the last is the one of the table. Empty until the variant is trained.
-        bilinear: fidelity of the bilinearly enlarged backbone map on the same photographs.
+        bilinear: fidelity of the bilinearly enlarged backbone map on the same images.
         recovered_gap: (student - bilinear) / (teacher - bilinear), by metric.
-        num_images: held-out photographs.
+        num_images: held-out images.
         probe: of the student, beside that of the plain backbone; None where none was asked for, or it failed.
         failed: why the training, or the probe, did not reach its end; empty where it did.
     """

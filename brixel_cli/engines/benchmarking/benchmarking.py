@@ -29,7 +29,7 @@ from brixel_cli.engines.benchmarking.cost import (
 from brixel_cli.engines.benchmarking.environment import describe_environment
 from brixel_cli.engines.benchmarking.fidelity import draw_examples, measure_fidelity
 from brixel_cli.engines.benchmarking.latency import interleaved
-from brixel_cli.engines.benchmarking.methods import Method, load_baseline, make_methods
+from brixel_cli.engines.benchmarking.methods import Method, in_precision, load_baseline, make_methods
 from brixel_cli.engines.benchmarking.models import Candidate, Photos, find_candidates, find_photos, load_or_randomise
 from brixel_cli.engines.benchmarking.probes import probes_of
 from brixel_cli.engines.benchmarking.results import (
@@ -45,7 +45,14 @@ from brixel_cli.engines.benchmarking.results import (
     read_results,
 )
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime, call_seconds, free_memory, is_out_of_memory, release_cached
+from brixel_cli.engines.runtime import (
+    Runtime,
+    call_seconds,
+    free_memory,
+    is_out_of_memory,
+    memory_errors,
+    release_cached,
+)
 from brixel_cli.errors import BrixelError, UsageError
 
 MEMORY_MARGIN = 1.2
@@ -53,7 +60,7 @@ MEMORY_MARGIN = 1.2
 HOPELESS = 10
 """A row is not even tried where its FLOP let expect a call of so many times --seconds."""
 TOO_LARGE, TOO_LARGE_TO_LOAD, OUT_OF_MEMORY = "not run: needs", "not run: its weights need", "not run: out of memory"
-LESS_MEMORY = "give a smaller --res or --batch-size, or --precision bfloat16"
+ADVICE = "Give a smaller --res or --batch-size, or --precision bfloat16"
 
 
 def benchmark(options: BenchmarkOptions, reporter: Reporter) -> tuple[Results, list[Path]]:
@@ -122,7 +129,7 @@ class _Benchmark:
         )
         self.environment = describe_environment(self.runtime)
         self.earlier = self._read_earlier()
-        self.candidates = find_candidates(options, self.runtime.precision, reporter)
+        self.candidates = find_candidates(options, reporter)
         self.models: list[Model] = []
         self.rows: list[Row] = []
         self.pictures: list[Picture] = []
@@ -200,7 +207,8 @@ class _Benchmark:
                 why = f"{TOO_LARGE_TO_LOAD} {human_bytes(rows[0].weights_bytes)}"
                 self.rows += [replace(row, note=why) for row in rows]
             else:
-                self.rows += self._measure_size(candidate, student, size, rows, photos)
+                with memory_errors(f"in measuring {candidate.name} at {size[0]}x{size[1]} px", f"{ADVICE}."):
+                    self.rows += self._measure_size(candidate, student, size, rows, photos)
             self.save()
 
     def _take_over(self, model: Model, size: Size, num_rows: int) -> bool:
@@ -224,7 +232,8 @@ class _Benchmark:
         batch_size = self.options.batch_size
         if self.options.compiled:
             torch.compiler.reset()  # beyond a few compilations of one function torch runs it uncompiled
-        methods = make_methods(student, size, self.options.highres, self.baselines)
+        made = make_methods(student, size, self.options.highres, self.baselines)
+        methods = [in_precision(method, self.runtime) for method in made]
         rows = {row.label: row for row in counted}
         for method in methods:
             if method.kind == "baseline":
@@ -238,10 +247,9 @@ class _Benchmark:
             if seconds is not None:
                 run.append(method)
                 speed = speed or seconds / (row.gflop or 1)
-        calls = {}
-        for method in run:
-            call = torch.compile(method.call, dynamic=False) if self.options.compiled else method.call
-            calls[method.label] = partial(call, images[method.label])
+        labels = [method.label for method in run]
+        timed = [in_precision(method, self.runtime, self.options.compiled) for method in made if method.label in labels]
+        calls = {method.label: partial(method.call, images[method.label]) for method in timed}
         for label, latency in interleaved(calls, self.device, self.options.seconds, self.options.compiled).items():
             rows[label] = replace(rows[label], latency=latency)
         for method in run:
@@ -261,7 +269,7 @@ class _Benchmark:
         The fastest of several calls counts, if one is fast: the first one is slower than those that follow.
         """
         if not self._fits(row, loaded=True):
-            return None, f"{TOO_LARGE} {human_bytes((row.total_bytes or 0) * MEMORY_MARGIN)} of memory: {LESS_MEMORY}"
+            return None, f"{TOO_LARGE} {human_bytes((row.total_bytes or 0) * MEMORY_MARGIN)} of memory. {ADVICE}"
         limit, seconds = self.options.seconds, seconds_per_gflop * (row.gflop or 0)
         how = "by its FLOP"
         if seconds <= HOPELESS * limit:
@@ -274,13 +282,13 @@ class _Benchmark:
                 if not is_out_of_memory(error):
                     raise
                 release_cached(self.device)
-                return None, f"{OUT_OF_MEMORY}: {LESS_MEMORY}"
+                return None, f"{OUT_OF_MEMORY}. {ADVICE}"
         if seconds > limit:
             return None, f"not run: about {seconds:.0f} s a call, {how}; --seconds {seconds * 1.2:.0f} runs it"
         return seconds, ""
 
     def _why_no_teacher(self, candidate: Candidate, student: Student, size: Size, seconds_per_gflop: float) -> str:
-        """Why the fidelity, for which the teacher sees photographs one by one, is not measured; or nothing."""
+        """Why the fidelity, for which the teacher sees images one by one, is not measured; or nothing."""
         row = count_rows(candidate, size, highres=True, batch_size=1)[-1]
         images = torch.randn(1, 3, *row.input_size, device=self.device)
         speed = seconds_per_gflop / self.options.batch_size
@@ -292,8 +300,7 @@ class _Benchmark:
         if self.device.type == "cuda":
             peak = peak_on_gpu(call, self.device)
         else:
-            batch_size, baselines = self.options.batch_size, self.options.baselines
-            found = peak_in_fresh_process(candidate, row.size, row.label, batch_size, baselines)
+            found = peak_in_fresh_process(candidate, row.size, row.label, self.options)
             if found is None:
                 self.reporter.warn(
                     f"{row.model}, {row.label}: the process that measures its memory was killed: counted"
@@ -311,7 +318,7 @@ class _Benchmark:
         rows: dict[str, Row],
         photos: Photos,
     ) -> None:
-        """Add the fidelity of the rows whose maps are compared with the teacher's; draw some photographs."""
+        """Add the fidelity of the rows whose maps are compared with the teacher's; draw some images."""
         views = photos.views(student.backbone, candidate.spec.factor, size)
         title = f"fidelity, {size[0]}x{size[1]} px"
         found = measure_fidelity(compared, views, student.backbone, self.reporter, title)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
+from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.cost import Cost, count_cost, count_parameters, fake_tensors, hollow
-from brixel_cli.engines.benchmarking.methods import Method, load_baseline, make_methods
+from brixel_cli.engines.benchmarking.methods import Method, in_precision, load_baseline, make_methods
 from brixel_cli.engines.benchmarking.models import Candidate
 from brixel_cli.engines.benchmarking.results import BudgetRow, Row, Size
-from brixel_cli.engines.runtime import map_every_tensor, return_free_memory
+from brixel_cli.engines.runtime import Runtime, map_every_tensor, return_free_memory
 from brixel_cli.errors import BrixelError
 
 LARGEST_SIDE = 4096
@@ -113,9 +114,7 @@ def can_measure(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and _CLEAR.exists())
 
 
-def peak_in_fresh_process(
-    candidate: Candidate, size: Size, label: str, batch_size: int, baselines: tuple[str, ...] = ()
-) -> PeakMemory | None:
+def peak_in_fresh_process(candidate: Candidate, size: Size, label: str, options: BenchmarkOptions) -> PeakMemory | None:
     """Peak resident memory of one row on the CPU, in a process that does nothing else.
 
     The process loads the model with random weights (their values make no difference to memory) and makes a first
@@ -127,7 +126,7 @@ def peak_in_fresh_process(
         The figures; None where the process was killed, as for want of memory.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        work = (candidate.randomised(), size, label, batch_size, baselines, torch.get_num_threads())
+        work = (candidate.randomised(), size, label, options, torch.get_num_threads())
         try:
             return pool.submit(_measure, *work).result()
         except BrokenProcessPool:
@@ -135,15 +134,16 @@ def peak_in_fresh_process(
 
 
 @torch.inference_mode()
-def _measure(
-    candidate: Candidate, size: Size, label: str, batch_size: int, baselines: tuple[str, ...], threads: int
-) -> PeakMemory:
+def _measure(candidate: Candidate, size: Size, label: str, options: BenchmarkOptions, threads: int) -> PeakMemory:
     torch.set_num_threads(threads)
     map_every_tensor()
     student = candidate.load("cpu")
-    methods = make_methods(student, size, True, [load_baseline(reference) for reference in baselines])
-    method = next(method for method in methods if method.label == label)
-    images = method.input(batch_size)
+    baselines = [load_baseline(reference) for reference in options.baselines]
+    methods = make_methods(student, size, True, baselines)
+    method = in_precision(
+        next(method for method in methods if method.label == label), Runtime("cpu", options.precision)
+    )
+    images = method.input(options.batch_size)
     return_free_memory()
     loaded = _resident("VmRSS")
     method.call(images)

@@ -1,4 +1,4 @@
-"""How faithful the rows of one model and size are to its teacher, photograph by photograph; some are drawn."""
+"""How faithful the rows of one model and size are to its teacher, image by image; some are drawn."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Measured:
     cosines: list[Tensor] = field(default_factory=list)
 
     def add(self, name: str, prediction: Tensor, target: Tensor, basis: Basis) -> None:
-        """Take in one photograph's map (D, H, W); basis: `fidelity_basis` of its target."""
+        """Take in one image's map (D, H, W); basis: `fidelity_basis` of its target."""
         values = fidelity(prediction, target, basis)
         cosine = F.cosine_similarity(prediction.float(), target.float(), dim=0).flatten().cpu()
         low = torch.quantile(cosine, COSINE_PERCENTILE).item()
@@ -43,7 +43,7 @@ class _Measured:
         self.cosines.append(cosine)
 
     def result(self, baseline: dict[str, float]) -> Fidelity:
-        """Over all photographs, beside the bilinear map's means."""
+        """Over all images, beside the bilinear map's means."""
         means = self.means()
         cosines = torch.cat(self.cosines)
         cosines = cosines[:: len(cosines) // MOST_LOCATIONS + 1]
@@ -60,7 +60,7 @@ class _Measured:
         )
 
     def means(self) -> dict[str, float]:
-        """Over photographs, by metric."""
+        """Over images, by metric."""
         return {name: sum(getattr(image, name) for image in self.images) / len(self.images) for name in FIDELITY}
 
 
@@ -68,11 +68,11 @@ class _Measured:
 def measure_fidelity(
     methods: Sequence[Method], views: Views, backbone: Backbone, reporter: Reporter, title: str
 ) -> dict[str, Fidelity]:
-    """Compare every row whose map has the teacher's grid with the teacher's map of the same photographs.
+    """Compare every row whose map has the teacher's grid with the teacher's map of the same images.
 
     Args:
         methods: rows of one model and size; among them `bilinear`.
-        views: teacher views, one for each photograph; damaged photographs are left out, with a warning.
+        views: teacher views, one for each image; damaged images are left out, with a warning.
         backbone: the teacher.
         reporter: hears of progress.
         title: of the progress bar.
@@ -81,7 +81,7 @@ def measure_fidelity(
         By label.
 
     Raises:
-        BrixelError: none of the photographs can be read.
+        BrixelError: none of the images can be read.
     """
     bilinear = next(row for row in methods if row.kind == "bilinear")
     compared = [row for row in methods if row.kind != "teacher" and row.grid == bilinear.grid]
@@ -98,7 +98,7 @@ def measure_fidelity(
             for row in compared:
                 measured[row.label].add(view.name, row.call(images)[0], target, basis)
     if not measured["bilinear"].images:
-        raise BrixelError(f"None of the {len(views)} photographs for the fidelity can be read.")
+        raise BrixelError(f"None of the {len(views)} images for the fidelity can be read.")
     baseline = measured["bilinear"].means()
     return {label: row.result(baseline) for label, row in measured.items()}
 
@@ -113,13 +113,13 @@ def draw_examples(
     model: str,
     size: Size,
 ) -> list[Picture]:
-    """Draw the two worst photographs, the median and the best: input, every row's map, the teacher's; one file each.
+    """Draw the two worst images, the median and the best: input, every row's map, the teacher's; one file each.
 
     Args:
         methods: rows of one model and size.
-        views: teacher views, one for each photograph.
+        views: teacher views, one for each image.
         backbone: the teacher.
-        ranked: photographs, worst first.
+        ranked: images, worst first.
         folder: of results.json; the pictures go into its folder `pictures`.
         model: of the rows, for the file names.
         size: of the rows, for the file names.

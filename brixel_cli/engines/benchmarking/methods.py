@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,7 @@ from brixel_cli.core.cost import count_parameters
 from brixel_cli.core.identity import file_sha256
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.results import Kind, Size
+from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
 
 
@@ -148,15 +149,26 @@ def make_methods(student: Student, size: Size, highres: bool, baselines: Sequenc
 
         return Method("baseline", baseline.name, size, fine, call, 0, frozen)
 
-    rows = [
+    methods = [
         Method("backbone", "backbone", size, grid, backbone.last_map, 0, frozen),
         Method("bilinear", "bilinear", size, fine, bilinear, 0, frozen),
         *(from_elsewhere(baseline) for baseline in baselines),
         Method("student", "student", size, fine, student, count_parameters(student.adapter), frozen + adapter),
     ]
     if highres:
-        rows.append(Method("teacher", "teacher", large, fine, backbone.last_map, 0, frozen))
-    return rows
+        methods.append(Method("teacher", "teacher", large, fine, backbone.last_map, 0, frozen))
+    return methods
+
+
+def in_precision(method: Method, runtime: Runtime, compiled: bool = False) -> Method:
+    """A method in the arithmetic of a runtime, and compiled by torch if asked for."""
+    inner = torch.compile(method.call, dynamic=False) if compiled else method.call
+
+    def call(images: Tensor) -> Tensor:
+        with runtime.autocast():
+            return inner(images).float()
+
+    return replace(method, call=call)
 
 
 def _num_bytes(module: torch.nn.Module) -> int:

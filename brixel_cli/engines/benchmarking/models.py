@@ -95,12 +95,11 @@ class Candidate:
         )
 
 
-def find_candidates(options: BenchmarkOptions, precision: str, reporter: Reporter) -> list[Candidate]:
+def find_candidates(options: BenchmarkOptions, reporter: Reporter) -> list[Candidate]:
     """The models that the options name; without any, the student that comes with brixel.
 
     Args:
         options: of the benchmark.
-        precision: `bfloat16` holds all weights in it; `float32` leaves them as the recipe has them.
         reporter: hears which model was chosen.
 
     Raises:
@@ -116,9 +115,9 @@ def find_candidates(options: BenchmarkOptions, precision: str, reporter: Reporte
     else:
         names = [default_student(None, reporter)]
     found = [
-        _of_checkpoint(name, options, precision)
+        _of_checkpoint(name, options)
         if options.checkpoint or name in shipped_students() or (Path(name) / FILE_NAME).is_file()
-        else _of_recipe(name, options, precision)
+        else _of_recipe(name, options)
         for name in names
     ]
     for number, candidate in enumerate(found):
@@ -127,27 +126,27 @@ def find_candidates(options: BenchmarkOptions, precision: str, reporter: Reporte
     return found
 
 
-def _of_recipe(name: str, options: BenchmarkOptions, precision: str) -> Candidate:
+def _of_recipe(name: str, options: BenchmarkOptions) -> Candidate:
     recipe = load_recipe(str(find_recipe(name)))
     spec = model_spec(
         "student",
         backbone=recipe.backbone.name,
         # For cost alone the numbers in the weights do not matter; for fidelity they are all that matters.
         weights=options.backbone_weights or (recipe.backbone.weights if options.images else "random"),
-        dtype="bfloat16" if precision == "bfloat16" else recipe.backbone.dtype,
+        dtype=recipe.backbone.dtype,
         adapter=recipe.adapter,
         factor=recipe.views.factor,
     )
     return Candidate(recipe.name, spec, recipe)
 
 
-def _of_checkpoint(reference: str, options: BenchmarkOptions, precision: str) -> Candidate:
+def _of_checkpoint(reference: str, options: BenchmarkOptions) -> Candidate:
     spec = model_spec("student", checkpoint=reference, weights=options.backbone_weights)
     assert spec.stored is not None
     path = spec.stored.path
     file = path.parent / "recipe.yaml"
     recipe = load_recipe(str(file)) if file.is_file() else None
-    dtype = "bfloat16" if precision == "bfloat16" else recipe.backbone.dtype if recipe else "float32"
+    dtype = recipe.backbone.dtype if recipe else "float32"
     name = path.parent.resolve().name if path.name == FILE_NAME else path.stem
     candidate = Candidate(name, replace(spec, dtype=dtype), recipe)
     return candidate.randomised() if candidate.random else candidate
@@ -174,10 +173,10 @@ def load_or_randomise(
 
 
 def find_photos(candidate: Candidate, options: BenchmarkOptions, reporter: Reporter) -> Photos | None:
-    """The photographs of --images, or the held-out ones of the candidate's run; None where fidelity makes no sense.
+    """The images of --images, or the held-out ones of the candidate's run; None where fidelity makes no sense.
 
     Raises:
-        BrixelError: --images names a folder without photographs.
+        BrixelError: --images names a folder without images.
     """
     if candidate.random:
         return None
@@ -186,7 +185,7 @@ def find_photos(candidate: Candidate, options: BenchmarkOptions, reporter: Repor
     if candidate.spec.stored is None:
         return None
     if candidate.recipe is None:
-        reporter.warn(f"{candidate.name}: no fidelity without photographs. Give some: --images DIR.")
+        reporter.warn(f"{candidate.name}: no fidelity without images. Give some: --images DIR.")
         return None
     data = candidate.recipe.data
     try:

@@ -39,7 +39,7 @@ class Settings:
         batch_size: images at once.
         compiled: whether torch.compile was used.
         seconds: of timing for each model and size.
-        max_images: photographs for the fidelity, at most.
+        max_images: images for the fidelity, at most.
         baselines: functions from elsewhere, as `module:function` or `file.py:function`.
         budget_bytes: memory budget to be answered, or None.
         baselines_sha256: of the source files of these functions.
@@ -70,10 +70,10 @@ class Model:
         embed_dim, patch_size: of the backbone.
         factor: output grid over token grid; teacher input over student input.
         trained_size: student input (height, width) in pixels of the training, or of the recipe; None: not known.
-        images: folder of the photographs of the fidelity, or None where there are none.
+        images: folder of the images of the fidelity, or None where there are none.
         num_images: how many; those that turn out damaged are left out of the fidelity.
         weights_sha256: of the backbone's file of weights; empty where `weights` is no file.
-        images_sha256: of the names and contents of the photographs; empty where there are none.
+        images_sha256: of the names and contents of the images; empty where there are none.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ImageFidelity:
-    """Fidelity of one photograph's map to the teacher's; `cosine_p5` is the 5th percentile over its locations."""
+    """Fidelity of one image's map to the teacher's; `cosine_p5` is the 5th percentile over its locations."""
 
     name: str
     l1: float
@@ -107,14 +107,14 @@ class ImageFidelity:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Fidelity to the teacher over all photographs; what the metrics are is in `core.metrics.fidelity`.
+    """Fidelity to the teacher over all images; what the metrics are is in `core.metrics.fidelity`.
 
     Attributes:
-        l1, cosine, edge, spectral: means over photographs.
-        cosine_p5: 5th percentile over all locations of all photographs.
-        cosine_worst: of the photograph with the lowest mean cosine.
+        l1, cosine, edge, spectral: means over images.
+        cosine_p5: 5th percentile over all locations of all images.
+        cosine_worst: of the image with the lowest mean cosine.
         recovered_gap: by metric, (row - bilinear) / (teacher - bilinear): 1 is the teacher; None where there is no gap.
-        images: photograph by photograph.
+        images: image by image.
     """
 
     l1: float
@@ -151,7 +151,7 @@ class Row:
         memory: how `peak_bytes` was obtained.
         kept_bytes: what the libraries keep after a first call (kernels, thread pools), not in `peak_bytes`; or None.
         latency: None where the row was not run.
-        fidelity: None where there are no real weights, no photographs or nothing to compare.
+        fidelity: None where there are no real weights, no images or nothing to compare.
         note: why something is missing; may be empty.
     """
 
@@ -234,7 +234,7 @@ class Results:
         models: of which the rows speak.
         rows: by model, then size, in the order in which they are printed.
         budget: answers to --budget; empty where none was given.
-        pictures: of the worst, the median and the best photographs; paths are relative to the folder of results.json.
+        pictures: of the worst, the median and the best images; paths are relative to the folder of results.json.
         notes: to be read with the table.
         probes: by model, what probes under ./runs/probe found out about its student.
     """
