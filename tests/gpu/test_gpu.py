@@ -23,7 +23,7 @@ from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.core.backbone import load_backbone
-from brixel_cli.core.student import Student, build_adapter, load_student
+from brixel_cli.core.student import Student, build_adapter
 from brixel_cli.core.weights import load_tensors
 from brixel_cli.engines.benchmarking.benchmarking import benchmark
 from brixel_cli.engines.distilling.distillation import distill
@@ -178,7 +178,7 @@ def test_the_second_gpu(extract_options: Any, tmp_path: Path, listener: Listener
     extract(extract_options(output=tmp_path / "first.h5", device=DEVICE), listener)
     extract(extract_options(output=tmp_path / "second.h5", device=second), listener)
     assert cosines(tmp_path / "cpu.h5", tmp_path / "second.h5").min() > 0.999
-    student = load_student(model[0], device=second)
+    student = brixel_cli.load_student(model[0], device=second)
     assert str(student(torch.zeros(1, 3, 64, 64, device=second)).device) == second
 
 
