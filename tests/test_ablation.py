@@ -16,10 +16,12 @@ from brixel_cli.config.files import load_recipe
 from brixel_cli.engines.ablating import ablation
 from brixel_cli.engines.ablating import cost as ablation_cost
 from brixel_cli.engines.ablating.ablation import ablate
+from brixel_cli.engines.ablating.cost import UpdateTimes
 from brixel_cli.engines.ablating.results import read_ablations
 from brixel_cli.engines.ablating.variants import GROUPS, find_groups
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.distilling.training_images import TrainingImages
+from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
 
 CACHED = ["cache.enabled=true", "views.kind=fixed"]
@@ -172,7 +174,7 @@ def test_the_files_say_what_was_returned(run, tmp_path: Path) -> None:
     (tmp_path / "out" / "ablations.json").write_text("{}")
     with pytest.raises(BrixelError, match="holds no results of this version of brixel benchmark --ablate"):
         read_ablations(tmp_path / "out")
-    with pytest.raises(BrixelError, match="No results of ablations at .*: No such file"):
+    with pytest.raises(BrixelError, match="No results of brixel benchmark --ablate at .*: No such file"):
         read_ablations(tmp_path / "elsewhere")
 
 
@@ -349,3 +351,13 @@ def test_options_that_do_not_go_together_are_refused(line: list[str], message: s
     done = CliRunner().invoke(app, ["benchmark", *line])
     assert done.exit_code == 2
     assert message in done.output
+
+
+def test_times_of_another_processor_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, runtime = tmp_path / "update_seconds.json", Runtime("cpu", "float32", training=True)
+    times = {"abc": {"first": 0.5, "latest": 0.6, "session": 0}}
+    monkeypatch.setattr(ablation_cost, "processor_name", lambda _: "Card A")
+    file.write_text(json.dumps({"where": UpdateTimes(file, runtime).where, "times": times}))
+    assert UpdateTimes(file, runtime).times["abc"].first == 0.5
+    monkeypatch.setattr(ablation_cost, "processor_name", lambda _: "Card B")  # of the same type of device
+    assert UpdateTimes(file, runtime).times == {}

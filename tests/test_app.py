@@ -116,7 +116,7 @@ def test_a_failure_exits_with_1(tiny_recipe_file: Path, tmp_path: Path) -> None:
     )
     assert code == 1
     where = Path("nowhere").absolute()
-    assert err == f"error: No folder of photographs at {where}. Name yours with --images DIR.\n"
+    assert err == f"error: No folder of images at {where}. Name yours with --images DIR.\n"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,9 @@ def test_the_figures_of_a_dry_run(tiny_recipe_file: Path) -> None:
     # 6 of 8 photographs are trained on, two views each; a view is (3*32*32 + 4*64*2*2 + 64*8*8) * 2 + 4 + 1 bytes.
     assert (plan["num_views"], plan["num_steps"], plan["cache_bytes_per_view"]) == (12, 4, 16389)
     assert plan["step_seconds"] > 0
-    assert plan["total_seconds"] == pytest.approx(4 * plan["step_seconds"] + 14 * plan["cached_view_seconds"])
+    assert plan["total_seconds"] == pytest.approx(
+        4 * plan["step_seconds"] + 14 * (plan["cached_view_seconds"] + plan["reading_seconds"])
+    )  # one after the other: there are no workers
     from brixel_cli.core.backbone import load_backbone
     from brixel_cli.core.cost import count_parameters
 
@@ -234,7 +236,7 @@ def test_a_dry_run_without_photographs_or_weights_still_tells_the_cost(tiny_reci
     plan = json.loads(out)
     assert code == 0
     assert plan["notes"] == [
-        f"images: No folder of photographs at {Path('nowhere').absolute()}. Name yours with --images DIR.",
+        f"images: No folder of images at {Path('nowhere').absolute()}. Name yours with --images DIR.",
         f"backbone: no weights at {Path('absent.safetensors').absolute()}",
     ]
     assert plan["num_views"] is None

@@ -12,10 +12,11 @@ from conftest import Listener, make_photograph
 from brixel_cli.config.distill import Recipe, ViewConfig
 from brixel_cli.config.files import load_recipe
 from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.cost import fake_tensors, hollow
 from brixel_cli.data.images import Photograph, scan_folder
 from brixel_cli.data.row_store import Store
-from brixel_cli.data.views import Views, reduce_view
-from brixel_cli.engines.distilling.batches import OnlineBatches, batch_keys
+from brixel_cli.data.views import Views, normalise_pixels, reduce_view
+from brixel_cli.engines.distilling.batches import OnlineBatches, ViewLoader, batch_keys, compute_maps, num_workers
 from brixel_cli.engines.distilling.cache import CachedBatches, CacheFile
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
@@ -41,13 +42,13 @@ def open_cache(
 
 def views_of(recipe: Recipe, backbone: Backbone) -> Views:
     found, _ = scan_folder(Path(recipe.data.images), 100)
-    return Views(found, recipe.views, recipe.seed, backbone.mean, backbone.std)
+    return Views(found, recipe.views, recipe.seed)
 
 
 def views_in_name(count: int, seed: int = 0, **config: Any) -> Views:
     """Views of photographs that are not there: enough to say which of them make a batch."""
     photographs = [Photograph(Path(f"{number}.png"), f"{number}.png", 128, 128) for number in range(count)]
-    return Views(photographs, ViewConfig(teacher_size=128, **config), seed, (0, 0, 0), (1, 1, 1))
+    return Views(photographs, ViewConfig(teacher_size=128, **config), seed)
 
 
 def test_an_epoch_takes_every_view_once_and_the_next_in_another_order() -> None:
@@ -111,7 +112,7 @@ def test_a_cache_holds_views_of_several_sizes(
         ],
     )
     views, runtime = views_of(recipe, backbone), Runtime(recipe.run.device, recipe.run.precision)
-    held_out = Views(views.photographs[:2], ViewConfig(teacher_size=128), 0, views.mean, views.std)
+    held_out = Views(views.photographs[:2], ViewConfig(teacher_size=128), 0)
     training, other = open_cache(recipe, tmp_path, backbone, [views, held_out], runtime, listener)
     for source, of, keys in [
         (training, views, [(0, 0), (0, 4)]),
@@ -137,7 +138,7 @@ def test_an_online_batch_is_what_backbone_and_teacher_say(recipe: Recipe, backbo
     (batch,) = OnlineBatches(views, backbone, Runtime(recipe.run.device, recipe.run.precision), workers=0).iterate(
         [[(0, 0), (0, 3)]]
     )
-    pixels = torch.stack([views[0, 0].pixels, views[0, 3].pixels])
+    pixels = normalise_pixels(torch.stack([views[0, 0].pixels, views[0, 3].pixels]), backbone.mean, backbone.std)
     images = reduce_view(pixels, 4)
     assert batch.images.shape == (2, 3, 32, 32)
     assert torch.equal(batch.images, images)
@@ -157,6 +158,46 @@ def test_worker_processes_change_nothing(recipe: Recipe, backbone: Backbone) -> 
         for workers in (0, 2)
     )
     assert all(torch.equal(one.targets, other.targets) for one, other in zip(here, there, strict=True))
+
+
+def test_views_travel_as_bytes_and_are_normalised_where_the_networks_are(recipe: Recipe, backbone: Backbone) -> None:
+    runtime = Runtime("cpu", "float32")
+    views = views_of(recipe, backbone)
+    source = ViewLoader(views, runtime, workers=2)
+    (loaded,) = source.load([[(0, 0), (0, 3)]])
+    assert (loaded.pixels.dtype, loaded.pixels.shape) == (torch.uint8, (2, 3, 128, 128))
+    # As if each view had been normalised by itself, before it travelled: not a bit differs on the CPU.
+    apart = torch.stack([normalise_pixels(views[0, number].pixels, backbone.mean, backbone.std) for number in (0, 3)])
+    assert torch.equal(normalise_pixels(loaded.pixels, backbone.mean, backbone.std), apart)
+    # The same processes read the next batches too.
+    before = [worker.pid for worker in source._loader._iterator._workers]
+    assert [batch.names for batch in source.load([[(1, 2)]])] == [["1.png"]]
+    assert [worker.pid for worker in source._loader._iterator._workers] == before
+
+
+def test_pixels_that_are_on_the_gpu_are_normalised_and_reduced_there() -> None:
+    runtime = Runtime("cpu", "float32")
+    runtime.device = torch.device("cuda", 0)
+    fake = load_backbone("test_vit", "random", device="meta")
+    with fake_tensors():
+        hollow(fake, "cuda")
+        images, maps, targets = compute_maps(fake, runtime, torch.empty(2, 3, 128, 128, dtype=torch.uint8), 4)
+    assert {tensor.device.type for tensor in (images, *maps, targets)} == {"cuda"}
+    assert images.shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "expected"),
+    [("cuda", 8, 1, 7), ("cuda", 64, 1, 16), ("cuda", 64, 8, 7), ("cuda", 1, 1, 1), ("cpu", 8, 1, 2), ("cpu", 1, 1, 1)],
+)
+def test_workers_are_counted_by_the_cores(
+    device: str, cores: int, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    runtime = Runtime("cpu")
+    runtime.device, runtime.world_size = torch.device(device), processes
+    assert num_workers(None, runtime) == expected
+    assert num_workers(3, runtime) == 3
 
 
 def test_the_cache_holds_what_would_be_computed(
@@ -227,7 +268,7 @@ def test_a_cache_is_never_read_for_other_views_or_weights(
 
     def fill(recipe: Recipe, backbone: Backbone) -> int:
         found, _ = scan_folder(folder, 100)
-        views = Views(found, recipe.views, recipe.seed, backbone.mean, backbone.std)
+        views = Views(found, recipe.views, recipe.seed)
         open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run.device, recipe.run.precision), listener)
         return len(list((tmp_path / "cache").glob("*.h5")))
 
@@ -245,7 +286,7 @@ def test_a_cache_is_found_again_by_what_the_photographs_hold(
 ) -> None:
     def fill(folder: Path) -> int:
         found, _ = scan_folder(folder, 100)
-        views = Views(found, recipe.views, recipe.seed, backbone.mean, backbone.std)
+        views = Views(found, recipe.views, recipe.seed)
         open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run.device, recipe.run.precision), listener)
         return len(list((tmp_path / "cache").glob("*.h5")))
 
@@ -265,7 +306,7 @@ def test_a_photograph_that_has_gone_is_named(
 ) -> None:
     make_photograph(tmp_path / "0.png", 0)
     found, _ = scan_folder(tmp_path, 100)
-    views = Views(found, recipe.views, recipe.seed, backbone.mean, backbone.std)
+    views = Views(found, recipe.views, recipe.seed)
     (tmp_path / "0.png").unlink()
     with pytest.raises(BrixelError) as caught:
         open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run.device, recipe.run.precision), listener)

@@ -115,7 +115,7 @@ def test_the_csv_has_a_line_for_each_row(results: Results) -> None:
 
 
 def test_what_is_no_benchmark_is_refused(results: Results, tmp_path: Path) -> None:
-    with pytest.raises(BrixelError, match="No results of a benchmark at .*results.json: No such file"):
+    with pytest.raises(BrixelError, match="No results of brixel benchmark at .*results.json: No such file"):
         read_results(tmp_path)
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(BrixelError, match="holds no results of this version of brixel benchmark"):

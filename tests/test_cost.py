@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Listener, with_changes
+from PIL import Image
 from torch import Tensor, nn
 
 from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.cost import Cost, count_cost, count_parameters, fake_tensors, hollow
 from brixel_cli.core.student import build_adapter
+from brixel_cli.engines.distilling import plan as plan_of_distilling
 
 FLOAT = 4
 
@@ -123,3 +129,30 @@ def test_a_student_is_cheaper_than_the_released_one_and_dearer_than_its_backbone
         cost = count_cost(lambda: adapter(images, meta.intermediate_maps(images)))
     assert 12.5 < cost.flop / 1e9 < 20.4  # GFLOP of the backbone alone and of the released student
     assert ("aten.grid_sampler_2d" in cost.uncounted) == (kind == "deformable")
+
+
+@pytest.mark.parametrize(("seconds", "limit"), [(0.1, "reading"), (0.0, "device")])
+@pytest.mark.parametrize("cache", ["false", "true"])
+def test_a_dry_run_says_whether_reading_or_the_networks_limit_the_training(
+    tiny_recipe_file: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch, seconds: float, limit: str, cache: str
+) -> None:
+    def load(path: Path) -> Image.Image:
+        time.sleep(seconds)
+        return Image.new("RGB", (128, 128))
+
+    monkeypatch.setattr("brixel_cli.data.views.load_image", load)
+    monkeypatch.setattr(plan_of_distilling, "READING_SECONDS", 0.2)
+    changes = ("views.other_sizes=[64]", "views.kind=fixed", "views.per_image=2", f"cache.enabled={cache}")
+    recipe = with_changes(tiny_recipe_file, *changes)
+    plan = plan_of_distilling.plan(recipe, listener)
+    assert plan.limit == limit
+    assert plan.num_workers == 0
+    assert plan.reading_seconds == pytest.approx(seconds, abs=0.05)
+    assert plan.step_seconds is not None
+    assert plan.num_steps == 4
+    assert plan.total_seconds is not None
+    # Nothing is read ahead: four updates of four views, or each of 12 training and 2 held-out views once.
+    read = (14 if cache == "true" else 16) * plan.reading_seconds
+    assert plan.total_seconds >= read
+    many = with_changes(tiny_recipe_file, *changes, "run.workers=2")
+    assert plan_of_distilling.plan(many, listener).num_workers == 2

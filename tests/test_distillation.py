@@ -134,7 +134,7 @@ def test_gradients_reach_only_the_adapter(tiny_recipe_file: Path, kind: str, lis
     trainer = Trainer(
         recipe, make_adapter(recipe, backbone, listener), Runtime(recipe.run.device, recipe.run.precision)
     )
-    views, _ = make_views(recipe, find_images(recipe), backbone)
+    views, _ = make_views(recipe, find_images(recipe))
     batches = OnlineBatches(views, backbone, trainer.runtime, workers=0)
     for _ in range(4):  # the first updates wake layers that start at zero, from the last one backwards
         trainer.update(batches.iterate(batch_keys(views, range(1), 4)), lr=1e-3)
@@ -349,7 +349,7 @@ def test_three_refusals_in_a_row_end_the_run_with_the_file_names(
     assert (tmp_path / "run" / "state.safetensors").exists()
 
 
-# Knobs
+# Options
 
 
 def test_views_that_do_not_fit_the_patch_are_refused_with_the_nearest(

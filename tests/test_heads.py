@@ -103,6 +103,13 @@ def test_the_seed_alone_decides() -> None:
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
+def test_the_seed_decides_whatever_the_default_device_is() -> None:
+    expected = build_head(SPECS["readout"], 3).state_dict()
+    with torch.device("meta"):  # as within a block for an accelerator
+        found = build_head(SPECS["readout"], 3).state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_a_head_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
     head = build_head(SPECS[name], 0)

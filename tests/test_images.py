@@ -212,12 +212,12 @@ def test_a_hidden_folder_that_the_user_names_is_searched(tmp_path: Path) -> None
 def test_a_missing_folder_is_an_error_that_names_the_option(tmp_path: Path) -> None:
     with pytest.raises(BrixelError) as caught:
         scan_folder(tmp_path / "none", 1)
-    assert str(caught.value) == f"No folder of photographs at {tmp_path / 'none'}. Name yours with --images DIR."
+    assert str(caught.value) == f"No folder of images at {tmp_path / 'none'}. Name yours with --images DIR."
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(BrixelError, match=r"^No folder of photographs at .*a\.png\."):
+    with pytest.raises(BrixelError, match=r"^No folder of images at .*a\.png\."):
         scan_folder(tmp_path / "a.png", 1)
 
 
@@ -225,7 +225,7 @@ def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BrixelError) as caught:
         scan_folder(tmp_path, 1)
     assert str(caught.value) == (
-        f"No usable photograph in {tmp_path}: 0 skipped, 0 files with other extensions.\n"
+        f"No usable image in {tmp_path}: 0 skipped, 0 files with other extensions.\n"
         "Name another folder with --images DIR, or lower data.min_side."
     )
 
@@ -236,7 +236,7 @@ def test_a_folder_of_unusable_files_is_an_error_that_shows_the_first_five(tmp_pa
     with pytest.raises(BrixelError) as caught:
         scan_folder(tmp_path, 1)
     lines = str(caught.value).splitlines()
-    assert lines[0] == f"No usable photograph in {tmp_path}: 7 skipped, 0 files with other extensions."
+    assert lines[0] == f"No usable image in {tmp_path}: 7 skipped, 0 files with other extensions."
     assert lines[1:-1] == [*(f"  {number}.jpg: empty: 0 bytes" for number in range(5)), "  and 2 more"]
 
 

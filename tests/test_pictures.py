@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as tvf
 
-from brixel_cli.data.views import normalise
+from brixel_cli.data.views import normalise_pixels
 from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -67,7 +68,9 @@ def test_a_flat_reference_gives_a_picture_all_the_same() -> None:
 
 def test_denormalise_undoes_normalise() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    np.testing.assert_array_equal(pixels(denormalise(normalise(image, MEAN, STD), MEAN, STD)), pixels(image))
+    np.testing.assert_array_equal(
+        pixels(denormalise(normalise_pixels(tvf.pil_to_tensor(image), MEAN, STD), MEAN, STD)), pixels(image)
+    )
 
 
 def test_denormalise_clips_what_is_out_of_range() -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from probe_sets import make_set, one_hot, recipe_file, write_features
 from typer.testing import CliRunner
 
@@ -102,6 +103,38 @@ def test_a_dry_run_writes_nothing(command: list[str], tmp_path: Path, monkeypatc
     assert plan["bytes_needed"] == 10 * 64 * 2 * (6 + 96 + 96) + 3 * 10 + 10 * 48 * 64 + 10
 
 
+def test_a_dry_run_needs_no_weights(command: list[str], tmp_path: Path) -> None:
+    absent = tmp_path / "absent.safetensors"
+    code, out, err = invoke(*command, "--dry-run", "--backbone-weights", str(absent))
+    assert code == 0, err
+    assert f"The run needs the backbone's weights, and {absent} is not there." in out
+    assert "The backbone's weights were not read: stored features count as missing here." in out
+    assert "All images and labels were read: none has an error." in out
+    notes = json.loads(invoke(*command, "--dry-run", "--json")[1])["notes"]
+    assert notes == []  # the student's file says which weights these are
+
+
+def test_a_dry_run_reports_all_that_is_wrong_with_the_labels(
+    root: Path, model: tuple[str, str], tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(root, tmp_path / "set"))
+    for split, name in (("train", "3"), ("train", "4"), ("val", "1")):
+        Image.new("L", (64, 48), 77).save(broken / f"labels/{split}/{name}.png")
+    Image.new("L", (32, 48)).save(broken / "labels/val/2.png")
+    (broken / "images/train/0.png").write_bytes(b"")
+    given = ["--recipe", str(recipe_file(broken)), "--checkpoint", model[0], "--output", str(tmp_path / "out"), *FAST]
+    code, _, err = invoke(*given, "--dry-run")
+    assert code == 1
+    text = err[err.index("error: ") :]
+    assert text.startswith("error: 5 of 10 labelled images cannot be used:\n")
+    assert "  3x: " in text
+    assert "labels/train/3.png: the value 77" in text
+    assert "labels/val/2.png" in text
+    assert "images/train/0.png" in text
+    assert "labels/val/1.png" not in text  # as labels/train/3.png
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_call_goes_on(command: list[str]) -> None:
     first = invoke(*command, "--seeds", "1", "--json")[1]
     again = invoke(*command, "--seeds", "1", "--json")[1]
@@ -113,7 +146,7 @@ def test_the_deerror_folders(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model[0], tmp_path / "runs" / "tiny")
-    code, _, err = invoke("--recipe", str(recipe_file(root)), "--seeds", "1", *FAST)
+    code, _, err = invoke("--recipe", str(recipe_file(root)), "--checkpoint", "runs/tiny", "--seeds", "1", *FAST)
     assert code == 0, err
     assert (tmp_path / "runs/probe/mine/results.json").is_file()
     assert list((tmp_path / "runs/probe/features").glob("*.h5"))

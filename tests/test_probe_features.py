@@ -18,7 +18,7 @@ from brixel_cli.data.row_store import Store
 from brixel_cli.data.views import normalise
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.probing.features import Targets, open_maps, prepare
-from brixel_cli.engines.probing.probing import plan_only, probe
+from brixel_cli.engines.probing.probing import plan_only, plan_probe, probe
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.engines.streams import MOST_WORKERS, num_workers
 from brixel_cli.errors import BrixelError, UsageError
@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(options, listener: Listener):
-    plan = plan_only(options, listener)
+    plan = plan_probe(options, Runtime("cpu", "float32"), listener)
     prepare(plan, Runtime("cpu", "float32"), listener)
     return plan
 
@@ -199,6 +199,19 @@ def test_a_faulty_target_ends_the_probe_by_name(root: Path, tmp_path: Path, mode
         prepared(make_options(broken, tmp_path / "out", checkpoints=[model[0]]), listener)
 
 
+def test_all_faulty_targets_of_a_split_are_reported_at_once(
+    root: Path, tmp_path: Path, model, listener: Listener
+) -> None:
+    broken = Path(shutil.copytree(root, tmp_path / "set"))
+    for name in ("1", "3"):
+        Image.fromarray(np.full((HEIGHT, WIDTH), 77, np.uint8)).save(broken / f"labels/train/{name}.png")
+    options = make_options(broken, tmp_path / "out", checkpoints=[model[0]])
+    with pytest.raises(BrixelError, match=r"2 of 6 labelled images cannot be used:\n  2x: .*1\.png"):
+        prepared(options, listener)
+    shutil.copytree(root / "labels", broken / "labels", dirs_exist_ok=True)  # corrected, the probe goes on
+    prepared(options, listener)
+
+
 def test_features_that_are_no_numbers_are_refused(
     root: Path, tmp_path: Path, model, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,7 +281,7 @@ def test_faulty_sources_are_refused(
     assert text == "The source teacher stands twice: name each once."
     assert "No feature file at absent.h5" in refused(root, tmp_path, listener, sources=["absent.h5"])
     text = refused(root, tmp_path, listener, backbone="test_vit")
-    assert text.startswith("No student of test_vit under ./runs, and the one that comes with brixel is of")
+    assert text.startswith("The student that comes with brixel is of ")
 
 
 def test_several_students_are_told_apart(root: Path, tmp_path: Path, model, listener: Listener) -> None:

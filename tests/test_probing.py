@@ -393,6 +393,21 @@ def test_a_loss_that_is_not_finite_ends_the_training(root: Path, tmp_path: Path,
         probe(make_options(root, tmp_path / "out", sources=[source], overrides=FAST), listener)
 
 
+@pytest.mark.parametrize(("name", "message"), [
+    ("train_head", r"Out of memory training on backbone with 8 images a step\. Take --set protocol.batch_size=4, a smal"),
+    ("evaluate_head", r"Out of memory evaluating backbone, image by image\. Take a smaller --res, or another --device"),
+])  # fmt: skip
+def test_memory_that_runs_out_names_the_options_to_change(
+    root: Path, tmp_path: Path, model, listener: Listener, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(probing, name, full)
+    with pytest.raises(BrixelError, match=message):
+        probe(make_options(root, tmp_path / "out", checkpoints=[model[0]], overrides=FAST), listener)
+
+
 def test_stored_features_are_shared_by_probes(
     root: Path, tmp_path: Path, model, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,11 +37,11 @@ def test_unusable_photographs_are_listed_with_reasons_and_skipped(
 
 def test_no_photographs_is_an_error(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BrixelError, match="No usable photograph in"):
+    with pytest.raises(BrixelError, match="No usable image in"):
         distill(
             with_changes(tiny_recipe_file, f"data.images={tmp_path / 'empty'}"), RunFolder(tmp_path / "run"), listener
         )
-    with pytest.raises(BrixelError, match=r"No folder of photographs at .*nowhere. Name yours with --images DIR"):
+    with pytest.raises(BrixelError, match=r"No folder of images at .*nowhere. Name yours with --images DIR"):
         distill(with_changes(tiny_recipe_file, "data.images=nowhere"), RunFolder(tmp_path / "run"), listener)
     assert not (tmp_path / "run").exists()
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 from brixel_cli.cli.console import Progress, print_files, print_json, print_table, say
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe
-from brixel_cli.core.formatting import human_bytes
+from brixel_cli.core.formatting import human_bytes, human_seconds
+from brixel_cli.core.metric_titles import FIDELITY_TITLES
 from brixel_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from brixel_cli.engines.distilling.distillation import Results
     from brixel_cli.engines.distilling.plan import Plan
-
-TITLES = {"l1": "L1", "cosine": "cosine", "edge": "edge", "spectral": "spectral"}
 
 
 def run_distill(
@@ -75,13 +74,13 @@ def _show_results(results: Results, recipe: Recipe) -> None:
     best = results.best
     (height, width), (big_height, big_width) = recipe.student_hw, recipe.views.teacher_hw
     rows = [
-        ["backbone, bilinear", *(f"{best.backbone[name]:.4f}" for name in TITLES)],
-        ["student", *(f"{best.student[name]:.4f}" for name in TITLES)],
-        ["recovered gap", *(_percent(best.gap_closed[name]) for name in TITLES)],
+        ["backbone, bilinear", *(f"{best.backbone[name]:.4f}" for name in FIDELITY_TITLES)],
+        ["student", *(f"{best.student[name]:.4f}" for name in FIDELITY_TITLES)],
+        ["recovered gap", *(_percent(best.gap_closed[name]) for name in FIDELITY_TITLES)],
     ]
     print_table(
         f"{best.num_images} held-out images, {height}x{width} px against the teacher at {big_height}x{big_width} px",
-        ["", *TITLES.values()],
+        ["", *FIDELITY_TITLES.values()],
         rows,
         [f"Best student: step {best.step} of {results.steps}. The teacher: L1, edge, spectral 0; cosine 1."],
     )
@@ -106,6 +105,8 @@ def _show_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     ]
     if recipe.cache.enabled:
         rows.append(["caching one view", _duration(plan.cached_view_seconds or None)])
+    readers = f"{plan.num_workers} worker processes" if plan.num_workers else "no worker process"
+    rows.append([f"reading one view, {readers}", human_seconds(plan.reading_seconds)])
     rows += [
         ["views in an epoch", "unknown" if plan.num_views is None else f"{plan.num_views:,}"],
         ["steps", "unknown" if plan.num_steps is None else f"{plan.num_steps:,}"],
@@ -115,6 +116,10 @@ def _show_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     if recipe.cache.enabled:
         rows.append(["disk for each cached view", human_bytes(plan.cache_bytes_per_view)])
     notes = [f"Times: {plan.how_timed}."]
+    if plan.limit:
+        work = "Filling the cache" if recipe.cache.enabled else "Training"
+        slower = "reading images; more --set run.workers=N may help" if plan.limit == "reading" else "the networks"
+        notes.append(f"{work} is limited by {slower}.")
     if plan.uncounted:
         notes.append(f"Not in the FLOP: {', '.join(plan.uncounted)}.")
     notes += [f"Note: {note}" for note in plan.notes]

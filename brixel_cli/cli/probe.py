@@ -59,7 +59,7 @@ def probe_options(
     """A probe from what the user gave; see `app.probe` for what the options mean.
 
     Raises:
-        UsageError: recipe, protocol or an option is faulty.
+        UsageError: recipe, protocol or an option is wrong.
     """
     if recipe is None:
         listed = ", ".join(shipped_recipes(ProbeRecipe))
@@ -90,7 +90,7 @@ def apply_options(
     precision: Precision,
     overwrite: bool,
 ) -> ApplyOptions:
-    """What `--apply` was told.
+    """The options of `--apply`.
 
     Raises:
         UsageError: there is no input, or more than one student.
@@ -122,7 +122,7 @@ def run_probe(options: ProbeOptions, per_class: bool, dry_run: bool, as_json: bo
         return
     _show_results(done, per_class)
     print_files(files)
-    say(f"use a head: brixel probe --apply {options.output}/heads/HEAD.safetensors --input PHOTOGRAPHS")
+    say(f"use a head: brixel probe --apply {options.output}/heads/HEAD.safetensors --input IMAGES")
 
 
 def run_apply(options: ApplyOptions, as_json: bool) -> None:
@@ -191,6 +191,7 @@ def _show_plan(plan: ProbePlan, as_json: bool) -> None:
                 "steps": plan.num_steps,
                 "bytes_needed": plan.bytes_needed,
                 "bytes_free": plan.bytes_free,
+                "notes": plan.notes,
             }
         )
     else:
@@ -206,6 +207,8 @@ def _show_plan(plan: ProbePlan, as_json: bool) -> None:
             f"{options.seeds} seeds of {plan.num_steps:,} steps for each source.",
             f"Disk: {human_bytes(plan.bytes_needed)} needed with targets, {human_bytes(plan.bytes_free)} free, "
             f"in {options.features}.",
+            "All images and labels were read: none has an error.",
+            *plan.notes,
         ]
         print_table(_title(options.recipe.name, options.recipe.task, options.protocol_name, options.size),
                     ["source", "crops", "disk"], rows, notes)  # fmt: skip

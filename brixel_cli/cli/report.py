@@ -16,6 +16,7 @@ from brixel_cli.cli.tables import (
     probe_tables,
 )
 from brixel_cli.core.formatting import human_bytes, human_seconds, human_size
+from brixel_cli.core.metric_titles import FIDELITY_TITLES
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.drawing.charts import SERIES, Bar, Line, bar_chart, line_chart
 from brixel_cli.drawing.page import Block, Chart, Commands, Page, Photo, Section, Table, Text, write_page
@@ -26,7 +27,6 @@ from brixel_cli.engines.benchmarking.environment import Environment
 from brixel_cli.engines.benchmarking.results import Model, Results, Row
 from brixel_cli.errors import UsageError
 
-TITLES = {"l1": "L1", "cosine": "Cosine", "edge": "Edge error", "spectral": "Spectral error"}
 BEST = {"l1": "best 0", "cosine": "best 1", "edge": "best 0", "spectral": "best 0"}
 COLOURS = {"backbone": "grey", "bilinear": "amber", "student": "blue", "teacher": "red"}
 BASELINES = ("violet", "teal", "pink", "green")
@@ -228,7 +228,7 @@ def _fidelity_charts(results: Results, model: Model, number: int) -> Iterator[Ch
     compared = results.compared(model, size)
     colours = _colours([row for row, _ in compared])
     bars = [
-        Bar(row.label, gap * 100, f"{gap:.1%}", colour, group=TITLES[name])
+        Bar(row.label, gap * 100, f"{gap:.1%}", colour, group=FIDELITY_TITLES[name])
         for name in FIDELITY
         for (row, fidelity), colour in zip(compared, colours, strict=True)
         if row.kind != "bilinear" and (gap := fidelity.recovered_gap.get(name)) is not None
@@ -241,7 +241,7 @@ def _fidelity_charts(results: Results, model: Model, number: int) -> Iterator[Ch
             return getattr(row.fidelity, name) if row.fidelity else None
 
         if lines := _lines(results.curves(model), lambda row: math.prod(row.size) ** 0.5, figure):
-            title = f"{TITLES[name]} to the teacher: {model.name}"
+            title = f"Fidelity to the teacher, {FIDELITY_TITLES[name]}: {model.name}"
             chart = line_chart(title, lines, "student input, pixels a side", BEST[name])
             caption = f"Trained at {human_size(model.trained_size)} px." if model.trained_size else ""
             yield Chart(f"fidelity_{name}_{number}", chart, caption)
@@ -277,7 +277,7 @@ def _ablation_charts(group: str, variants: Sequence[VariantResult]) -> Iterator[
     names = list(SERIES)
     coloured = [(item, names[number % len(names)]) for number, item in enumerate(variants)]
     bars = [
-        Bar(item.name, gap * 100, f"{gap:.1%}", colour, group=TITLES[name])
+        Bar(item.name, gap * 100, f"{gap:.1%}", colour, group=FIDELITY_TITLES[name])
         for name in ("cosine", "edge")
         for item, colour in coloured
         if (gap := item.recovered_gap.get(name)) is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from brixel_cli.cli.console import print_table
 from brixel_cli.core.formatting import human_bytes, human_count, human_seconds, human_size
-from brixel_cli.core.metric_titles import figure_text, figure_title
+from brixel_cli.core.metric_titles import FIDELITY_TITLES, figure_text, figure_title
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER
 from brixel_cli.drawing.page import Table
@@ -20,9 +20,9 @@ from brixel_cli.engines.benchmarking.results import Fidelity, Model, Results, Ro
 COST_COLUMNS = ("row", "input", "grid", "frozen", "adapter", "GFLOP", "memory", "less FLOP", "less mem.")
 TIME_COLUMNS = ("row", "median", "10 %", "90 %", "images/s", "faster")
 FIDELITY_COLUMNS = ("row", "L1", "cosine", "5 %", "worst", "edge", "spectral")
-GAP_COLUMNS = ("recovered gap", "L1", "cosine", "edge", "spectral")
+GAP_COLUMNS = ("recovered gap", *FIDELITY_TITLES.values())
 PROBE_COLUMNS = ("probe", "figure", "backbone", "student", "teacher", "recovered gap")
-ABLATION_FIDELITY = ("variant", "L1", "cosine", "edge", "spectral")
+ABLATION_FIDELITY = ("variant", *FIDELITY_TITLES.values())
 ABLATION_COST = ("variant", "adapter", "GFLOP", "image", "update", "updates", "memory")
 
 

@@ -239,8 +239,9 @@ class RunConfig(Section):
     precision: Precision = "auto"
     """Arithmetic of the networks; `auto`: bfloat16 where the device computes in it, else float32. `float16` is for
     inference only. Losses are always float32."""
-    workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that read and crop images."""
+    workers: Annotated[int | None, Field(ge=0)] = None
+    """Processes that read and crop images; 0: the training itself does. null: one for each core but one on a GPU, 16
+    at most, and 2 on the CPU."""
     log_every: PositiveInt = 10
     """Updates between lines of the metrics."""
     validate_every: PositiveInt = 500

@@ -1,8 +1,8 @@
 """The fusion adapter: what the backbone missed on its token grid is corrected there, and sharpened on finer grids.
 
 Nearly all of the difference between the backbone's map and the teacher's is not blur: pooled to the token grid, the
-teacher's map still differs. So the correction is made where it arises, mostly location by location (a wider view of few
-photographs is learnt by heart), with a linear part that is fitted in closed form. Image features serve all three grids.
+teacher's map still differs. So the correction is made there, mostly for each location by itself (a larger receptive
+field overfits on few images), with a linear part that is fitted in closed form. Image features serve all three grids.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ def enlarge(quantity: str, output: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def build_head(spec: HeadSpec, seed: int) -> Head:
-    """A head with fresh weights, a pure function of spec and seed."""
-    with torch.random.fork_rng(devices=[]):
+    """A head with fresh weights on the CPU, a pure function of spec and seed, whatever device it is moved to."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         head = Head(spec)
         for branch in head.branches.values():

@@ -1,9 +1,11 @@
-"""How the figures of probes are called and written."""
+"""How metrics are called and written: those of fidelity, and those of probes."""
 
 from __future__ import annotations
 
 import math
 
+FIDELITY_TITLES = {"l1": "L1", "cosine": "cosine", "edge": "edge", "spectral": "spectral"}
+"""Of the metrics in `core.metrics.fidelity`."""
 TITLES = {
     "miou": ("mIoU", 100, "%"),
     "boundary_iou": ("boundary IoU", 100, "%"),

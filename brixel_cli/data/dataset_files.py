@@ -178,7 +178,7 @@ def _resolve(root: Path, path: str) -> Path | None:
 def _refuse_orphans(
     recipe: ProbeRecipe, root: Path, found: Mapping[str, dict[str, str]], patterns: Mapping[str, str], split: str
 ) -> None:
-    """A target without its image is a fault: the set is not whole, and would be smaller than it seems."""
+    """A target without its image is an error: the set is not whole, and would be smaller than it seems."""
     images = recipe.data.images
     for kind in ("labels", "depth", "normals"):
         pattern = patterns.get(kind, "")

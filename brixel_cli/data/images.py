@@ -28,7 +28,7 @@ ANIMATED = frozenset({"GIF", "WEBP", "PNG", "AVIF", "TIFF"})
 
 @dataclass(frozen=True)
 class Photograph:
-    """A readable photograph; `name` is its path inside the folder, height and width are those after rotation."""
+    """A readable image file; `name` is its path inside the folder, height and width are those after rotation."""
 
     path: Path
     name: str
@@ -107,7 +107,7 @@ def files_below(folder: Path, extensions: Collection[str] = EXTENSIONS) -> list[
 
 
 def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Skipped]]:
-    """List the photographs below a folder, sorted by name, by their headers alone; those that will not do apart.
+    """List the images below a folder, sorted by name, by their headers alone; those that will not do apart.
 
     Args:
         folder: searched recursively; hidden files and folders are passed over.
@@ -117,7 +117,7 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Ski
         BrixelError: the folder is missing, or nothing in it can be used.
     """
     if not folder.is_dir():
-        raise BrixelError(f"No folder of photographs at {folder}. Name yours with --images DIR.")
+        raise BrixelError(f"No folder of images at {folder}. Name yours with --images DIR.")
     found: list[Photograph] = []
     skipped: list[Skipped] = []
     for path in files_below(folder):
@@ -135,7 +135,7 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Ski
         others = sum(path.is_file() for path in folder.rglob("*")) - len(skipped)
         reasons = f"\n{describe_skipped(skipped, 5)}" if skipped else ""
         raise BrixelError(
-            f"No usable photograph in {folder}: {len(skipped)} skipped, "
+            f"No usable image in {folder}: {len(skipped)} skipped, "
             f"{others} files with other extensions.{reasons}\n"
             "Name another folder with --images DIR, or lower data.min_side."
         )

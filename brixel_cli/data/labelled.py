@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from brixel_cli.data import targets
 from brixel_cli.data.dataset_files import Entry, find_entries
 from brixel_cli.data.images import load_image, read_size
 from brixel_cli.errors import BrixelError
+
+_NAMES_AND_NUMBERS = re.compile(r"\S*/\S*|[\d.,x]*\d")
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,12 @@ class LabelledSet:
         """
         return read_size(self._entries[row].image)
 
-    def load(self, row: int) -> Sample:
+    def load(self, row: int, derive: bool = True) -> Sample:
         """Read an image and its targets.
+
+        Args:
+            row: of the set.
+            derive: whether normals that have no files are derived from depth, which takes most of the time.
 
         Raises:
             BrixelError: a file is damaged; image and target differ in size; a label is no class; no depth is valid.
@@ -96,12 +104,32 @@ class LabelledSet:
             if "normals" in entry.files:
                 normals = targets.read_normals(entry.files["normals"], data.normals)
                 _match(entry, "normals", size, normals.shape[1:])
-            else:
+            elif derive:
                 assert depth is not None
                 assert data.depth is not None
                 camera = targets.read_camera(entry.image, size, entry.files.get("camera"), data.depth)
                 normals = targets.derive_normals(entry.files["depth"], depth, camera, data.normals)
         return Sample(entry.name, image, labels, None if task == "normals" else depth, normals, valid)
+
+    def errors(self, progress: Callable[[int], object] = lambda _: None) -> list[str]:
+        """Read every image with its targets: one message for each that cannot be used; `progress` is as below.
+
+        Normals are not derived for this.
+        """
+
+        def error(row: int) -> str | None:
+            try:
+                self.load(row, derive=False)
+            except BrixelError as error:
+                return str(error)
+            return None
+
+        found = []
+        with ThreadPoolExecutor() as pool:
+            for message in pool.map(error, range(len(self))):
+                found += [message] if message else []
+                progress(1)
+        return found
 
     def files(self) -> list[Path]:
         """Every image and every file that the task needs, each once."""
@@ -137,6 +165,18 @@ class LabelledSet:
         if not self._sha256:
             self.read_contents()
         return text_digest(about + "".join(f"\n{path.relative_to(self.root)} {self._sha256[path]}" for path in paths))
+
+
+def all_errors(errors: Sequence[str], num_images: int) -> BrixelError:
+    """One error that reports many, those that differ only in names and numbers together."""
+    alike: dict[str, list[str]] = {}
+    for error in errors:
+        alike.setdefault(_NAMES_AND_NUMBERS.sub("#", error), []).append(error)
+    lines = [f"  {len(some)}x: {some[0]}" if len(some) > 1 else f"  {some[0]}" for some in alike.values()]
+    return BrixelError(
+        f"{len(errors)} of {num_images} labelled images cannot be used:\n" + "\n".join(lines) + "\n"
+        "Correct or remove these files, or change what the recipe says of them."
+    )
 
 
 def _patterns(recipe: ProbeRecipe) -> dict[str, str]:

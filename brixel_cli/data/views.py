@@ -71,13 +71,8 @@ def _changed(view: Image.Image, config: ViewConfig) -> Image.Image:
     return view
 
 
-def normalise(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """An RGB image as the backbone wants it: (3, H, W), float32, in [0, 1], then minus mean over std."""
-    return normalise_pixels(tvf.pil_to_tensor(image), mean, std)
-
-
 def normalise_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The same for RGB pixels that are a tensor already: (..., 3, H, W), uint8."""
+    """RGB pixels (..., 3, H, W), uint8, as the backbone wants them: float32, in [0, 1], then minus mean over std."""
     normalised: Tensor = tvf.normalize(tvf.to_dtype(pixels, torch.float32, scale=True), list(mean), list(std))
     return normalised
 
@@ -91,7 +86,7 @@ def reduce_view(teacher_views: Tensor, factor: int) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """A teacher view that was made: normalised pixels (3, H, W), the image's name, and files found unreadable."""
+    """A teacher view that was made: pixels (3, H, W), uint8, the image's name, and files found unreadable."""
 
     pixels: Tensor
     name: str
@@ -107,21 +102,12 @@ class Views(Dataset[View]):
         photographs: as found by `scan_folder`.
         config: the recipe's `views` section.
         seed: of the random crops.
-        mean, std: the backbone's normalisation.
     """
 
-    def __init__(
-        self,
-        photographs: Sequence[Photograph],
-        config: ViewConfig,
-        seed: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ):
+    def __init__(self, photographs: Sequence[Photograph], config: ViewConfig, seed: int):
         self.photographs = list(photographs)
         self.config = config
         self.seed = seed
-        self.mean, self.std = tuple(mean), tuple(std)
 
     def __len__(self) -> int:
         return len(self.photographs) * self.config.per_image
@@ -151,7 +137,7 @@ class Views(Dataset[View]):
             else:
                 epoch_of_view = epoch if self.config.kind == "random" else 0
                 view = random_view(image, size, self.config, seed_of(self.seed, epoch_of_view, number))
-            return View(normalise(view, self.mean, self.std), photograph.name, tuple(skipped))
+            return View(tvf.pil_to_tensor(view), photograph.name, tuple(skipped))
         raise BrixelError(f"None of the {len(self.photographs)} images can be read; the first: {skipped[0].reason}.")
 
 

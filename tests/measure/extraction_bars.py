@@ -229,7 +229,7 @@ def int8(options: argparse.Namespace, scratch: Path) -> dict:
 def writing(options: argparse.Namespace, scratch: Path) -> dict:
     """Rows through the store against one plain sequential file, both allocated before and synced after: MB/s.
 
-    The two take turns, in changing order, each on a disk that has settled; the median of the rounds counts.
+    The two are interleaved, in changing order, each on a disk that has settled; the median of the rounds counts.
     """
     from brixel_cli.data.row_store import Column, Store, create_store
 

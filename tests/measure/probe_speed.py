@@ -25,7 +25,7 @@ from brixel_cli.data.crops import cut_image
 from brixel_cli.data.images import load_image
 from brixel_cli.engines.probing.features import Maps, Targets, num_workers, open_maps, prepare
 from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
-from brixel_cli.engines.probing.probing import head_spec, plan_only
+from brixel_cli.engines.probing.probing import head_spec, plan_probe
 from brixel_cli.engines.probing.training import batch_loss, batches
 from brixel_cli.engines.runtime import Runtime, keep_freed_memory
 from brixel_cli.engines.streams import read_ahead
@@ -93,7 +93,7 @@ def main() -> None:
     )  # fmt: skip
     runtime = Runtime(options.device, options.precision)
     keep_freed_memory(runtime.device)  # as a probe does
-    plan = plan_only(options, Progress())
+    plan = plan_probe(options, runtime, Progress())
     prepare(plan, runtime, Progress())
     result = {}
     for item in plan.sources:

@@ -7,15 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.engines.benchmarking.environment import Environment
 from brixel_cli.engines.benchmarking.latency import Latency
 from brixel_cli.engines.benchmarking.probes import ProbeResult
-from brixel_cli.engines.benchmarking.results import RecoveredGaps
-from brixel_cli.errors import BrixelError
+from brixel_cli.engines.benchmarking.results import RecoveredGaps, read_json
 
 FORMAT: Literal["brixel-ablations-1"] = "brixel-ablations-1"
 FILE_NAME = "ablations.json"
@@ -170,10 +167,4 @@ def read_ablations(path: Path) -> Ablations:
     Raises:
         BrixelError: it is missing, or not of this format.
     """
-    file = path / FILE_NAME if path.is_dir() else path
-    try:
-        return TypeAdapter(Ablations).validate_json(file.read_bytes())
-    except OSError as error:
-        raise BrixelError(f"No results of ablations at {file}: {error.strerror}.") from error
-    except ValidationError as error:
-        raise BrixelError(f"{file} holds no results of this version of brixel benchmark --ablate.") from error
+    return read_json(path, FILE_NAME, Ablations, "brixel benchmark --ablate")

@@ -15,7 +15,7 @@ from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.files import save_picture
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.metrics import FIDELITY, fidelity, fidelity_basis, recovered_gaps
-from brixel_cli.data.views import Views, reduce_view
+from brixel_cli.data.views import Views, normalise_pixels, reduce_view
 from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
 from brixel_cli.engines.benchmarking.methods import Method
 from brixel_cli.engines.benchmarking.results import Fidelity, ImageFidelity, Picture, Size
@@ -141,6 +141,6 @@ def draw_examples(
 
 
 def _images_and_target(pixels: Tensor, views: Views, backbone: Backbone) -> tuple[Tensor, Tensor]:
-    """The student's view (1, 3, S, S) and the teacher's map (D, H, W) of a teacher view (3, 4S, 4S)."""
-    large = pixels[None].to(next(backbone.parameters()).device)
+    """The student's view (1, 3, S, S) and the teacher's map (D, H, W) of a teacher view (3, 4S, 4S), uint8."""
+    large = normalise_pixels(pixels[None].to(next(backbone.parameters()).device), backbone.mean, backbone.std)
     return reduce_view(large, views.config.factor), backbone.last_map(large)[0]

@@ -23,7 +23,7 @@ from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 @dataclass(frozen=True)
 class Photos:
-    """Photographs for the fidelity, the same at every size."""
+    """Images for the fidelity, the same at every size."""
 
     folder: str
     photographs: list[Photograph]
@@ -32,7 +32,7 @@ class Photos:
         """Their centre crops for the teacher, of which the student sees `size` (height, width)."""
         fields = {"teacher_size": [factor * side for side in size], "factor": factor}
         config = ViewConfig.model_validate(fields)
-        return Views(self.photographs, config, 0, backbone.mean, backbone.std)
+        return Views(self.photographs, config, 0)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
@@ -20,6 +20,7 @@ from brixel_cli.errors import BrixelError
 FORMAT = "brixel-benchmark-1"
 FILE_NAME = "results.json"
 TABLE_NAME = "results.csv"
+Kept = TypeVar("Kept")
 
 Kind = Literal["backbone", "bilinear", "student", "baseline", "teacher"]
 How = Literal["measured", "counted"]
@@ -128,7 +129,7 @@ class Fidelity:
 
     @property
     def worst_images(self) -> list[ImageFidelity]:
-        """Photographs by cosine, worst first."""
+        """Images by cosine similarity, worst first."""
         return sorted(self.images, key=lambda image: image.cosine)
 
 
@@ -213,7 +214,7 @@ class BudgetRow:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of one photograph: input, maps of all rows, teacher; `rank` 1 is the worst of its model and size."""
+    """A picture of one image: input, maps of all rows, teacher; `rank` 1 is the worst of its model and size."""
 
     model: str
     size: Size
@@ -336,13 +337,22 @@ def read_results(path: Path) -> Results:
     Raises:
         BrixelError: it is missing, or not of this format.
     """
-    file = path / FILE_NAME if path.is_dir() else path
-    try:
-        results = TypeAdapter(Results).validate_json(file.read_bytes())
-    except OSError as error:
-        raise BrixelError(f"No results of a benchmark at {file}: {error.strerror}.") from error
-    except ValidationError as error:
-        raise BrixelError(f"{file} holds no results of this version of brixel benchmark.") from error
+    results = read_json(path, FILE_NAME, Results, "brixel benchmark")
     if results.format != FORMAT:
-        raise BrixelError(f"{file} is of format {results.format}, not {FORMAT}: run brixel benchmark again.")
+        raise BrixelError(f"{path} is of format {results.format}, not {FORMAT}: run brixel benchmark again.")
     return results
+
+
+def read_json(path: Path, name: str, kind: type[Kept], command: str) -> Kept:
+    """Read what a command has kept as JSON: a file, or the one called `name` in a folder.
+
+    Raises:
+        BrixelError: it is missing, or holds something else.
+    """
+    file = path / name if path.is_dir() else path
+    try:
+        return TypeAdapter(kind).validate_json(file.read_bytes())
+    except OSError as error:
+        raise BrixelError(f"No results of {command} at {file}: {error.strerror}.") from error
+    except ValidationError as error:
+        raise BrixelError(f"{file} holds no results of this version of {command}.") from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,11 +14,14 @@ from torch.utils.data import DataLoader
 
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.data.images import Skipped
-from brixel_cli.data.views import View, Views, reduce_view, seed_of
+from brixel_cli.data.views import View, Views, normalise_pixels, reduce_view, seed_of
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
 
 Key = tuple[int, int]
+MOST_WORKERS = 16
+CPU_WORKERS = 2
+"""On the CPU the networks need the cores."""
 
 
 @dataclass(frozen=True)
@@ -99,41 +103,114 @@ def _shuffled(count: int, *seed: int) -> list[int]:
 def compute_maps(
     backbone: Backbone, runtime: Runtime, pixels: Tensor, factor: int
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """From teacher views (B, 3, 4S, 4S): the student's views, the backbone's four maps of those, and the targets."""
-    pixels = pixels.to(runtime.device)
-    images = reduce_view(pixels, factor)
+    """From teacher views: the student's views, the backbone's four maps of those, and the targets.
+
+    Args:
+        backbone: the teacher, and the trunk of the student.
+        runtime: where pixels are normalised and reduced, and the maps computed.
+        pixels: uint8 (B, 3, factor * H, factor * W).
+        factor: of teacher side over student side.
+    """
+    views = normalise_pixels(pixels.to(runtime.device, non_blocking=True), backbone.mean, backbone.std)
+    images = reduce_view(views, factor)
     with runtime.autocast():
-        return images, backbone.intermediate_maps(images), backbone.last_map(pixels)
+        return images, backbone.intermediate_maps(images), backbone.last_map(views)
 
 
-class OnlineBatches:
-    """Reads and crops images in worker processes; runs backbone and teacher on each batch."""
+def num_workers(asked: int | None, runtime: Runtime) -> int:
+    """Processes that read views: as many as asked for; None: by the cores, shared among the training's processes."""
+    if asked is not None:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // runtime.world_size
+    return min(max(share - 1, 1), MOST_WORKERS) if runtime.device.type == "cuda" else min(share, CPU_WORKERS)
 
-    def __init__(self, views: Views, backbone: Backbone, runtime: Runtime, workers: int):
-        self.views, self.backbone, self.runtime, self.workers = views, backbone, runtime, workers
+
+class ViewBatch(NamedTuple):
+    """Views as the workers send them.
+
+    Attributes:
+        pixels: uint8 (B, 3, H, W).
+        names: of the images.
+        skipped: for each, the files that it stands in for.
+    """
+
+    pixels: Tensor
+    names: list[str]
+    skipped: list[tuple[Skipped, ...]]
+
+
+def _collate(views: list[View]) -> ViewBatch:
+    pixels = torch.stack([view.pixels for view in views])
+    return ViewBatch(pixels, [view.name for view in views], [view.skipped for view in views])
+
+
+class _NextKeys:
+    """The lists of keys that a loader is to read next; its worker processes stay from one iteration to another."""
+
+    keys: Iterable[Sequence[Key]] = ()
+
+    def __iter__(self) -> Iterator[Sequence[Key]]:
+        return iter(self.keys)
+
+
+class ViewLoader:
+    """Reads and crops images in worker processes.
+
+    Args:
+        views: which are read.
+        runtime: whose device they are for, and whose processes share the cores.
+        workers: processes, 0: this one; None: by the cores.
+
+    Attributes:
+        count: of the worker processes.
+        skipped: damaged images that were found, with reasons.
+    """
+
+    def __init__(self, views: Views, runtime: Runtime, workers: int | None):
+        self.count = num_workers(workers, runtime)
         self.skipped: list[Skipped] = []
-
-    def load(self, keys: Iterable[Sequence[Key]]) -> Iterator[list[View]]:
-        """The views themselves, read ahead by the workers."""
-        loader = DataLoader(
-            self.views,
-            batch_sampler=keys,  # type: ignore[arg-type]
-            num_workers=self.workers,
-            collate_fn=list,
+        self._next = _NextKeys()
+        self._loader: DataLoader[ViewBatch] = DataLoader(
+            views,  # type: ignore[arg-type]
+            batch_sampler=self._next,  # type: ignore[arg-type]
+            num_workers=self.count,
+            collate_fn=_collate,
+            pin_memory=runtime.device.type == "cuda",
+            persistent_workers=self.count > 0,
         )
+
+    def load(self, keys: Iterable[Sequence[Key]]) -> Iterator[ViewBatch]:
+        """Views for each list of keys, in order, read ahead by the workers."""
+        self._next.keys = keys
         try:
-            for batch in loader:
-                self.skipped.extend(item for view in batch for item in view.skipped if item not in self.skipped)
+            for batch in self._loader:
+                self.skipped.extend(item for files in batch.skipped for item in files if item not in self.skipped)
                 yield batch
         except BrixelError as error:  # a worker's comes wrapped in its traceback
             raise BrixelError(str(error).strip().rpartition("BrixelError: ")[2]) from error
 
+
+class OnlineBatches:
+    """Batches computed from images as they are needed: views from a `ViewLoader`, their maps from the backbone.
+
+    Args:
+        views: training or held-out views.
+        backbone: the teacher, and the trunk of the student.
+        runtime: where they compute.
+        workers: as for `ViewLoader`.
+    """
+
+    def __init__(self, views: Views, backbone: Backbone, runtime: Runtime, workers: int | None):
+        self.loader = ViewLoader(views, runtime, workers)
+        self.skipped = self.loader.skipped
+        self.factor, self.backbone, self.runtime = views.config.factor, backbone, runtime
+
     def iterate(self, keys: Iterable[Sequence[Key]]) -> Iterator[Batch]:
         """One batch for each list of keys, in order."""
-        for views in self.load(keys):
-            pixels = torch.stack([view.pixels for view in views])
+        for loaded in self.loader.load(keys):
             yield Batch(
-                *compute_maps(self.backbone, self.runtime, pixels, self.views.config.factor),
-                names=[view.name for view in views],
-                replaced=[bool(view.skipped) for view in views],
+                *compute_maps(self.backbone, self.runtime, loaded.pixels, self.factor),
+                names=loaded.names,
+                replaced=[bool(files) for files in loaded.skipped],
             )

@@ -120,7 +120,7 @@ def _distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, runtime: Run
         reporter.say(f"resuming {folder.path} after step {trainer.step}")
 
     # The disk may not suffice for a cache: an old run in this folder is cleared away only after that.
-    parts = make_views(recipe, images, backbone)
+    parts = make_views(recipe, images)
     cache = CacheFile(recipe, folder.path, backbone, parts, runtime, reporter) if recipe.cache.enabled else None
     if runtime.is_first:
         if resume:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -16,17 +18,19 @@ from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.linear_fit import LinearFit
 from brixel_cli.core.losses import Basis, DistillationLoss, fit_basis
 from brixel_cli.data.row_store import bytes_needed
-from brixel_cli.engines.distilling.batches import Batch
+from brixel_cli.engines.distilling.batches import Batch, ViewLoader, batch_keys, num_workers
 from brixel_cli.engines.distilling.cache import CACHE_BATCH, CacheLayout
 from brixel_cli.engines.distilling.run_folder import resolve_paths
 from brixel_cli.engines.distilling.trainer import Trainer, make_adapter, num_steps
-from brixel_cli.engines.distilling.training_images import TrainingImages, check_view_sizes, find_images
+from brixel_cli.engines.distilling.training_images import TrainingImages, check_view_sizes, find_images, make_views
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, call_seconds, free_memory
 from brixel_cli.errors import BrixelError, UsageError
 
 LONGEST_MEASUREMENT = 45.0
 """Seconds; what would take longer on one image is estimated from its FLOP."""
+READING_SECONDS = 3.0
+LONGEST_RUN = 10**9
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,11 @@ class Plan:
         uncounted: operators with arithmetic that the count does not see.
         memory_bytes: frozen weights, training state and the largest working set of a pass, on each process.
         device_bytes: memory that this machine has for it.
-        step_seconds: time of one update, or None where the model does not fit here.
-        cached_view_seconds: time of caching one view; 0 without a cache.
+        step_seconds: time of one update on the device, or None where the model does not fit here.
+        cached_view_seconds: time of caching one view on the device; 0 without a cache.
+        reading_seconds: time in which the workers read, crop and change one view; None without images.
+        num_workers: processes that read; 0: the training itself, one after the other.
+        limit: which of the two is slower where views are read, `reading` or `device`; None where not both are known.
         how_timed: how the times were obtained.
         num_steps: updates in the run, or None where they depend on images that are not there.
         num_views: training views in an epoch, or None.
@@ -60,6 +67,9 @@ class Plan:
     device_bytes: int
     step_seconds: float | None
     cached_view_seconds: float
+    reading_seconds: float | None
+    num_workers: int
+    limit: Literal["reading", "device"] | None
     how_timed: str
     num_steps: int | None
     num_views: int | None
@@ -99,6 +109,8 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
     working = max(counts.adapter.peak_bytes, counts.teacher.peak_bytes * teacher_at_once + fit_bytes)
     memory_bytes = counts.frozen_bytes + counts.state_bytes + counts.batch_bytes + working
 
+    workers = num_workers(recipe.run.workers, runtime)
+    reading = _reading_seconds(recipe, images, runtime, reporter) if images else None
     times, how = _time(recipe, runtime, counts, memory_bytes, device_bytes, reporter)
     sizes = recipe.views.teacher_sizes
     layout = CacheLayout(tuple(sizes), recipe.views.factor, counts.patch_size, counts.embed_dim)
@@ -109,7 +121,9 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
     total = None
     if times and steps:
         num_fitted = min(recipe.optim.linear_views, num_views or 0) if recipe.fits_linear_part and not cached else 0
-        total = times[0] * steps + times[1] * (num_cached + num_fitted)
+        per_update = 0 if cached else recipe.optim.batch_size
+        total = steps * _together_seconds(times[0], reading, per_update, workers)
+        total += (num_cached + num_fitted) * _together_seconds(times[1], reading, 1, workers)
     per_view = (counts.teacher.flop + counts.backbone.flop) / 1e9
     per_step = {"adapter, forward and backward": counts.adapter.flop * passes / 1e9}
     if not cached:
@@ -125,6 +139,9 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
         device_bytes=device_bytes,
         step_seconds=times[0] if times else None,
         cached_view_seconds=times[1] if times and cached else 0.0,
+        reading_seconds=reading,
+        num_workers=workers,
+        limit=_limit(times, reading, 0 if cached else recipe.optim.batch_size),
         how_timed=how,
         num_steps=steps,
         num_views=num_views,
@@ -164,6 +181,42 @@ def _time(
     if not recipe.cache.enabled:
         update_seconds += view_seconds * recipe.optim.batch_size
     return (update_seconds, view_seconds), how
+
+
+def _reading_seconds(recipe: Recipe, images: TrainingImages, runtime: Runtime, reporter: Reporter) -> float | None:
+    """Time for each view of what the workers do, once all of them are at work; None where no image can be read."""
+    reporter.say("timing how images are read")
+    views, _ = make_views(recipe, images)
+    source = ViewLoader(views, runtime, recipe.run.workers)
+    per_pass = recipe.optim.images_per_pass(runtime.world_size)
+    keys = batch_keys(views, range(LONGEST_RUN), recipe.optim.batch_size, recipe.optim.accumulate)
+    try:
+        batches = iter(source.load(keys))
+        for _ in range(max(source.count, 1)):  # they start together, and their first batches come at once
+            next(batches)
+        began, read = time.perf_counter(), 0
+        while time.perf_counter() - began < READING_SECONDS or read < max(source.count, 1):
+            next(batches)
+            read += 1
+    except BrixelError:
+        return None
+    return (time.perf_counter() - began) / (read * per_pass)
+
+
+def _together_seconds(device: float, reading: float | None, num_views: int, workers: int) -> float:
+    """Seconds of some work on the device, for which workers read views meanwhile; without workers, before it."""
+    read = (reading or 0.0) * num_views
+    return max(device, read) if workers else device + read
+
+
+def _limit(
+    times: tuple[float, float] | None, reading: float | None, per_update: int
+) -> Literal["reading", "device"] | None:
+    """Which is slower, reading views or computing with them; with a cache, while it is filled."""
+    if times is None or reading is None:
+        return None
+    device, read = (times[0], reading * per_update) if per_update else (times[1], reading)
+    return "reading" if read > device else "device"
 
 
 def _seconds(call: Callable[[], object], runtime: Runtime) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from brixel_cli.config.distill import Recipe, ViewConfig
-from brixel_cli.core.backbone import Backbone, check_size
+from brixel_cli.core.backbone import check_size
 from brixel_cli.core.identity import files_sha256, json_digest
 from brixel_cli.data.images import Photograph, Skipped, scan_folder
 from brixel_cli.data.views import Views, split_photographs
@@ -76,20 +76,20 @@ def find_images(recipe: Recipe) -> TrainingImages:
     return TrainingImages(training, held_out, skipped)
 
 
-def make_views(recipe: Recipe, images: TrainingImages, backbone: Backbone) -> tuple[Views, Views]:
+def make_views(recipe: Recipe, images: TrainingImages) -> tuple[Views, Views]:
     """Training views as the recipe says, and held-out ones: the centre crop of each image.
 
     Raises:
         UsageError: there are fewer training views than sizes.
     """
     centre = ViewConfig(teacher_size=recipe.views.teacher_size, factor=recipe.views.factor)
-    training = Views(images.training, recipe.views, recipe.seed, backbone.mean, backbone.std)
+    training = Views(images.training, recipe.views, recipe.seed)
     if len(training) < recipe.views.num_sizes:
         raise UsageError(
             f"{len(training)} training views cannot be shared out over the {recipe.views.num_sizes} sizes of "
             "views.teacher_size and views.other_sizes: add images, or name fewer sizes."
         )
-    return training, Views(images.held_out, centre, recipe.seed, backbone.mean, backbone.std)
+    return training, Views(images.held_out, centre, recipe.seed)
 
 
 def check_view_sizes(recipe: Recipe, patch_size: int) -> None:

@@ -15,7 +15,7 @@ from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.data.crops import Crop, cut_image, cut_map, cut_target
 from brixel_cli.data.feature_file import Grid, MapWriter, encode
 from brixel_cli.data.images import load_image
-from brixel_cli.data.labelled import LabelledSet, Sample
+from brixel_cli.data.labelled import LabelledSet, Sample, all_errors
 from brixel_cli.data.row_store import DONE, Array, Store, create_store, positions_within_size
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.probing.plan import (
@@ -109,7 +109,7 @@ def prepare(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> None:
     """Fill the feature folder with what is missing of targets and maps, after saying how much room it takes.
 
     Raises:
-        BrixelError: it does not fit on the disk, or an image or a target of the set is faulty.
+        BrixelError: it does not fit on the disk, or images or targets of the set cannot be used.
     """
     reporter.say(
         f"features: {human_bytes(plan.bytes_needed)} needed, {human_bytes(plan.bytes_free)} free, "
@@ -139,20 +139,29 @@ def _fill_targets(split: SplitPlan, task: str, reporter: Reporter) -> None:
     rows_of_image = [[row] for row in range(len(split.labelled))] if split.slides else split.positions
     images = [image for image, rows in enumerate(rows_of_image) if missing & set(rows)]
 
-    def load(image: int) -> list[dict[str, Array]]:
-        sample = split.labelled.load(image)
+    def load(image: int) -> list[dict[str, Array]] | BrixelError:
+        try:
+            sample = split.labelled.load(image)
+        except BrixelError as error:
+            return error
         return [_cut(sample, split, row, task) for row in rows_of_image[image]]
 
+    errors: list[str] = []
     total = len(split.target_sizes)
     with reporter.bar(f"targets, {split.split}", total, total - len(missing), "crop") as bar:
         for chunk, loaded in read_ahead([[image] for image in images], load, num_workers(), polite=False):
-            rows = rows_of_image[chunk[0]]
-            for row, values in zip(rows, loaded[0], strict=True):
+            rows, cut = rows_of_image[chunk[0]], loaded[0]
+            if isinstance(cut, BrixelError):
+                errors.append(str(cut))
+                continue
+            for row, values in zip(rows, cut, strict=True):
                 for quantity, value in values.items():
                     store.put(_dataset(quantity, split.target_sizes[row]), places[row], value)
                 store.mark(row, DONE)
             bar.update(len(rows))
     store.flush()
+    if errors:
+        raise all_errors(errors, len(split.labelled))
 
 
 def _cut(sample: Sample, split: SplitPlan, row: int, task: str) -> dict[str, Array]:

@@ -123,6 +123,17 @@ class ProbePlan:
         """Steps of each training."""
         return self.options.protocol.num_steps(len(self.sources[0].train.labelled))
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of a plan for which the backbone's weights were not read."""
+        models = [item.source for item in self.sources if isinstance(item.source, ModelSource)]
+        notes = []
+        if any(not model.backbone_sha256 for model in models):
+            notes.append("The backbone's weights were not read: stored features count as missing here.")
+        known = ("pretrained", "random")
+        absent = {m.spec.weights for m in models if m.spec.weights not in known and not Path(m.spec.weights).is_file()}
+        return notes + [f"The run needs the backbone's weights, and {path} is not there." for path in sorted(absent)]
+
     def check_disk(self) -> None:
         """Raise a BrixelError where the features do not fit on the disk."""
         check_disk(self.options.features, self.bytes_needed, "Storing features and targets")

@@ -15,7 +15,7 @@ import torch
 from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.heads import HeadSpec, save_head
-from brixel_cli.data.labelled import LabelledSet
+from brixel_cli.data.labelled import LabelledSet, all_errors
 from brixel_cli.engines.probing.evaluation import evaluate_head
 from brixel_cli.engines.probing.features import Maps, Targets, open_maps, prepare
 from brixel_cli.engines.probing.folder import ProbeFolder
@@ -38,7 +38,7 @@ from brixel_cli.engines.probing.results import (
 from brixel_cli.engines.probing.sources import ModelSource, resolve_sources
 from brixel_cli.engines.probing.training import train_head
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime, library_versions
+from brixel_cli.engines.runtime import Runtime, library_versions, memory_errors
 from brixel_cli.errors import UsageError
 
 
@@ -51,9 +51,12 @@ class Probed:
 
 
 def plan_only(options: ProbeOptions, reporter: Reporter) -> ProbePlan:
-    """The plan, without carrying it out; errors as for `probe`."""
-    runtime = Runtime(options.device, options.precision)
-    return _plan(options, runtime, reporter)
+    """The plan, without carrying it out; every image and label is read, but no weights of a backbone.
+
+    Raises:
+        BrixelError: as `probe`, and with all images that cannot be used.
+    """
+    return plan_probe(options, Runtime(options.device, options.precision), reporter, dry_run=True)
 
 
 def probe(options: ProbeOptions, reporter: Reporter) -> Probed:
@@ -63,12 +66,12 @@ def probe(options: ProbeOptions, reporter: Reporter) -> Probed:
     bits, with the same number of threads; which seeds and sources were done before does not matter.
 
     Raises:
-        BrixelError: something the user can mend; what was computed before stays.
+        BrixelError: something the user can fix; what was computed before stays.
     """
     runtime = Runtime(options.device, options.precision)
     if runtime.world_size > 1:
         raise UsageError("brixel probe runs in one process: start it without torchrun.")
-    plan = _plan(options, runtime, reporter)
+    plan = plan_probe(options, runtime, reporter)
     folder = ProbeFolder(options.output)
     settings, described = _settings(plan, runtime), {item.source.label: _describe(item) for item in plan.sources}
     runs = folder.begin(settings, described, options.overwrite)
@@ -92,12 +95,30 @@ def probe(options: ProbeOptions, reporter: Reporter) -> Probed:
     return Probed(results, _files(folder, plan, results, bool(missing), runtime))
 
 
-def _plan(options: ProbeOptions, runtime: Runtime, reporter: Reporter) -> ProbePlan:
-    train, evaluate = LabelledSet(options.recipe, "train"), LabelledSet(options.recipe, "evaluate")
+def plan_probe(options: ProbeOptions, runtime: Runtime, reporter: Reporter, dry_run: bool = False) -> ProbePlan:
+    """What `probe` will carry out.
+
+    Args:
+        options: of the probe.
+        runtime: where it will be carried out.
+        reporter: hears of progress.
+        dry_run: whether every image and label is read, and the backbone's weights are not.
+
+    Raises:
+        BrixelError: the set, a source or the protocol cannot be used.
+    """
+    splits = train, evaluate = LabelledSet(options.recipe, "train"), LabelledSet(options.recipe, "evaluate")
+    if dry_run:
+        total = len(train) + len(evaluate)
+        with reporter.bar("check images and labels", total, unit="image") as bar:
+            errors = [error for labelled in splits for error in labelled.errors(bar.update)]
+        if errors:
+            raise all_errors(errors, total)
     with reporter.bar("check files", len(train.files()) + len(evaluate.files()), unit="file") as bar:
-        for labelled in (train, evaluate):
+        for labelled in splits:
             labelled.read_contents(bar.update)
-    return make_plan(options, resolve_sources(options, reporter), train, evaluate, runtime.precision)
+    sources = resolve_sources(options, reporter, read_weights=not dry_run)
+    return make_plan(options, sources, train, evaluate, runtime.precision)
 
 
 def _run_source(
@@ -109,12 +130,19 @@ def _run_source(
     targets = {split.split: Targets(split, options.recipe.task) for split in (item.train, item.evaluate)}
     spec = head_spec(options, maps["train"])
     for seed in seeds:
-        with reporter.bar(f"{label}, seed {seed}", plan.num_steps, unit="step") as bar:
+        smaller = f"--set protocol.batch_size={max(protocol.batch_size // 2, 1)}, a smaller --res, or another --device"
+        with (
+            memory_errors(f"training on {label} with {protocol.batch_size} images a step", f"Take {smaller}."),
+            reporter.bar(f"{label}, seed {seed}", plan.num_steps, unit="step") as bar,
+        ):
             trained = train_head(
                 spec, protocol, maps["train"], targets["train"], item.train.positions, seed, runtime.device, bar
             )
         began = time.perf_counter()
-        with reporter.bar(f"{label}, seed {seed}, evaluation", len(item.evaluate.labelled), unit="image") as bar:
+        with (
+            memory_errors(f"evaluating {label}, image by image", "Take a smaller --res, or another --device."),
+            reporter.bar(f"{label}, seed {seed}, evaluation", len(item.evaluate.labelled), unit="image") as bar,
+        ):
             evaluated = evaluate_head(
                 trained.head, maps["evaluate"], targets["evaluate"], item.evaluate, protocol.align, runtime.device, bar
             )
