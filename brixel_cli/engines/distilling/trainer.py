@@ -71,6 +71,17 @@ def with_noise(maps: Sequence[Tensor], share: float, seeds: Sequence[int]) -> li
     return noisy
 
 
+def decay_groups(adapter: Adapter, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: weights of layers decay; norms, biases, layer scales and the closed-form linear part do not."""
+    named = list(adapter.named_parameters())
+    decays = {name for name, tensor in named if name.endswith("weight") and tensor.ndim > 1}
+    decays -= {name for name in decays if name.startswith("linear.")}
+    return [
+        {"params": [tensor for name, tensor in named if name in decays], "weight_decay": weight_decay},
+        {"params": [tensor for name, tensor in named if name not in decays], "weight_decay": 0.0},
+    ]
+
+
 class Trainer:
     """Adapter, optimiser and average of a run, and all that a checkpoint holds of them."""
 
@@ -80,9 +91,8 @@ class Trainer:
         if runtime.world_size > 1 and runtime.device.type == "cuda":
             self.adapter = nn.SyncBatchNorm.convert_sync_batchnorm(self.adapter)
         self.model: nn.Module = runtime.parallel(self.adapter)
-        self.optimizer = torch.optim.AdamW(
-            self.adapter.parameters(), lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay, fused=True
-        )
+        groups = decay_groups(self.adapter, recipe.optim.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, fused=True)
         self.average = averaged(self.adapter, recipe.optim.average) if recipe.optim.average else None
         self.loss = DistillationLoss(recipe.loss, mean_over_processes=runtime.mean)
         self.step = 0
