@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from brixel_cli.config.base import scheduled_rate
 from brixel_cli.config.distill import AdapterConfig, OptimConfig, Recipe
 from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, same_model
@@ -40,12 +41,7 @@ def learning_rate(optim: OptimConfig, step: int, total: int, steps_per_epoch: fl
     """Learning rate of update number `step` (0-based) of `total`."""
     if optim.schedule == "two_step":
         return optim.first_epoch_lr if step < steps_per_epoch else optim.lr
-    warmup = min(optim.warmup_steps, total // 10)
-    if step < warmup:
-        return optim.lr * (step + 1) / warmup
-    if optim.schedule == "constant":
-        return optim.lr
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    return scheduled_rate(optim.schedule, optim.lr, step, total, optim.warmup_steps)
 
 
 def averaged(adapter: Adapter, decay: float) -> AveragedModel:
