@@ -1,12 +1,13 @@
 # make demo   from a fresh machine to sharp feature maps of real photographs, about five minutes on two cores
 # make test   the tests, on the CPU, without network
+# make test-gpu  the tests that need a GPU; without one they are skipped
 # make check  what continuous integration runs: style, types, tests
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-gpu check clean
 
 # Set up again whenever the requirements change.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -20,6 +21,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

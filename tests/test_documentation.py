@@ -86,3 +86,11 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_path_that_is_named_exists(page: Path) -> None:
     for path in PATHS.findall(page.read_text(encoding="utf-8")):
         assert (ROOT / path).exists() or (ROOT / "brixel_cli" / path).exists(), f"{name(page)} names {path}"
+
+
+def test_the_labelled_set_of_the_documentation_loads(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "PROBE.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    recipe = load_recipe(str(tmp_path / "mine.yaml"), [], ProbeRecipe)
+    assert recipe.data.labels is not None
+    assert (recipe.task, recipe.size, recipe.data.labels.classes) == ("segmentation", 112, ["sky", "building", "road"])
