@@ -12,7 +12,7 @@ import typer
 from brixel_cli import __version__
 from brixel_cli.cli import examples
 from brixel_cli.cli.console import error_boundary, print_version, set_quiet
-from brixel_cli.config.base import Device, Precision
+from brixel_cli.config.base import Device, Precision, check_device
 from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions, BenchmarkOptions
 from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage
 from brixel_cli.errors import UsageError
@@ -106,6 +106,8 @@ def distill(
         set_quiet(quiet)
         if _recipes_only(Recipe, list_recipes, copy_recipe, as_json):
             return
+        if device is not None:
+            check_device(device)
         shorthands = {
             "data.images": images, "init": init, "backbone.weights": backbone_weights, "run.device": device,
         }  # fmt: skip

@@ -100,7 +100,7 @@ def test_a_run_is_resumed_by_its_folder_alone(tiny_recipe_file: Path, tmp_path: 
     (["--resume", "--output", "nowhere"], "nowhere holds no run to resume: recipe.yaml is missing."),
     (["--recipe", "vits", "--set", "optim.lr"], "--set takes key.path=value, such as optim.lr=3e-4; got 'optim.lr'."),
     (["--recipe", "vits", "--set", "optim.lr=fast"], 'optim.lr: expected number; found "fast"'),
-    (["--recipe", "vits", "--device", "abacus"], "run.device: a device is auto, cpu, cuda, cuda:1 (the second GPU) or mps; found abacus"),
+    (["--recipe", "vits", "--device", "abacus"], "error: --device: a device is auto, cpu, cuda, cuda:1 (the second GPU) or mps; found abacus"),
 ])  # fmt: skip
 def test_a_wrong_command_exits_with_2_and_says_why(arguments: list[str], message: str) -> None:
     code, out, err = invoke("distill", *arguments)

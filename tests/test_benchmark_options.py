@@ -1,4 +1,4 @@
-"""Options of the benchmark: sizes, budgets and what does not go together."""
+"""Options that commands share, devices, sizes and budgets, and what does not go together in a benchmark."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from brixel_cli.config.base import parse_bytes, parse_sizes
+from brixel_cli.config.base import check_device, parse_bytes, parse_sizes
 from brixel_cli.config.benchmark import BenchmarkOptions
+from brixel_cli.config.files import load_recipe
 from brixel_cli.errors import UsageError
 
 
@@ -87,3 +88,17 @@ def test_the_command_line_says_what_differs_from_the_defaults() -> None:
         "brixel benchmark --compare-highres --res 84,112 --images 'my photos' --compile --seconds 5 "
         "--baseline a.py:f --baseline b:g"
     )
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "mps", "cuda", "cuda:1"])
+def test_devices(device: str) -> None:
+    assert load_recipe("demo", [f"run.device={device}"]).run.device == device
+    check_device(device)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:one", "CPU", ""])
+def test_what_is_no_device(device: str) -> None:
+    with pytest.raises(UsageError, match="--device: a device is auto, cpu, cuda, cuda:1"):
+        check_device(device)
+    with pytest.raises(UsageError, match="run.device: a device is auto"):
+        load_recipe("demo", [f"run.device='{device}'"])

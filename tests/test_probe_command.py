@@ -141,7 +141,7 @@ def test_a_second_call_goes_on(command: list[str]) -> None:
     assert first == again
 
 
-def test_the_deerror_folders(
+def test_the_default_folders(
     root: Path, model: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

