@@ -65,7 +65,7 @@ class ImageStudent(Student):
 
         Raises:
             BrixelError: the file cannot be read, or the image is too small or too elongated.
-            UsageError: it is neither a path nor a PIL image.
+            UsageError: it is neither a path nor a PIL image, or `res` is under two patches.
         """
         if isinstance(image, str | Path):
             picture = load_image(Path(image).expanduser())

@@ -283,8 +283,7 @@ def probe(
 @app.command(epilog=examples.BENCHMARK)
 def benchmark(
     compare_highres: Annotated[
-        bool,
-        _option(MODEL, "Also run the teacher: the backbone on the large image.", "--compare-highres"),
+        bool, _option(MODEL, "Also run the teacher, on large images.", "--compare-highres")
     ] = False,
     models: Annotated[
         str | None, _option(MODEL, f"Recipes, run folders or shipped students, by commas. {SHIPPED}")

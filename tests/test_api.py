@@ -102,6 +102,11 @@ def test_transform_says_what_it_takes(student: ImageStudent, tmp_path: Path) -> 
         student.features(tmp_path / "absent.jpg")
 
 
+def test_a_size_under_two_patches_is_refused(student: ImageStudent, images: list[Path]) -> None:
+    with pytest.raises(UsageError, match="--res 31 is less than 2 patches of 16 pixels: give 32 or more"):
+        student.transform(images[0], res=31)
+
+
 def test_a_device_that_is_none(model: tuple[str, str]) -> None:
     with pytest.raises(UsageError, match="device: a device is auto, cpu"):
         brixel_cli.load_student(model[0], device="gpu")

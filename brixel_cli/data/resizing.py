@@ -23,15 +23,6 @@ def snap(side: float, patch_size: int) -> int:
     return max(int(side / patch_size + 0.5), 1) * patch_size
 
 
-def check_res(res: int, patch_size: int) -> None:
-    """Raise a UsageError for a `--res` under two patches; from there on, rounding changes a side by a fifth at most."""
-    least = LEAST_PATCHES * patch_size
-    if res < least:
-        raise UsageError(
-            f"--res {res} is less than {LEAST_PATCHES} patches of {patch_size} pixels: give {least} or more."
-        )
-
-
 @dataclass(frozen=True)
 class Resizing:
     """The resizing of every image; the same for all of them.
@@ -41,12 +32,23 @@ class Resizing:
         fit: `short` keeps the aspect, `centre` crops the middle square, `stretch` squeezes the image into a square.
         patch_size: sides are rounded to multiples of it.
         enlarge: the model's input over `res`: 1, or the teacher's factor.
+
+    Raises:
+        UsageError: `res` is under two patches. From there on, rounding changes a side by a fifth at most.
     """
 
     res: int
     fit: Fit
     patch_size: int
     enlarge: int = 1
+
+    def __post_init__(self) -> None:
+        least = LEAST_PATCHES * self.patch_size
+        if self.res < least:
+            raise UsageError(
+                f"--res {self.res} is less than {LEAST_PATCHES} patches of {self.patch_size} pixels: "
+                f"give {least} or more."
+            )
 
     def student_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the student's input for an image of this size.

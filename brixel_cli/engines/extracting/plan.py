@@ -19,7 +19,7 @@ from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.identity import files_sha256
 from brixel_cli.data.feature_file import FORMAT, INDEX_NAME, REASON_BYTES, FeatureFile, Layout, text_array
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
-from brixel_cli.data.resizing import Resizing, check_res
+from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import FAILED, MISSING, Array, Store
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
 from brixel_cli.engines.reporting import Reporter
@@ -167,7 +167,7 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
     if not options.inputs:
         raise UsageError("--input is missing: a folder, an image, a video, a quoted glob, or a .txt list of paths.")
     spec = model_of(options, reporter)
-    check_res(options.res, spec.patch_size)
+    resizing = Resizing(options.res, options.fit, spec.patch_size, spec.enlarge)
     if options.pca is not None and options.pca > spec.embed_dim:
         raise UsageError(f"--pca {options.pca}: the maps of {spec.backbone} have only {spec.embed_dim} channels.")
     suffix = ".h5" if options.storage == "h5" else f"_{options.storage}"
@@ -178,7 +178,6 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
         raise UsageError(f"--output {output} is a file; --format {options.storage} writes a folder.")
     with reporter.bar("reading headers", total=0, unit="image") as bar:
         inputs = find_inputs(options.inputs, options.every, [preview_folder(output)], bar.update)
-    resizing = Resizing(options.res, options.fit, spec.patch_size, spec.enlarge)
     model_sizes: list[tuple[int, int] | None] = []
     reasons, snaps = [], []
     for item in inputs.items:
