@@ -176,6 +176,8 @@ def _folded(branch: nn.Module, maps: Tensor, mean: Tensor, variance: Tensor) -> 
     assert isinstance(branch, nn.Sequential)
     norm, convolution = branch
     assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(convolution, nn.Conv2d)
+    assert convolution.bias is not None
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
