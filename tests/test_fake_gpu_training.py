@@ -95,7 +95,7 @@ def runtime() -> Runtime:
 
 
 def batch_on_gpu(backbone: torch.nn.Module, runtime: Runtime) -> Batch:
-    pixels = torch.randn(2, 3, 128, 128)  # read and cropped on the CPU
+    pixels = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)  # read and cropped on the CPU
     images, maps, targets = compute_maps(backbone, runtime, pixels, 4)
     return Batch(images, maps, targets, ["a", "b"], [False, False])
 
