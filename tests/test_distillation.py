@@ -23,7 +23,14 @@ from brixel_cli.data.row_store import Store
 from brixel_cli.engines.distilling.batches import batch_keys
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
-from brixel_cli.engines.distilling.trainer import Trainer, learning_rate, make_adapter, num_steps, with_noise
+from brixel_cli.engines.distilling.trainer import (
+    Trainer,
+    decay_groups,
+    learning_rate,
+    make_adapter,
+    num_steps,
+    with_noise,
+)
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -144,6 +151,25 @@ def test_gradients_reach_only_the_adapter(tiny_recipe_file: Path, kind: str, lis
     assert trained == {id(parameter) for parameter in trainer.adapter.parameters()}
     assert not backbone.training
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["fusion", "deformable"])
+def test_only_the_weights_of_layers_decay(tiny_recipe_file: Path, kind: str) -> None:
+    from brixel_cli.core.student import build_adapter
+
+    adapter = build_adapter(64, 4, with_changes(tiny_recipe_file, f"adapter.kind={kind}").adapter)
+    decayed, others = decay_groups(adapter, 0.1)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    names = {id(tensor): name for name, tensor in adapter.named_parameters()}
+    first, second = ({names[id(tensor)] for tensor in group["params"]} for group in (decayed, others))
+    assert first | second == set(names.values())
+    assert not first & second
+    wanted = {"fusion": ({"fuse.weight", "coarse.0.expand.weight"},
+                         {"linear.weight", "coarse.0.scale", "coarse.0.norm.weight", "fuse.bias"}),
+              "deformable": ({"fc1.weight", "extractors.0.0.attn.value_proj.weight"},
+                             {"level_embed", "norm.weight", "stem.1.weight", "fc1.bias"})}[kind]  # fmt: skip
+    assert wanted[0] <= first
+    assert wanted[1] <= second
 
 
 def test_a_run_over_several_sizes(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:

@@ -17,12 +17,13 @@ import pytest
 import torch
 from conftest import Listener, every_row, make_photograph
 from PIL import Image
+from torchvision.transforms.v2 import functional as tvf
 from typer.testing import CliRunner
 
 import brixel_cli
 from brixel_cli import load_student
 from brixel_cli.app import app
-from brixel_cli.data.views import normalise
+from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.errors import UsageError
@@ -43,7 +44,9 @@ def test_rows_are_what_the_model_says(extract_options, model, photographs: Path,
     from brixel_cli.data.views import centre_view
 
     student = load_student(model[0])
-    pixels = normalise(centre_view(image, (side, side)), student.backbone.mean, student.backbone.std)[None]
+    pixels = normalise_pixels(
+        tvf.pil_to_tensor(centre_view(image, (side, side))), student.backbone.mean, student.backbone.std
+    )[None]
     expected = (student if source == "student" else student.backbone)(pixels)[0].detach().numpy()
     assert features["3.png"].shape == expected.shape == (64, *([4, 4] if source == "backbone" else [16, 16]))
     np.testing.assert_allclose(features["3.png"], expected, atol=1e-4)

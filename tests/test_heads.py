@@ -92,6 +92,27 @@ def test_both_branches_are_what_each_would_be_alone() -> None:
     assert torch.equal(both(maps)["normals"], alone(maps)["normals"])
 
 
+@pytest.mark.parametrize("name", ["linear, BatchNorm", "bins", "normals", "both"])
+def test_folding_batch_norm_changes_neither_outputs_nor_gradients_nor_statistics(name: str) -> None:
+    folded, plain = build_head(SPECS[name], 0), build_head(SPECS[name], 0)
+    maps = 3 * torch.randn(4, 8, 5, 6) + torch.linspace(-20, 20, 8)[:, None, None]
+    for head in (folded, plain):
+        for parameter in head.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        expected = {key: plain._finish(key, branch(maps)) for key, branch in plain.branches.items()}
+        found = folded(maps)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, atol=2e-5, rtol=1e-4)
+        for outputs in (expected, found):
+            sum(output.square().sum() for output in outputs.values()).backward()
+    for one, other in zip(folded.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-3, rtol=1e-3)
+    state = plain.state_dict()
+    for key, value in folded.state_dict().items():  # running statistics among it
+        torch.testing.assert_close(value, state[key], atol=1e-5, rtol=1e-5)
+
+
 def test_the_seed_alone_decides() -> None:
     torch.manual_seed(1)
     first = build_head(SPECS["readout"], 3).state_dict()

@@ -83,6 +83,28 @@ def test_views_taken_in_one_by_one_give_the_same() -> None:
         assert torch.allclose(torch.as_tensor(first), torch.as_tensor(second), atol=1e-6)
 
 
+def test_every_strength_comes_from_one_eigendecomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (calls.append(len(matrix)), eigh(matrix))[1])
+    weight, bias = torch.full((2, 8), 0.1), torch.ones(2)
+    maps, targets = views(15, weight, bias, noise=5.0)
+    fit = LinearFit(2, CPU)
+    fit.add(maps, maps[-1], targets, torch.arange(15) % 5 == 4)
+    found, intercept, strength = fit.solve()
+    assert calls == [8, 8]  # one to choose the strength, one of all views
+    # The normal equations of the centred sums, solved directly.
+    inputs, outputs = (sums.sum(dim=0) for sums in fit.sums)
+    count = inputs[-1, -1]
+    mean_in, mean_out = inputs[-1, :-1] / count, outputs[-1] / count
+    covariance = inputs[:-1, :-1] / count - torch.outer(mean_in, mean_in)
+    ridge = strength * covariance.diagonal().mean() * torch.eye(8, dtype=torch.float64)
+    joint = outputs[:-1] / count - torch.outer(mean_in, mean_out)
+    expected = torch.linalg.solve(covariance + ridge, joint)
+    torch.testing.assert_close(found, expected.T.float(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(intercept, (mean_out - mean_in @ expected).float(), atol=1e-6, rtol=1e-5)
+
+
 def test_constant_maps_give_finite_weights() -> None:
     fit = LinearFit(1, CPU)
     fit.add(

@@ -11,11 +11,12 @@ import torch
 from conftest import Listener, make_photograph
 from PIL import Image
 from probe_sets import HEIGHT, NAMES, WIDTH, make_options, make_set, noise, stored_levels, write_features
+from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli import load_student
 from brixel_cli.data.crops import cut_image, cut_map, cut_target
 from brixel_cli.data.row_store import Store
-from brixel_cli.data.views import normalise
+from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.probing.features import Targets, open_maps, prepare
 from brixel_cli.engines.probing.probing import plan_only, plan_probe, probe
@@ -54,7 +55,9 @@ def test_maps_are_what_the_model_says_of_each_field(
             for position in (0, len(split.crops) // 2, len(split.crops) - 1):
                 crop = split.crops[position]
                 image = Image.open(root / split.labelled.names[crop.row]).convert("RGB")
-                pixels = normalise(cut_image(image, crop, enlarge), student.backbone.mean, student.backbone.std)
+                pixels = normalise_pixels(
+                    tvf.pil_to_tensor(cut_image(image, crop, enlarge)), student.backbone.mean, student.backbone.std
+                )
                 expected = call(pixels[None]).detach()
                 torch.testing.assert_close(maps.read([position]), expected, atol=5e-3, rtol=5e-3)
                 assert tuple(expected.shape[2:]) == maps.grids[position]

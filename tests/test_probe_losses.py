@@ -107,6 +107,19 @@ def test_points_are_pixels_of_the_resized_map(grid: tuple[int, int], size: tuple
     assert 0 <= int(chosen.min()) <= int(chosen.max()) < size[0] * size[1]
 
 
+def test_points_at_the_border_need_no_padding_that_mps_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = F.grid_sample
+
+    def as_on_mps(*arguments, padding_mode: str, **named):
+        assert padding_mode != "border"
+        return real(*arguments, padding_mode=padding_mode, **named)
+
+    monkeypatch.setattr(F, "grid_sample", as_on_mps)
+    maps = torch.arange(4.0).view(1, 1, 2, 2)
+    corners = torch.tensor([[[0.0, 0.0], [0.0, 0.99], [0.99, 0.0], [0.99, 0.99]]])
+    torch.testing.assert_close(at_points(maps, corners, (16, 16)), maps.view(1, 1, 4))
+
+
 def test_every_pixel_can_be_drawn_and_the_generator_decides() -> None:
     points = sample_points(4000, 1, torch.Generator().manual_seed(1))
     numbers = labels_at_points(torch.arange(12).view(1, 3, 4), points)

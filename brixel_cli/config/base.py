@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -92,3 +93,22 @@ def parse_sizes(text: str, patch_size: int, option: str = "--res") -> list[tuple
             side = max(round(side / patch_size), 1) * patch_size
             sizes.append((side, side))
     return list(dict.fromkeys(sizes))
+
+
+def scheduled_rate(schedule: str, peak: float, step: int, total: int, warmup_steps: int) -> float:
+    """Learning rate of a step.
+
+    Args:
+        schedule: from the peak to zero by half a cosine (`cosine`) or in proportion (`linear`); or `constant`.
+        peak: the rate after the warm-up.
+        step: from 0 to total - 1.
+        total: steps of the training.
+        warmup_steps: over which the rate rises linearly from zero; at most a tenth of the training is used.
+    """
+    warmup = min(warmup_steps, total // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done, length = step - warmup, max(total - warmup, 1)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done / length))
+    return peak * (1 - done / length) if schedule == "linear" else peak

@@ -6,11 +6,11 @@ printed and stored with the name.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from brixel_cli.config.base import scheduled_rate
 from brixel_cli.config.labelled import Task
 from brixel_cli.config.section import Rate, Section, Side, Weight
 
@@ -110,13 +110,7 @@ class Protocol(Section):
 
     def learning_rate(self, step: int, total: int) -> float:
         """Rate of a step, from 0 to total - 1."""
-        warmup = min(self.warmup_steps, total // 10)
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        progress = (step - warmup) / max(total - warmup, 1)
-        if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
-        return self.lr * (1 - progress) if self.schedule == "linear" else self.lr
+        return scheduled_rate(self.schedule, self.lr, step, total, self.warmup_steps)
 
 
 _WHOLE = CropConfig(kind="whole")

@@ -66,21 +66,36 @@ class LinearFit:
             raise BrixelError("the sums of the linear fit are not finite")
         (fitted, held), (fitted_out, held_out) = (tuple(total.cpu()) for total in self.sums)
 
+        regression = _Ridge(fitted, fitted_out)
+
         def error(strength: float) -> float:
-            weights = _ridge(fitted, fitted_out, strength)
+            weights = regression.weights(strength)
             return float((weights * (held @ weights)).sum() - 2 * (weights * held_out).sum())
 
         least = min(STRENGTHS, key=error) if held[-1, -1] and fitted[-1, -1] else STRENGTHS[-1]
-        weights = _ridge(fitted + held, fitted_out + held_out, least)
+        weights = _Ridge(fitted + held, fitted_out + held_out).weights(least)
         return weights[:-1].T.float(), weights[-1].float(), least
 
 
-def _ridge(inputs: Tensor, outputs: Tensor, strength: float) -> Tensor:
-    """Weights (4 D + 1, D), the last row the intercept, which is not penalised."""
-    count = inputs[-1, -1]
-    mean_in, mean_out = inputs[-1, :-1] / count, outputs[-1] / count
-    covariance = inputs[:-1, :-1] / count - torch.outer(mean_in, mean_in)
-    joint = outputs[:-1] / count - torch.outer(mean_in, mean_out)
-    ridge = (strength * covariance.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)
-    weights = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance), dtype=inputs.dtype), joint)
-    return torch.cat([weights, (mean_out - mean_in @ weights)[None]])
+class _Ridge:
+    """Ridge regressions of every strength from one eigendecomposition of the inputs' covariance.
+
+    Args:
+        inputs: sums of inputs by inputs (4 D + 1, 4 D + 1).
+        outputs: sums of inputs by outputs (4 D + 1, D).
+    """
+
+    def __init__(self, inputs: Tensor, outputs: Tensor):
+        count = inputs[-1, -1].clamp(min=1)
+        self.mean_in, self.mean_out = inputs[-1, :-1] / count, outputs[-1] / count
+        covariance = inputs[:-1, :-1] / count - torch.outer(self.mean_in, self.mean_in)
+        self.variance = covariance.diagonal().mean()
+        self.values, self.vectors = torch.linalg.eigh(covariance)
+        self.joint = self.vectors.T @ (outputs[:-1] / count - torch.outer(self.mean_in, self.mean_out))
+
+    def weights(self, strength: float) -> Tensor:
+        """Weights (4 D + 1, D), the last row the intercept, which is not penalised."""
+        ridge = (strength * self.variance).clamp(min=torch.finfo(torch.float32).tiny)
+        # Rounding can leave an eigenvalue of zero a little below it.
+        weights = self.vectors @ (self.joint / (self.values.clamp(min=0) + ridge)[:, None])
+        return torch.cat([weights, (self.mean_out - self.mean_in @ weights)[None]])

@@ -109,8 +109,11 @@ def at_points(maps: Tensor, points: Tensor, size: tuple[int, int]) -> Tensor:
     """
     pixels = _pixels(points, size).to(maps.device)
     extent = torch.tensor(size, device=maps.device)
-    places = ((2 * pixels + 1) / extent - 1).flip(-1).to(maps.dtype)
-    sampled = F.grid_sample(maps, places[:, None], mode="bilinear", padding_mode="border", align_corners=False)
+    places = ((2 * pixels + 1) / extent - 1).to(maps.dtype)
+    # Up to the centres of the outer locations: as padding by the border, which is missing on MPS.
+    border = 1 - 1 / torch.tensor(maps.shape[-2:], device=maps.device, dtype=maps.dtype)
+    places = torch.maximum(torch.minimum(places, border), -border).flip(-1)
+    sampled = F.grid_sample(maps, places[:, None], mode="bilinear", padding_mode="zeros", align_corners=False)
     return sampled[:, :, 0]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from brixel_cli.config.base import scheduled_rate
 from brixel_cli.config.distill import AdapterConfig, OptimConfig, Recipe
 from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, same_model
@@ -40,12 +41,7 @@ def learning_rate(optim: OptimConfig, step: int, total: int, steps_per_epoch: fl
     """Learning rate of update number `step` (0-based) of `total`."""
     if optim.schedule == "two_step":
         return optim.first_epoch_lr if step < steps_per_epoch else optim.lr
-    warmup = min(optim.warmup_steps, total // 10)
-    if step < warmup:
-        return optim.lr * (step + 1) / warmup
-    if optim.schedule == "constant":
-        return optim.lr
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    return scheduled_rate(optim.schedule, optim.lr, step, total, optim.warmup_steps)
 
 
 def averaged(adapter: Adapter, decay: float) -> AveragedModel:
@@ -71,6 +67,17 @@ def with_noise(maps: Sequence[Tensor], share: float, seeds: Sequence[int]) -> li
     return noisy
 
 
+def decay_groups(adapter: Adapter, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: weights of layers decay; norms, biases, layer scales and the closed-form linear part do not."""
+    named = list(adapter.named_parameters())
+    decays = {name for name, tensor in named if name.endswith("weight") and tensor.ndim > 1}
+    decays -= {name for name in decays if name.startswith("linear.")}
+    return [
+        {"params": [tensor for name, tensor in named if name in decays], "weight_decay": weight_decay},
+        {"params": [tensor for name, tensor in named if name not in decays], "weight_decay": 0.0},
+    ]
+
+
 class Trainer:
     """Adapter, optimiser and average of a run, and all that a checkpoint holds of them."""
 
@@ -80,9 +87,8 @@ class Trainer:
         if runtime.world_size > 1 and runtime.device.type == "cuda":
             self.adapter = nn.SyncBatchNorm.convert_sync_batchnorm(self.adapter)
         self.model: nn.Module = runtime.parallel(self.adapter)
-        self.optimizer = torch.optim.AdamW(
-            self.adapter.parameters(), lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay, fused=True
-        )
+        groups = decay_groups(self.adapter, recipe.optim.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, fused=True)
         self.average = averaged(self.adapter, recipe.optim.average) if recipe.optim.average else None
         self.loss = DistillationLoss(recipe.loss, mean_over_processes=runtime.mean)
         self.step = 0
