@@ -15,8 +15,8 @@ from brixel_cli.core.backbone import Backbone, check_size, load_backbone, quarte
 from brixel_cli.errors import BrixelError, SizeError, UsageError, WeightsError
 
 HUB_ADVICE = (
-    "Check the network, or download them elsewhere and give the file: "
-    "--backbone-weights PATH, or --set backbone.weights=PATH (.safetensors or .pth)."
+    "Check the network, or download them elsewhere and give the file, .safetensors or .pth: "
+    "--backbone-weights PATH, or backbone.weights in a recipe."
 )
 
 

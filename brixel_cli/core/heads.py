@@ -154,17 +154,17 @@ def load_head(path: Path) -> tuple[Head, dict[str, Any]]:
 
 
 def _moments(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (over the number itself) of each channel of maps (B, D, h, w), in float64 where there is one.
+    """Mean and variance (over the number itself) of each channel of maps (B, D, h, w).
 
-    Sums along the rows of memory take a small part of the time of `torch.var_mean` over these axes.
+    Sums along the rows of memory take a small part of the time of `torch.var_mean` over these axes. They are added
+    up on the CPU in float64, which not every device has.
     """
     rows, count = maps.flatten(2), maps.numel() // maps.shape[1]
-    sums, norms = rows.sum(dim=-1), torch.linalg.vector_norm(rows, dim=-1)
-    if maps.device.type != "mps":
-        sums, norms = sums.double(), norms.double()
+    sums, norms = rows.sum(dim=-1).cpu().double(), torch.linalg.vector_norm(rows, dim=-1).cpu().double()
     mean = sums.sum(dim=0) / count
     variance = norms.square().sum(dim=0) / count - mean.square()
-    return mean.to(maps.dtype), variance.clamp(min=0).to(maps.dtype)
+    # The number format first: a device may lack float64.
+    return mean.to(maps.dtype).to(maps.device), variance.clamp(min=0).to(maps.dtype).to(maps.device)
 
 
 def _folded(branch: nn.Module, maps: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
