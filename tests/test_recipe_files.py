@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recipe_texts import LEAST, error_of, least, write
 
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import (
@@ -20,25 +21,6 @@ from brixel_cli.config.files import (
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.errors import UsageError
-
-LEAST = "name: least\nbackbone: {name: test_vit}\noptim: {steps: 4}\n"
-
-
-def write(folder: Path, text: str) -> str:
-    path = folder / "mine.yaml"
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def error_of(folder: Path, text: str, *overrides: str) -> str:
-    """The message of the one UsageError that the recipe gives."""
-    with pytest.raises(UsageError) as caught:
-        load_recipe(write(folder, text), overrides)
-    return str(caught.value)
-
-
-def least(folder: Path, *overrides: str) -> Recipe:
-    return load_recipe(write(folder, LEAST), overrides)
 
 
 def test_all_errors_are_reported_at_once_with_path_expectation_finding_and_nearest_spelling(tmp_path: Path) -> None:
