@@ -8,12 +8,15 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 
 from brixel_cli.core import files
-from brixel_cli.core.files import locked
+from brixel_cli.core.files import locked, read_npy
 from brixel_cli.errors import BrixelError
 
 
@@ -73,3 +76,56 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BrixelError, match="The folder .*file cannot be made"), locked(tmp_path / "file" / "out"):
         pass
+
+
+def npy(path: Path, values: np.ndarray) -> Path:
+    np.save(path, values)
+    return path
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(), (0, 3), (4,), (2, 3, 5)])
+def test_an_npy_file_is_read_as_numpy_reads_it(
+    tmp_path: Path, order: Literal["C", "F"], shape: tuple[int, ...]
+) -> None:
+    values = np.asarray(np.arange(max(1, np.prod(shape))), np.float32)[: int(np.prod(shape))].reshape(
+        shape, order=order
+    )
+    path = npy(tmp_path / "a.npy", values)
+    read = read_npy(path)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, np.load(path))
+
+
+def test_threads_read_npy_files_at_once(tmp_path: Path) -> None:
+    paths = [npy(tmp_path / f"{i}.npy", np.full((3, 2), i)) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for turn in range(200):
+            values = list(pool.map(read_npy, paths))
+            assert [int(v[0, 0]) for v in values] == list(range(8)), turn
+
+
+def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6, 3)})
+    with pytest.raises(
+        BrixelError, match=r"a\.npy is no \.npy file that can be read: its header says 12000000000000 by"
+    ):
+        read_npy(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\x10\x00{'descr': 1}   \n", b"nothing of the kind"]
+)
+def test_a_damaged_npy_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(BrixelError, match=r"a\.npy is no \.npy file that can be read: "):
+        read_npy(tmp_path / "a.npy")
+
+
+def test_python_objects_are_not_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.array([{}], object), allow_pickle=True)
+    with pytest.raises(BrixelError, match="it holds Python objects"):
+        read_npy(path)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from brixel_cli.core.formatting import human_bytes
@@ -23,6 +28,8 @@ try:
     import fcntl
 except ImportError:  # only POSIX has it
     fcntl = None
+_PARSER = threading.Lock()
+"""NumPy parses the header of a .npy file as Python, in which CPython 3.11 fails where two threads are in its parser."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system without locks answers."""
 
@@ -68,6 +75,29 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG atomically; raises as `replacing`."""
     with replacing(path) as partial:
         picture.save(partial, format="PNG")
+
+
+def read_npy(path: Path) -> npt.NDArray[Any]:
+    """The array of a .npy file, which may be read in several threads at once.
+
+    Raises:
+        BrixelError: the file is missing, damaged, shorter than its header says, or holds Python objects.
+    """
+    try:
+        with path.open("rb") as file:
+            with _PARSER:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
+                shape, columns_first, dtype = read(file)
+            count, there = math.prod(shape), os.fstat(file.fileno()).st_size - file.tell()
+            if dtype.hasobject:
+                raise ValueError("it holds Python objects")
+            if count * dtype.itemsize > there:
+                raise ValueError(f"its header says {count * dtype.itemsize} bytes, and {there} follow")
+            values = np.fromfile(file, dtype, count)
+    except (OSError, ValueError) as error:
+        raise BrixelError(f"{path} is no .npy file that can be read: {error}") from error
+    return values.reshape(shape, order="F" if columns_first else "C")
 
 
 @contextmanager

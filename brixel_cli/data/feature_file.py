@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brixel_cli.config.extract import Number, Storage
-from brixel_cli.core.files import make_folder, replacing
+from brixel_cli.core.files import make_folder, read_npy, replacing
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.weights import save_tensors
 from brixel_cli.data.row_store import DONE, FAILED, Array, Column, Store, positions_within_size
@@ -310,7 +310,7 @@ class FeatureDataset(Dataset[tuple[Tensor, str]]):
 def _read_single(path: Path) -> dict[str, Array]:
     try:
         if path.suffix == ".npy":
-            return {"features": np.load(path)}
+            return {"features": read_npy(path)}
         with safe_open(path, framework="np") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:  # NumPy and safetensors raise several kinds on damaged files

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from brixel_cli.config.labelled import IGNORE, DepthConfig, LabelsConfig, NormalsConfig
+from brixel_cli.core.files import read_npy
 from brixel_cli.data.images import open_image
 from brixel_cli.data.normals import normals_from_depth
 from brixel_cli.errors import BrixelError
@@ -50,7 +51,7 @@ def read_depth(path: Path, config: DepthConfig) -> npt.NDArray[np.float32]:
         BrixelError: the file is damaged or of another kind, or no pixel is in range.
     """
     values = (
-        _load_npy(path) if path.suffix.lower() == ".npy" else _read_plane(path, "a depth map of one channel")
+        read_npy(path) if path.suffix.lower() == ".npy" else _read_plane(path, "a depth map of one channel")
     ).astype(np.float64)
     if values.ndim != 2:
         raise BrixelError(f"{path} has the shape {values.shape}; a depth map is (height, width).")
@@ -100,7 +101,7 @@ def read_normals(path: Path, config: NormalsConfig) -> npt.NDArray[np.float32]:
         BrixelError: the file is damaged or of another kind, or its normals point away from the camera.
     """
     if config.encoding == "npy":
-        values = _load_npy(path).astype(np.float32)
+        values = read_npy(path).astype(np.float32)
         if values.ndim != 3 or 3 not in (values.shape[0], values.shape[-1]):
             raise BrixelError(
                 f"{path} has the shape {values.shape}; normals are (height, width, 3) or (3, height, width)."
@@ -218,12 +219,4 @@ def _read_plane(path: Path, expected: str) -> npt.NDArray[Any]:
             if (values[..., :3] != values[..., :1]).any():
                 raise BrixelError(f"{image.mode} pixels, expected {expected}")
             values = values[..., 0]
-    return values
-
-
-def _load_npy(path: Path) -> npt.NDArray[Any]:
-    try:
-        values: npt.NDArray[Any] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise BrixelError(f"{path} is no .npy file that can be read: {error}") from error
     return values
