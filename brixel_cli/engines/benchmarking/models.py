@@ -11,7 +11,7 @@ from brixel_cli.config.files import find_recipe, load_recipe
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.identity import joint_digest, tensors_sha256
 from brixel_cli.core.shipped import shipped_students
-from brixel_cli.core.student import FILE_NAME, Student
+from brixel_cli.core.student import FILE_NAME, HUB, Student
 from brixel_cli.data.images import Photograph, scan_folder
 from brixel_cli.data.views import Views
 from brixel_cli.engines.benchmarking.results import Model, Size
@@ -111,19 +111,21 @@ def find_candidates(options: BenchmarkOptions, reporter: Reporter) -> list[Candi
     elif options.models:
         names = [name.strip() for name in options.models.split(",") if name.strip()]
         if not names:
-            raise UsageError(f"--models names no recipe and no run folder: {options.models!r}.")
+            raise UsageError(f"--models names no recipe and no student: {options.models!r}.")
     else:
         names = [default_student(None, reporter)]
     found = [
-        _of_checkpoint(name, options)
-        if options.checkpoint or name in shipped_students() or (Path(name) / FILE_NAME).is_file()
-        else _of_recipe(name, options)
+        _of_checkpoint(name, options) if options.checkpoint or _is_student(name) else _of_recipe(name, options)
         for name in names
     ]
     for number, candidate in enumerate(found):
         if candidate.name in {other.name for other in found[:number]}:
             raise UsageError(f"--models: two models are called {candidate.name}; rows could not be told apart.")
     return found
+
+
+def _is_student(name: str) -> bool:
+    return name in shipped_students() or name.startswith(HUB) or (Path(name) / FILE_NAME).is_file()
 
 
 def _of_recipe(name: str, options: BenchmarkOptions) -> Candidate:
@@ -148,6 +150,8 @@ def _of_checkpoint(reference: str, options: BenchmarkOptions) -> Candidate:
     recipe = load_recipe(str(file)) if file.is_file() else None
     dtype = recipe.backbone.dtype if recipe else "float32"
     name = path.parent.resolve().name if path.name == FILE_NAME else path.stem
+    if reference.startswith(HUB):  # the file lies in a folder of the hub's client, which says nothing
+        name = reference.rpartition("/")[2]
     candidate = Candidate(name, replace(spec, dtype=dtype), recipe)
     return candidate.randomised() if candidate.random else candidate
 

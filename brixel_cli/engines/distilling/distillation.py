@@ -276,7 +276,7 @@ def _skipped(damaged: dict[str, str]) -> list[Skipped]:
 def _record_validation(held_out: HeldOut, picture: Image.Image, folder: RunFolder, writer: Any) -> None:
     figures = dataclasses.asdict(held_out)
     folder.log({"kind": "validation", **figures})
-    for row in ("backbone", "student", "gap_closed"):
+    for row in ("backbone", "student", "recovered_gap"):
         _write_scalars(writer, f"held_out/{row}", figures[row], held_out.step)
     save_picture(picture, folder.picture(held_out.step))
 
