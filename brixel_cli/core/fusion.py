@@ -59,10 +59,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, HW, 3 C)
         queries, keys, values = tokens.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(queries, keys, values)
-        return x + self.scale * self.project(
-            mixed.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[-2:])
-        )
+        mixed = F.scaled_dot_product_attention(queries, keys, values)  # (B, heads, HW, C / heads)
+        update: Tensor = self.project(mixed.transpose(2, 3).reshape(x.shape))
+        return x + self.scale * update
 
 
 def _gelu(x: Tensor) -> Tensor:
