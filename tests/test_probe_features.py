@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Listener, make_photograph
 from PIL import Image
-from probe_sets import HEIGHT, NAMES, WIDTH, make_options, make_set, noise, stored_levels, write_features
+from probe_sets import HEIGHT, NAMES, WIDTH, make_options, noise, stored_levels, write_features
 from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli import load_student
@@ -25,11 +25,6 @@ from brixel_cli.engines.streams import MOST_WORKERS, num_workers
 from brixel_cli.errors import BrixelError, UsageError
 
 ADE = ["protocol.train_labels=64", "protocol.train.per_image=2"]
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("features") / "set")
 
 
 def prepared(options, listener: Listener):
