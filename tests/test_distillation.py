@@ -16,6 +16,7 @@ from PIL import Image
 from brixel_cli import load_student
 from brixel_cli.config.distill import CacheConfig, Recipe
 from brixel_cli.config.files import load_recipe
+from brixel_cli.core.student import read_adapter
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.runtime import Runtime
@@ -54,6 +55,9 @@ def test_only_the_adapter_is_stored_and_it_loads_in_one_line(
     student = load_student(tmp_path / "run")
     assert not student.training
     assert student(torch.randn(1, 3, 32, 48)).shape == (1, 64, 8, 12)
+    card = read_adapter(str(tmp_path / "run")).card
+    assert card.trained_sides == [32, 32]
+    assert card.recovered_gap.keys() == {"32"}
 
 
 def test_training_improves_on_the_bilinear_backbone(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
