@@ -13,7 +13,7 @@ from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.identity import joint_digest, tensors_sha256
 from brixel_cli.core.shipped import shipped_students
 from brixel_cli.core.student import FILE_NAME, HUB, Student
-from brixel_cli.data.images import Photograph, scan_folder
+from brixel_cli.data.images import ImageFile, scan_folder
 from brixel_cli.data.views import Views
 from brixel_cli.engines.benchmarking.results import Model, Size
 from brixel_cli.engines.distilling.training_images import find_images
@@ -23,17 +23,17 @@ from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 
 @dataclass(frozen=True)
-class Photos:
+class ImageSet:
     """Images for the fidelity, the same at every size."""
 
     folder: str
-    photographs: list[Photograph]
+    files: list[ImageFile]
 
     def views(self, backbone: Backbone, factor: int, size: Size) -> Views:
         """Their centre crops for the teacher, of which the student sees `size` (height, width)."""
         fields = {"teacher_size": [factor * side for side in size], "factor": factor}
         config = ViewConfig.model_validate(fields)
-        return Views(self.photographs, config, 0)
+        return Views(self.files, config, 0)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Candidate:
         assert isinstance(student, Student)
         return student
 
-    def describe(self, photos: Photos | None) -> Model:
+    def describe(self, images: ImageSet | None) -> Model:
         """For the results; files are read for their SHA-256, so that changed ones are told from those measured."""
         spec = self.spec
         return Model(
@@ -89,10 +89,10 @@ class Candidate:
             patch_size=spec.patch_size,
             factor=spec.factor,
             trained_size=self.trained_size,
-            images=photos.folder if photos else None,
-            num_images=len(photos.photographs) if photos else 0,
+            images=images.folder if images else None,
+            num_images=len(images.files) if images else 0,
             weights_sha256=joint_digest([("", Path(spec.weights))]) if Path(spec.weights).is_file() else "",
-            images_sha256=joint_digest((photo.name, photo.path) for photo in photos.photographs) if photos else "",
+            images_sha256=joint_digest((file.name, file.path) for file in images.files) if images else "",
         )
 
 
@@ -178,7 +178,7 @@ def load_or_randomise(
         return candidate.randomised(), candidate.randomised().load(device)
 
 
-def find_photos(candidate: Candidate, options: BenchmarkOptions, reporter: Reporter) -> Photos | None:
+def find_images_of(candidate: Candidate, options: BenchmarkOptions, reporter: Reporter) -> ImageSet | None:
     """The images of --images, or the held-out ones of the candidate's run; None where fidelity makes no sense.
 
     Raises:
@@ -187,7 +187,7 @@ def find_photos(candidate: Candidate, options: BenchmarkOptions, reporter: Repor
     if candidate.random:
         return None
     if options.images is not None:
-        return Photos(str(options.images), scan_folder(options.images, 1)[0][: options.max_images])
+        return ImageSet(str(options.images), scan_folder(options.images, 1)[0][: options.max_images])
     if candidate.spec.stored is None:
         return None
     if candidate.recipe is None:
@@ -199,4 +199,4 @@ def find_photos(candidate: Candidate, options: BenchmarkOptions, reporter: Repor
     except BrixelError as error:
         reporter.warn(f"{candidate.name}: no fidelity. {str(error).splitlines()[0]}")
         return None
-    return Photos(data.val_images or data.images, held_out[: options.max_images])
+    return ImageSet(data.val_images or data.images, held_out[: options.max_images])

@@ -257,7 +257,7 @@ class _Run:
     def card(self) -> StudentCard:
         """What the student's file says of itself."""
         recipe, backbone, best = self.recipe, self.backbone, self.trainer.best
-        gap = best.gap_closed["cosine"] if best and best.step == self.trainer.step else math.nan
+        gap = best.recovered_gap["cosine"] if best and best.step == self.trainer.step else math.nan
         return StudentCard(
             backbone=backbone.name,
             backbone_weights=backbone.weights,
