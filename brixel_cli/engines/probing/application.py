@@ -17,7 +17,7 @@ from torch import Tensor
 from brixel_cli.config.probe import ApplyOptions
 from brixel_cli.config.section import Side
 from brixel_cli.core.backbone import Backbone
-from brixel_cli.core.files import save_picture, write_text
+from brixel_cli.core.files import make_folder, save_picture, write_text
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.heads import Head, load_head
 from brixel_cli.core.identity import file_sha256, tensors_sha256
@@ -219,10 +219,7 @@ def _begin(output: Path, options: ApplyOptions, said: HeadDescription, units: Ma
         raise UsageError(
             f"{output} holds predictions of another head. Give --overwrite, or another folder with --output."
         )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BrixelError(f"The folder {output} cannot be made: {error.strerror}. Choose another one.") from error
+    make_folder(output)
     write_text(path, to_json(description, indent=1) + "\n")
 
 
@@ -284,7 +281,7 @@ def write_predictions(
     for quantity, (file, preview) in encoded.items():
         for folder, picture in ((quantity, file), (f"{quantity}_preview", preview)):
             path = output / folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             save_picture(picture, path)
 
 
