@@ -1,6 +1,6 @@
 """A page to look at features: point at a place of an image, and see what is like it, in every source at once.
 
-One HTML file that needs nothing else. Its style is that of the reports; feature_page.{html,css,js} are beside this file.
+One HTML file that needs nothing else, in the style of the reports; its parts are feature_page.{html,css,js}.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from brixel_cli.core.pca import RunningPca
 from brixel_cli.drawing.page import document
 
 COMPONENTS = 64
-"""Numbers kept of a feature vector; the first is its part along the mean vector, the others are principal components."""
+"""Numbers kept of a feature vector: the first is along the mean vector, the others are principal components."""
 LARGEST_PICTURE = 768
 JPEG_QUALITY = 80
 LOCATIONS = 2**14
@@ -191,7 +191,7 @@ def _correlation(first: Tensor, second: Tensor) -> Tensor:
 def _packed(maps: Sequence[Tensor]) -> str:
     """int8 maps (K, h, w), one after the other, component by component, as base64 of zlib's format."""
     planes: list[npt.NDArray[np.int8]] = [map_.contiguous().numpy() for map_ in maps]
-    return base64.b64encode(zlib.compress(b"".join(plane.tobytes() for plane in planes), 9)).decode()
+    return base64.b64encode(zlib.compress(b"".join(plane.tobytes() for plane in planes))).decode()
 
 
 def _jpeg(picture: Image.Image) -> str:

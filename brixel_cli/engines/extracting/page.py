@@ -42,7 +42,8 @@ def write_page(features: FeatureFile, plan: ExtractPlan, runtime: Runtime, repor
         if source == plan.spec.source:
             maps[source] = [_stored(features, row) for row in rows]
             continue
-        spec = model_of(replace(options, source=source), reporter)
+        checkpoint = str(plan.spec.stored.path) if plan.spec.stored else options.checkpoint
+        spec = model_of(replace(options, source=source, checkpoint=checkpoint), reporter)
         if model is None or source == "student":
             model = FeatureExtractor(spec, runtime, reporter, 1)
         resizing = Resizing(options.res, options.fit, spec.patch_size, spec.enlarge)
@@ -53,12 +54,14 @@ def write_page(features: FeatureFile, plan: ExtractPlan, runtime: Runtime, repor
         for n, row in enumerate(rows)
     ]
     page = feature_page(
-        f"Features of {plan.inputs.root.name}", images, video=all(plan.inputs.items[row].frame is not None for row in rows)
+        f"Features of {plan.inputs.root.name}",
+        images,
+        video=all(plan.inputs.items[row].frame is not None for row in rows),
     )
     size = len(page.html.encode())
     reporter.say(
-        f"{options.page}: {len(rows)} images, {human_bytes(size)}; its heat maps correlate by {page.correlation:.4f} with "
-        f"those of all channels, at worst by {page.worst:.4f} ({page.worst_of})"
+        f"{options.page}: {len(rows)} images, {human_bytes(size)}; its heat maps correlate by {page.correlation:.4f} "
+        f"with those of all channels, at worst by {page.worst:.4f} ({page.worst_of})"
     )
     make_folder(options.page.absolute().parent)
     check_disk(options.page.absolute().parent, size, str(options.page))
