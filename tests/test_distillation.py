@@ -489,7 +489,7 @@ def test_checkpointing_does_not_change_a_run(tiny_recipe_file: Path, tmp_path: P
 
 def test_an_output_that_cannot_be_a_folder_is_named(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(UsageError, match=r"taken/run cannot be made into a run folder: Not a directory"):
+    with pytest.raises(BrixelError, match=r"The folder .*/taken cannot be made: File exists. Choose another one"):
         distill(tiny_recipe, RunFolder(tmp_path / "taken" / "run"), listener)
 
 
