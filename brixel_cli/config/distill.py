@@ -294,3 +294,9 @@ class Recipe(Section):
         """Student input (height, width) in pixels, of `views.teacher_size`."""
         height, width = self.views.teacher_hw
         return height // self.views.factor, width // self.views.factor
+
+    @property
+    def trained_sides(self) -> tuple[int, int]:
+        """Least and most pixels that the shorter side of a student input has in the training."""
+        sides = [min(size) // self.views.factor for size in self.views.teacher_sizes]
+        return min(sides), max(sides)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from brixel_cli.config.base import parse_sizes
 from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.config.distill import Recipe, ViewConfig
 from brixel_cli.config.files import find_recipe, load_recipe
@@ -113,7 +114,8 @@ def find_candidates(options: BenchmarkOptions, reporter: Reporter) -> list[Candi
         if not names:
             raise UsageError(f"--models names no recipe and no run folder: {options.models!r}.")
     else:
-        names = [default_student(None, reporter)]
+        sizes = parse_sizes(options.sizes, 1) if options.sizes else []
+        names = [default_student(None, reporter, min(sizes[0]) if len(sizes) == 1 else None)]
     found = [
         _of_checkpoint(name, options)
         if options.checkpoint or name in shipped_students() or (Path(name) / FILE_NAME).is_file()

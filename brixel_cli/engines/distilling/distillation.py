@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -258,7 +259,8 @@ class _Run:
 
     def card(self) -> StudentCard:
         """What the student's file says of itself."""
-        recipe, backbone = self.recipe, self.backbone
+        recipe, backbone, best = self.recipe, self.backbone, self.trainer.best
+        gap = best.gap_closed["cosine"] if best and best.step == self.trainer.step else math.nan
         return StudentCard(
             backbone=backbone.name,
             backbone_weights=backbone.weights,
@@ -269,6 +271,8 @@ class _Run:
             step=self.trainer.step,
             student_size=recipe.student_hw,
             backbone_signature=backbone.signature(),
+            trained_sides=recipe.trained_sides,
+            recovered_gap={str(min(recipe.student_hw)): round(gap, 4)} if math.isfinite(gap) else {},
         )
 
 
