@@ -21,7 +21,7 @@ from brixel_cli.config.base import Precision
 from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_file import FeatureFile
-from brixel_cli.data.images import load_image, upright_rgb
+from brixel_cli.data.images import load_image, upright
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import batches_of_one_size
 from brixel_cli.data.views import normalise_pixels
@@ -70,7 +70,7 @@ class ImageStudent(Student):
         if isinstance(image, str | Path):
             picture = load_image(Path(image).expanduser())
         elif isinstance(image, Image.Image):
-            picture = upright_rgb(image)
+            picture = upright(image)
         else:
             raise UsageError(
                 f"transform and features take the path of an image or a PIL image, not {_described(image)}. An array "

@@ -246,7 +246,7 @@ def test_a_damaged_photograph_is_replaced_by_the_next_one_and_reported(damaged: 
     views = views_of(damaged)
     damage(damaged / "1.png")
     damage(damaged / "3.png")
-    reason = "not an image that Pillow can read"
+    reason = "not an image of a format that brixel reads"
     assert views[0, 0].skipped == ()
     assert (views[0, 1].name, views[0, 1].skipped) == ("2.png", (Skipped("1.png", reason),))
     assert torch.equal(views[0, 1].pixels, views[0, 2].pixels)
@@ -269,7 +269,9 @@ def test_a_set_of_damaged_photographs_is_an_error_that_tells_the_first_reason(da
         damage(path)
     with pytest.raises(BrixelError) as caught:
         _ = views[0, 2]
-    assert str(caught.value) == ("None of the 4 images can be read; the first: not an image that Pillow can read.")
+    assert str(caught.value) == (
+        "None of the 4 images can be read; the first: not an image of a format that brixel reads."
+    )
 
 
 # --- holding out ---
