@@ -20,7 +20,7 @@ from brixel_cli.core.student import read_adapter
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.runtime import Runtime
-from brixel_cli.errors import UsageError
+from brixel_cli.errors import BrixelError, UsageError
 
 # The run as a whole
 
