@@ -38,8 +38,15 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _held: set[int] = set()
 """Open files that hold locks. A forked process closes its own, so that it cannot outlive its parent with the lock."""
+
+
+def _drop_locks() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in range(len(_held))])
+    os.register_at_fork(after_in_child=_drop_locks)
 
 
 @contextmanager
