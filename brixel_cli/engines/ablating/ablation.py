@@ -257,7 +257,7 @@ def _with_fidelity(row: VariantResult, folder: RunFolder, failure: str) -> Varia
         row,
         curve=tuple(Point(entry["step"], entry["student"]) for entry in validations),
         bilinear=last["backbone"],
-        recovered_gap=last.get("recovered_gap") or last["gap_closed"],
+        recovered_gap=last["recovered_gap" if "recovered_gap" in last else "gap_closed"],
         num_images=last["num_images"],
     )
 

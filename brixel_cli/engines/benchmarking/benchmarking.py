@@ -30,7 +30,13 @@ from brixel_cli.engines.benchmarking.environment import describe_environment
 from brixel_cli.engines.benchmarking.fidelity import draw_examples, measure_fidelity
 from brixel_cli.engines.benchmarking.latency import interleaved
 from brixel_cli.engines.benchmarking.methods import Method, in_precision, load_baseline, make_methods
-from brixel_cli.engines.benchmarking.models import Candidate, Photos, find_candidates, find_photos, load_or_randomise
+from brixel_cli.engines.benchmarking.models import (
+    Candidate,
+    ImageSet,
+    find_candidates,
+    find_images_of,
+    load_or_randomise,
+)
 from brixel_cli.engines.benchmarking.probes import probes_of
 from brixel_cli.engines.benchmarking.results import (
     FILE_NAME,
@@ -188,8 +194,8 @@ class _Benchmark:
 
     def measure_model(self, candidate: Candidate, groups: Sequence[tuple[Size, list[Row]]]) -> None:
         """Measure one model at all its sizes, and save after each."""
-        photos = find_photos(candidate, self.options, self.reporter)
-        self.models.append(candidate.describe(photos))
+        image_set = find_images_of(candidate, self.options, self.reporter)
+        self.models.append(candidate.describe(image_set))
         student: Student | None = None
         for size, rows in groups:
             if self._take_over(self.models[-1], size, len(rows) + len(self.baselines)):
@@ -199,14 +205,14 @@ class _Benchmark:
                 was_random = candidate.random
                 candidate, student = load_or_randomise(candidate, self.options, str(self.device), self.reporter)
                 if candidate.random and not was_random:
-                    photos = None
+                    image_set = None
                     self.models[-1] = candidate.describe(None)
             if student is None:
                 why = f"{TOO_LARGE_TO_LOAD} {human_bytes(rows[0].weights_bytes)}"
                 self.rows += [replace(row, note=why) for row in rows]
             else:
                 with memory_errors(f"in measuring {candidate.name} at {size[0]}x{size[1]} px", f"{ADVICE}."):
-                    self.rows += self._measure_size(candidate, student, size, rows, photos)
+                    self.rows += self._measure_size(candidate, student, size, rows, image_set)
             self.save()
 
     def _take_over(self, model: Model, size: Size, num_rows: int) -> bool:
@@ -224,7 +230,7 @@ class _Benchmark:
 
     @torch.inference_mode()
     def _measure_size(
-        self, candidate: Candidate, student: Student, size: Size, counted: list[Row], photos: Photos | None
+        self, candidate: Candidate, student: Student, size: Size, counted: list[Row], image_set: ImageSet | None
     ) -> list[Row]:
         """Run the rows of one model and size that fit: time, peak memory, fidelity."""
         batch_size = self.options.batch_size
@@ -253,12 +259,12 @@ class _Benchmark:
         for method in run:
             call = partial(method.call, images[method.label])
             rows[method.label] = self._with_memory(candidate, rows[method.label], call)
-        if photos is not None and any(method.kind == "bilinear" for method in run):
+        if image_set is not None and any(method.kind == "bilinear" for method in run):
             compared = [method for method in run if method.kind != "student" or candidate.spec.stored is not None]
             if why := self._why_no_teacher(candidate, student, size, speed):
                 rows["student"] = replace(rows["student"], note=rows["student"].note or f"no fidelity: teacher {why}")
             else:
-                self._compare(candidate, student, size, compared, rows, photos)
+                self._compare(candidate, student, size, compared, rows, image_set)
         return [rows[method.label] for method in methods]
 
     def _try(self, row: Row, call: Callable[[], object], seconds_per_gflop: float) -> tuple[float | None, str]:
@@ -314,10 +320,10 @@ class _Benchmark:
         size: Size,
         compared: Sequence[Method],
         rows: dict[str, Row],
-        photos: Photos,
+        image_set: ImageSet,
     ) -> None:
         """Add the fidelity of the rows whose maps are compared with the teacher's; draw some images."""
-        views = photos.views(student.backbone, candidate.spec.factor, size)
+        views = image_set.views(student.backbone, candidate.spec.factor, size)
         title = f"fidelity, {size[0]}x{size[1]} px"
         found = measure_fidelity(compared, views, student.backbone, self.reporter, title)
         ranked = found["student" if "student" in found else "bilinear"].worst_images

@@ -260,7 +260,7 @@ class _Run:
     def card(self) -> StudentCard:
         """What the student's file says of itself."""
         recipe, backbone, best = self.recipe, self.backbone, self.trainer.best
-        gap = best.gap_closed["cosine"] if best and best.step == self.trainer.step else math.nan
+        gap = best.recovered_gap["cosine"] if best and best.step == self.trainer.step else math.nan
         return StudentCard(
             backbone=backbone.name,
             backbone_weights=backbone.weights,
@@ -283,7 +283,7 @@ def _skipped(damaged: dict[str, str]) -> list[Skipped]:
 def _record_validation(held_out: HeldOut, picture: Image.Image, folder: RunFolder, writer: Any) -> None:
     figures = dataclasses.asdict(held_out)
     folder.log({"kind": "validation", **figures})
-    for row in ("backbone", "student", "gap_closed"):
+    for row in ("backbone", "student", "recovered_gap"):
         _write_scalars(writer, f"held_out/{row}", figures[row], held_out.step)
     save_picture(picture, folder.picture(held_out.step))
 
