@@ -15,7 +15,7 @@ from torch import Tensor
 from brixel_cli.config.base import parse_sizes
 from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.core.backbone import check_size
-from brixel_cli.core.files import write_text
+from brixel_cli.core.files import locked, make_folder, write_text
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.cost import (
@@ -84,17 +84,15 @@ def benchmark(options: BenchmarkOptions, reporter: Reporter) -> tuple[Results, l
     Raises:
         BrixelError: an error that the user can fix; what was measured before stays in the folder.
     """
-    work = _Benchmark(options, reporter)
-    sizes = {candidate.name: work.sizes(candidate) for candidate in work.candidates}
-    groups = {name: [(size, work.count(name, size)) for size in found] for name, found in sizes.items()}
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output {options.output} cannot be made: {error.strerror}.") from error
-    for candidate in work.candidates:
-        work.measure_model(candidate, groups[candidate.name])
-    work.answer_budget()
-    results = work.save()
+    with locked(options.output):
+        work = _Benchmark(options, reporter)
+        sizes = {candidate.name: work.sizes(candidate) for candidate in work.candidates}
+        groups = {name: [(size, work.count(name, size)) for size in found] for name, found in sizes.items()}
+        make_folder(options.output)
+        for candidate in work.candidates:
+            work.measure_model(candidate, groups[candidate.name])
+        work.answer_budget()
+        results = work.save()
     names = [FILE_NAME, TABLE_NAME, *(picture.path for picture in results.pictures)]
     return results, [options.output / name for name in names]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from brixel_cli.config.distill import Recipe
 from brixel_cli.core.backbone import Backbone
+from brixel_cli.core.files import clear_partials
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.identity import files_sha256, json_digest
 from brixel_cli.data.images import Skipped, load_image
@@ -157,6 +158,8 @@ class CacheFile:
         self.path = folder / f"{json_digest(description)[:16]}.h5"
         self.num_rows = sum(len(views) for views in parts)
         self.layout = cache_layout(parts, backbone)
+        if runtime.is_first:
+            clear_partials(folder)
         if runtime.is_first and not self.path.exists():
             needed = human_bytes(bytes_needed(self.num_rows, self.layout.columns))
             reporter.say(f"cache: {self.num_rows} views need {needed} on disk, at {self.path}")
