@@ -144,12 +144,7 @@ def extract(
     ] = None,
     format_: Annotated[
         Storage,
-        _option(
-            OUTPUT,
-            "h5: one file. npy, safetensors: a folder with a file for each image.",
-            "--format",
-            show_default=True,
-        ),
+        _option(OUTPUT, "h5: one file. npy, safetensors: a file for each image.", "--format", show_default=True),
     ] = "h5",
     dtype: Annotated[
         Number, _option(OUTPUT, "How features are stored; int8 has a scale for each location.", show_default=True)
@@ -158,12 +153,9 @@ def extract(
         int | None, _option(OUTPUT, "Store so many principal components of the set instead of all channels.")
     ] = None,
     preview: Annotated[bool, _option(OUTPUT, "Also paint the features, beside the output.", "--preview")] = False,
-    page: Annotated[
-        Path | None, _option(OUTPUT, "Also write a page to look at the features with.", metavar="FILE.html")
-    ] = None,
+    page: Annotated[Path | None, _option(OUTPUT, "Also write a page to look at them.", metavar="FILE.html")] = None,
     page_sources: Annotated[
-        str | None,
-        _option(OUTPUT, "Whose maps it shows, by commas: student,backbone,teacher. Default: --source and backbone."),
+        str | None, _option(OUTPUT, "Of the page: student,backbone,teacher. Default: --source and backbone.")
     ] = None,
     page_images: Annotated[int, _option(OUTPUT, "So many images of it at most.", show_default=True)] = 12,
     export: Annotated[Path | None, _option(OUTPUT, "Write the model as an ONNX graph instead of features.")] = None,

@@ -111,6 +111,15 @@ def report(tmp_path: Path) -> Path:
     return tmp_path / "report"
 
 
+def test_the_page_of_features_is_linked_and_goes_with_the_report(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    (tmp_path / results.pictures[0].page).write_text("a page")
+    html, markdown = write_report(results, None, tmp_path, tmp_path / "report")
+    (link,) = [reference for reference in Page(html.read_text()).references if reference.endswith("_112x112.html")]
+    assert (html.parent / link).read_text() == "a page"
+    assert f"]({link})" in markdown.read_text()
+
+
 class Page(HTMLParser):
     """Headings, and every place that could fetch something."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from probe_sets import one_hot, recipe_file, write_features
+from test_feature_page import page_data
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
@@ -49,12 +50,18 @@ def test_the_table_has_a_row_for_each_source_and_the_recovered_gap(command: list
     assert "\nBoundary IoU by class, mean over seeds" in out
     assert all(name in out for name in ("sky", "sea", "land"))
     named = [Path(line.removeprefix("wrote ")) for line in lines if line.startswith("wrote ")]
-    assert [path.name for path in named[:6]] == [
+    assert [path.name for path in named[:7]] == [
         "results.json", "results.csv", "curves.png",
         "segmentation_best.png", "segmentation_median.png", "segmentation_worst.png",
+        "features.html",
     ]  # fmt: skip
-    assert len(named) == 6 + 6
+    assert len(named) == 7 + 6
     assert all(path.is_file() for path in named)
+    data = page_data(named[6].read_text())
+    assert data["sources"] == ["backbone", "student", "teacher"]
+    assert [image["name"].split(":")[0] for image in data["images"]] == ["best", "median", "worst"]
+    layers = [layer["title"] for layer in data["images"][2]["layers"]]
+    assert layers == ["truth", "predicted: backbone", "predicted: student", "predicted: teacher"]
     assert f"use a head: brixel probe --apply {tmp_path / 'out'}/heads/HEAD.safetensors" in err
 
 

@@ -19,7 +19,7 @@ from brixel_cli.core.formatting import human_bytes, human_seconds, human_size
 from brixel_cli.core.metric_titles import FIDELITY_TITLES
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.drawing.charts import SERIES, Bar, Line, bar_chart, line_chart
-from brixel_cli.drawing.page import Block, Chart, Commands, Page, Photo, Section, Table, Text, write_page
+from brixel_cli.drawing.page import Block, Chart, Commands, File, Page, Photo, Section, Table, Text, write_page
 from brixel_cli.engines.ablating import results as ablating
 from brixel_cli.engines.ablating.results import Ablations, VariantResult
 from brixel_cli.engines.benchmarking import results as benchmarking
@@ -261,6 +261,12 @@ def _pictures(results: Results, folder: Path) -> Iterator[Block]:
         rank = ranks.get(picture.rank, f"number {picture.rank} from the worst")
         where = f"{picture.model} at {human_size(picture.size)} px"
         yield Photo(f"maps_{number}", path, f"{picture.image}: {rank} of {last} images in cosine, {where}.")
+    for page, where in {
+        picture.page: f"{picture.model} at {human_size(picture.size)} px" for picture, _ in found
+    }.items():
+        if (folder / page).is_file():
+            text = f"Look at these features: point at a place and see what is like it, {where}"
+            yield File(Path(page).stem, folder / page, text)
 
 
 def _ablation(ablations: Ablations, group: str) -> Iterator[Block]:

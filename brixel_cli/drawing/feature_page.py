@@ -44,7 +44,7 @@ class PageImage:
     Attributes:
         name: shown above it.
         picture: of the area that the maps cover.
-        maps: (D, h, w) by source; all images have the same sources, and all maps the same D.
+        maps: (D, h, w) by source, the same sources for all images; those of another D than the finest are left out.
         layers: further pictures of the same area, by title, such as truth and predictions.
     """
 
@@ -120,9 +120,10 @@ def feature_page(title: str, images: Sequence[PageImage], video: bool = False) -
         images: at least one.
         video: whether they are frames, of which one at a time is shown, by a slider.
     """
-    sources = list(images[0].maps)
+    first = images[0].maps
+    finest = max(first, key=lambda source: (first[source][0].numel(), source == "teacher"))
+    sources = [source for source in first if len(first[source]) == len(first[finest])]
     units = [{source: F.normalize(image.maps[source].float(), dim=0) for source in sources} for image in images]
-    finest = max(sources, key=lambda source: (units[0][source][0].numel(), source == "teacher"))
     reduction = _Reduction.fit(
         [maps[finest] for maps in units], [maps[source] for maps in units for source in sources if source != finest]
     )

@@ -56,6 +56,15 @@ class Photo:
 
 
 @dataclass(frozen=True)
+class File:
+    """A file that is linked to, such as another page; `name` as that of a chart."""
+
+    name: str
+    path: Path
+    text: str
+
+
+@dataclass(frozen=True)
 class Table:
     """A table.
 
@@ -74,7 +83,7 @@ class Table:
     best: frozenset[tuple[int, int]] = frozenset()
 
 
-Block = Text | Commands | Chart | Photo | Table
+Block = Text | Commands | Chart | Photo | File | Table
 
 
 @dataclass(frozen=True)
@@ -120,12 +129,12 @@ def write_figure(block: Block, folder: Path) -> None:
     """Write the file of a chart or a picture into a folder; other blocks have none."""
     if isinstance(block, Chart):
         write_text(folder / _figure_name(block), block.svg)
-    elif isinstance(block, Photo):
+    elif isinstance(block, Photo | File):
         with replacing(folder / _figure_name(block)) as partial:
             shutil.copyfile(block.path, partial)
 
 
-def _figure_name(block: Chart | Photo) -> str:
+def _figure_name(block: Chart | Photo | File) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", block.name)
     return f"{name}.svg" if isinstance(block, Chart) else f"{name}{block.path.suffix}"
 
@@ -186,6 +195,8 @@ def _html_block(block: Block) -> str:
     match block:
         case Text(text):
             return f'<p class="note">{escape(text)}</p>'
+        case File(_, _, text):
+            return f'<p><a href="{FIGURES}/{_figure_name(block)}">{escape(text)}</a></p>'
         case Commands(lines):
             return f"<pre>{escape(chr(10).join(lines))}</pre>"
         case Chart(_, svg, caption):
@@ -230,6 +241,8 @@ def markdown_block(block: Block, figures: str = FIGURES) -> list[str]:
     match block:
         case Text(text):
             return [_plain(text)]
+        case File(_, _, text):
+            return [f"[{_plain(text)}]({figures}/{_figure_name(block)})"]
         case Commands(lines):
             return ["```", *lines, "```"]
         case Chart() | Photo():

@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from brixel_cli.core.backbone import Backbone
-from brixel_cli.core.files import make_folder, save_picture
+from brixel_cli.core.files import make_folder, save_picture, write_text
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.metrics import FIDELITY, fidelity, fidelity_basis, recovered_gaps
 from brixel_cli.data.views import Views, normalise_pixels, reduce_view
 from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
+from brixel_cli.drawing.feature_page import PageImage, feature_page
 from brixel_cli.engines.benchmarking.methods import Method
 from brixel_cli.engines.benchmarking.results import Fidelity, ImageFidelity, Picture, Size
 from brixel_cli.engines.reporting import Reporter
@@ -115,6 +117,8 @@ def draw_examples(
 ) -> list[Picture]:
     """Draw the two worst images, the median and the best: input, every row's map, the teacher's; one file each.
 
+    All of them are also on one page to look at the features with, `Picture.page`.
+
     Args:
         methods: rows of one model and size.
         views: teacher views, one for each image.
@@ -126,17 +130,22 @@ def draw_examples(
     """
     numbers = {image.name: number for number, image in enumerate(views.images)}
     shown = [row for row in methods if row.kind not in ("bilinear", "teacher")]
-    pictures = []
+    pictures, seen = [], []
     make_folder(folder / "pictures")
     chosen = sorted({0, min(1, len(ranked) - 1), len(ranked) // 2, len(ranked) - 1})
     for rank, image in ((place + 1, ranked[place]) for place in chosen):
-        images, target = _images_and_target(views[0, numbers[image.name]].pixels, views, backbone)
+        pixels = views[0, numbers[image.name]].pixels
+        images, target = _images_and_target(pixels, views, backbone)
         maps = [row.call(images)[0] for row in shown]
         tiles = [denormalise(images[0], backbone.mean, backbone.std), *pca_colours([*maps, target], reference=target)]
         titles = [f"input {size[0]}x{size[1]} px", *(row.label for row in shown), "teacher"]
         path = folder / "pictures" / f"{model}_{size[0]}x{size[1]}_rank{rank}.png"
         save_picture(panel(titles, [tiles]), path)
+        named = dict(zip(titles[1:], (map_.cpu() for map_ in [*maps, target]), strict=True))
+        seen.append(PageImage(f"{image.name}, number {rank} from the worst", to_pil_image(pixels), named))
         pictures.append(Picture(model, size, image.name, rank, str(path.relative_to(folder))))
+    page = feature_page(f"Feature maps of {model} at {size[0]}x{size[1]} px", seen)
+    write_text(folder / pictures[0].page, page.html)
     return pictures
 
 

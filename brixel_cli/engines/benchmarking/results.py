@@ -222,6 +222,11 @@ class Picture:
     rank: int
     path: str
 
+    @property
+    def page(self) -> str:
+        """The page to look at the features of its model and size with; older results have none."""
+        return f"pictures/{self.model}_{self.size[0]}x{self.size[1]}.html"
+
 
 @dataclass(frozen=True)
 class Results:

@@ -35,6 +35,7 @@ class ProbeFolder:
         self.table = path / "results.csv"
         self.curves = path / "curves.png"
         self.pictures = path / "pictures"
+        self.page = path / "features.html"
 
     def head(self, label: str, seed: int) -> Path:
         """The head of a source and seed."""
@@ -127,7 +128,7 @@ class ProbeFolder:
 
     def _clear(self) -> None:
         # The results go first: without them, no kill can leave half of an old probe to be continued.
-        for file in (self.results, self.table, self.curves):
+        for file in (self.results, self.table, self.curves, self.page):
             file.unlink(missing_ok=True)
         for folder, pattern in (
             ("heads", "*_seed*.safetensors"),

@@ -262,4 +262,5 @@ def _files(folder: ProbeFolder, plan: ProbePlan, results: ProbeResults, changed:
         write_pictures(folder, plan, runtime)
     pictures = sorted(folder.pictures.glob("*.png"))
     heads = [folder.head(run.source, run.seed) for run in results.runs]
-    return [folder.results, folder.table, folder.curves, *pictures, *heads]
+    page = [folder.page] if folder.page.is_file() else []
+    return [folder.results, folder.table, folder.curves, *pictures, *page, *heads]

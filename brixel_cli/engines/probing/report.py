@@ -9,13 +9,14 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from brixel_cli.core.files import save_picture
+from brixel_cli.core.files import save_picture, write_text
 from brixel_cli.core.heads import QUANTITIES, load_head
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, LEADING
 from brixel_cli.data.crops import cut_image
 from brixel_cli.data.images import load_image
 from brixel_cli.drawing.curves import draw_curves
 from brixel_cli.drawing.feature_maps import panel
+from brixel_cli.drawing.feature_page import PageImage, feature_page
 from brixel_cli.drawing.predictions import comparison
 from brixel_cli.engines.probing.evaluation import predict
 from brixel_cli.engines.probing.features import Targets, open_maps
@@ -34,11 +35,12 @@ def write_curves(folder: ProbeFolder, labels: Sequence[str], seeds: Sequence[int
 def write_pictures(folder: ProbeFolder, plan: ProbePlan, runtime: Runtime) -> list[Path]:
     """Draw image, truth, and each source's prediction and errors, for the best, the median and the worst image.
 
-    The images are ranked by the reference source; predictions are those of the first seed.
+    The images are ranked by the reference source; predictions are those of the first seed. Where an image is seen as a
+    whole, not through several windows, the page of features has it too, with truth and predictions as layers.
     """
     reference = reference_source(plan)
     ranking = folder.read_images(reference.source.label, 0)
-    written = []
+    written, seen = [], []
     for quantity in QUANTITIES[plan.options.recipe.task]:
         metric = LEADING[quantity]
         for place, number in ranked_images(ranking, metric).items():
@@ -55,7 +57,28 @@ def write_pictures(folder: ProbeFolder, plan: ProbePlan, runtime: Runtime) -> li
             titles[0] = f"{place}: {metric} {value:.3f}"
             save_picture(panel(titles, rows), path)
             written.append(path)
+            if not reference.evaluate.slides:
+                layers = {
+                    "truth": rows[1][0],
+                    **dict(zip((f"predicted: {label}" for label in predictions), rows[0][1:], strict=True)),
+                }
+                name = f"{titles[0]}, {_name(reference, row)}"
+                seen.append(PageImage(name, rows[0][0], _maps(plan, number), layers))
+    if seen:
+        write_text(folder.page, feature_page(f"Features of the probe {plan.options.recipe.name}", seen).html)
     return written
+
+
+def _maps(plan: ProbePlan, number: int) -> dict[str, Tensor]:
+    """The stored maps of an evaluated image that is seen as a whole, by source."""
+    found = {}
+    for item in plan.sources:
+        found[item.source.label] = open_maps(item, item.evaluate).read(item.evaluate.positions[number][:1])[0]
+    return found
+
+
+def _name(item: SourcePlan, row: int) -> str:
+    return item.evaluate.labelled.names[item.evaluate.crops[row].row]
 
 
 def _prediction(
