@@ -219,7 +219,9 @@ def probe(
     source: Annotated[
         list[str] | None,
         _option(
-            MODEL, "backbone, student, teacher, or a feature file (.h5); can be repeated. Default: the first three."
+            MODEL,
+            "backbone, equal-cost (backbone at the largest input that takes no longer than the student), student, "
+            "teacher, or a feature file (.h5); can be repeated. Default: the first four.",
         ),
     ] = None,
     backbone: Backbone = None,

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from brixel_cli.app import app
 
 FAST = ("--set", "protocol.steps=3", "--set", "protocol.points=64", "--device", "cpu")
+THREE = ("--source", "backbone", "--source", "student", "--source", "teacher")
 runner = CliRunner()
 
 
@@ -24,7 +25,8 @@ def invoke(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def command(root: Path, model: tuple[str, str], tmp_path: Path) -> list[str]:
-    return ["--recipe", str(recipe_file(root)), "--checkpoint", model[0], "--output", str(tmp_path / "out"), *FAST]
+    options = ["--recipe", str(recipe_file(root)), "--checkpoint", model[0], "--output", str(tmp_path / "out")]
+    return [*options, *FAST, *THREE]
 
 
 def test_help_shows_examples() -> None:

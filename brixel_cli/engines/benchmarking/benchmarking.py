@@ -16,7 +16,7 @@ from brixel_cli.config.base import parse_sizes
 from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.core.backbone import check_size
 from brixel_cli.core.files import write_text
-from brixel_cli.core.formatting import human_bytes
+from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.cost import (
     can_measure,
@@ -27,6 +27,7 @@ from brixel_cli.engines.benchmarking.cost import (
     peak_on_gpu,
 )
 from brixel_cli.engines.benchmarking.environment import describe_environment
+from brixel_cli.engines.benchmarking.equal_cost import choose_rival, find_rivals
 from brixel_cli.engines.benchmarking.fidelity import draw_examples, measure_fidelity
 from brixel_cli.engines.benchmarking.latency import interleaved
 from brixel_cli.engines.benchmarking.methods import Method, in_precision, load_baseline, make_methods
@@ -217,7 +218,11 @@ class _Benchmark:
             return False
         rows = self.earlier.rows_at(model, size)
         lacked_memory = [row for row in rows if row.note.startswith((TOO_LARGE, TOO_LARGE_TO_LOAD))]
-        if len(rows) != num_rows or any(self._fits(row) for row in lacked_memory):  # there may be more memory by now
+        kinds = {row.kind: row for row in rows}
+        has_rival = self.options.highres and "student" in kinds and kinds["student"].latency is not None
+        if len(rows) != num_rows + has_rival or has_rival != ("equal_cost" in kinds):
+            return False
+        if any(self._fits(row) for row in lacked_memory):  # there may be more memory by now
             return False
         self.reporter.say(f"{model.name} at {size[0]}x{size[1]} px: measured before; --overwrite measures anew")
         self.rows += rows
@@ -248,10 +253,26 @@ class _Benchmark:
                 run.append(method)
                 speed = speed or seconds / (row.gflop or 1)
         labels = [method.label for method in run]
-        timed = [in_precision(method, self.runtime, self.options.compiled) for method in made if method.label in labels]
+        has_rival = self.options.highres and "student" in labels
+        rivals = find_rivals(student, size, self.runtime, batch_size) if has_rival else []
+        images |= {method.label: method.input(batch_size, self.device) for method in rivals}
+        timed = [
+            in_precision(method, self.runtime, self.options.compiled)
+            for method in (*made, *rivals)
+            if method in rivals or method.label in labels
+        ]
         calls = {method.label: partial(method.call, images[method.label]) for method in timed}
-        for label, latency in interleaved(calls, self.device, self.options.seconds, self.options.compiled).items():
-            rows[label] = replace(rows[label], latency=latency)
+        times = interleaved(calls, self.device, self.options.seconds, self.options.compiled)
+        for label in labels:
+            rows[label] = replace(rows[label], latency=times[label])
+        if rivals:
+            rival = choose_rival(rivals, times, times["student"].median)
+            latency = times[f"{rival.label} {human_size(rival.input_size)}"]
+            row = count_row(candidate.name, rival, student.backbone, size, batch_size)
+            rows[rival.label] = replace(row, latency=latency)
+            images[rival.label] = rival.input(batch_size, self.device)
+            run.append(in_precision(rival, self.runtime))
+            methods.insert(-2, run[-1])  # before student and teacher
         for method in run:
             call = partial(method.call, images[method.label])
             rows[method.label] = self._with_memory(candidate, rows[method.label], call)
@@ -300,7 +321,7 @@ class _Benchmark:
         if self.device.type == "cuda":
             peak = peak_on_gpu(call, self.device)
         else:
-            found = peak_in_fresh_process(candidate, row.size, row.label, self.options)
+            found = peak_in_fresh_process(candidate, row, self.options)
             if found is None:
                 self.reporter.warn(
                     f"{row.model}, {row.label}: the process that measures its memory was killed: counted"

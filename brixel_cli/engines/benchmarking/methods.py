@@ -22,6 +22,8 @@ from brixel_cli.engines.benchmarking.results import Kind, Size
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
 
+EQUAL_COST = "backbone, equal cost"
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -158,6 +160,17 @@ def make_methods(student: Student, size: Size, highres: bool, baselines: Sequenc
     if highres:
         methods.append(Method("teacher", "teacher", large, fine, backbone.last_map, 0, frozen))
     return methods
+
+
+def enlarged(student: Student, input_size: Size, size: Size) -> Method:
+    """The plain backbone at an input of its own, its map enlarged bilinearly to the grid of the student's at `size`."""
+    backbone, factor = student.backbone, student.adapter.factor
+    fine = (size[0] // backbone.patch_size * factor, size[1] // backbone.patch_size * factor)
+
+    def call(images: Tensor) -> Tensor:
+        return resize(backbone.last_map(images), fine)
+
+    return Method("equal_cost", EQUAL_COST, input_size, fine, call, 0, _num_bytes(backbone))
 
 
 def in_precision(method: Method, runtime: Runtime, compiled: bool = False) -> Method:

@@ -22,7 +22,7 @@ FILE_NAME = "results.json"
 TABLE_NAME = "results.csv"
 Kept = TypeVar("Kept")
 
-Kind = Literal["backbone", "bilinear", "student", "baseline", "teacher"]
+Kind = Literal["backbone", "bilinear", "equal_cost", "student", "baseline", "teacher"]
 How = Literal["measured", "counted"]
 Size = tuple[int, int]
 """Height and width."""
@@ -116,6 +116,9 @@ class Fidelity:
         cosine_worst: of the image with the lowest mean cosine.
         recovered_gap: by metric, (row - bilinear) / (teacher - bilinear): 1 is the teacher; None where there is no gap.
         images: image by image.
+        gap_spread: standard errors of the recovered gaps.
+        domains: recovered gap in cosine, with its standard error, of the images of each first folder of their names,
+            and the mean of these as `mean`; empty where there are fewer than two folders.
     """
 
     l1: float
@@ -126,6 +129,8 @@ class Fidelity:
     spectral: float
     recovered_gap: RecoveredGaps
     images: tuple[ImageFidelity, ...]
+    gap_spread: dict[str, float | None] = field(default_factory=dict)
+    domains: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
 
     @property
     def worst_images(self) -> list[ImageFidelity]:
@@ -142,7 +147,8 @@ class Row:
         kind: what it is.
         label: what it is called: its kind, or the baseline's own name.
         size: student input S (height, width) in pixels, the same for all rows that are compared.
-        input_size: image (height, width) that the row's network sees: S, for the teacher `factor` times that.
+        input_size: image (height, width) that the row's network sees: S; for the teacher `factor` times that, for the
+            backbone at equal cost the largest at which it takes no longer than the student.
         grid: of its map (height, width).
         frozen_parameters, adapter_parameters: numbers; a baseline's own are not known, and left at 0.
         gflop: of one image; a multiply-add is 2, attention counted. None where it cannot be counted.
