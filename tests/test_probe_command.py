@@ -45,7 +45,10 @@ def test_the_table_has_a_row_for_each_source_and_the_recovered_gap(command: list
     teacher = next(line for line in lines if "teacher" in line and "8x12" in line)
     assert teacher.count("+-") == 3
     assert "Trained on 6 images, evaluated on 4. Mean and standard deviation over seeds 0, 1." in out
-    assert "Recovered gap: (source - backbone) / (teacher - backbone), of the means; -: the teacher is no better" in out
+    assert (
+        "Recovered gap: (source - backbone) / (teacher - backbone), of the means; +-: standard deviation, propagated."
+        in out
+    )
     assert "Fewer than three seeds: the spread says little." in out
     assert "\nIoU by class, mean over seeds" in out
     assert "\nBoundary IoU by class, mean over seeds" in out

@@ -147,6 +147,10 @@ class Summary:
         value = self.mean.get(metric, math.nan)
         return math.nan if isinstance(value, list) else value
 
+    def figure(self, metric: str) -> tuple[float, float]:
+        """Mean and standard deviation of a metric of the whole set; nan where they are not known."""
+        return self.mean_of(metric), self.spread.get(metric, math.nan)
+
     def by_class(self, metric: str) -> list[float]:
         """The means of a metric that is measured class by class; empty where it was not."""
         value = self.mean.get(metric, [])
@@ -295,7 +299,9 @@ def gaps_of(sources: Mapping[str, SourceDescription], summary: Mapping[str, Summ
     return {
         label: {
             name: gap_over_seeds(
-                *((part.mean_of(name), part.spread.get(name, math.nan)) for part in (backbone, entry, teacher)),
+                backbone.figure(name),
+                entry.figure(name),
+                teacher.figure(name),
                 higher_is_better=name.removesuffix("_image_mean") in HIGHER_IS_BETTER,
             )
             for name, value in entry.mean.items()
