@@ -14,6 +14,7 @@ from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER
 from brixel_cli.drawing.page import Table
 from brixel_cli.engines.ablating.results import Ablations, VariantResult
 from brixel_cli.engines.ablating.variants import Planned, Variant
+from brixel_cli.engines.benchmarking.curve import BACKBONE, Curve, quality
 from brixel_cli.engines.benchmarking.latency import Latency
 from brixel_cli.engines.benchmarking.probes import ProbeResult
 from brixel_cli.engines.benchmarking.results import Fidelity, Model, Results, Row
@@ -25,6 +26,8 @@ TIME_COLUMNS = ("row", "median", "10 %", "90 %", "images/s", "faster")
 FIDELITY_COLUMNS = ("row", "L1", "cosine", "5 %", "worst", "edge", "spectral")
 GAP_COLUMNS = ("recovered gap", *FIDELITY_TITLES.values())
 GAP_NOTE = "+-: standard error of the mean over images. -: the gap is under two of its standard errors."
+CURVE_COLUMNS = ("row", "input", "cosine", "L1", "time", "GFLOP", "recovered gap", "worth, time", "worth, FLOP")
+CURVE_NOTE = "Worth: the cost at which the plain backbone comes as close to the teacher, over the row's; above 1 the student pays."
 PROBE_COLUMNS = ("probe", "figure", "backbone", "student", "teacher", "recovered gap")
 ABLATION_FIDELITY = ("variant", *FIDELITY_TITLES.values())
 ABLATION_COST = ("variant", "adapter", "GFLOP", "image", "update", "updates", "memory")
@@ -87,6 +90,37 @@ def fidelity_tables(results: Results, model: Model, size: tuple[int, int]) -> li
         rows = [[row.label, *(gap_text(*fidelity.domains[name]) for name in domains)] for row, fidelity in others]
         tables.append(Table("Recovered gap in cosine, by folder of images", ("row", *domains), rows))
     return tables
+
+
+def curve_tables(curve: Curve) -> list[Table]:
+    """The plain backbone at its inputs and the students at theirs: fidelity, cost, and what cost each is worth."""
+    rows, domains = [], []
+    for label, members in curve.lines.items():
+        for row in members:
+            assert row.fidelity is not None
+            worth = (curve.worth(row, lambda row: row.seconds), curve.worth(row, lambda row: row.gflop))
+            rows.append(
+                [
+                    label,
+                    human_size(row.input_size),
+                    f"{quality(row):.4f}",
+                    f"{row.fidelity.mean_over_domains('l1'):.4f}",
+                    human_seconds(row.seconds),
+                    "-" if row.gflop is None else f"{row.gflop:,.1f}",
+                    gap_text(row.fidelity.recovered_gap["cosine"], row.fidelity.gap_spread["cosine"]),
+                    *("-" if label == BACKBONE else _times(ratio) for ratio in worth),
+                ]
+            )
+            gaps = [gap_text(*gap) for gap in row.fidelity.domains.values()]
+            domains.append([label, human_size(row.input_size), *gaps])
+    names = list(curve.rows[0].fidelity.domains) if curve.rows[0].fidelity else []
+    title = (
+        f"{curve.backbone}: fidelity to the teacher at {human_size(curve.teacher_size)} px, {curve.num_images} images"
+    )
+    tables = [Table(title, CURVE_COLUMNS, rows, [CURVE_NOTE, GAP_NOTE])]
+    return [*tables, Table("Recovered gap in cosine, by folder of images", ("row", "input", *names), domains)][
+        : 2 if names else 1
+    ]
 
 
 def probe_tables(results: Results, model: Model) -> list[Table]:

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import threading
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from brixel_cli.core.metrics import MOST_DOMAINS, domain_of
 from brixel_cli.errors import BrixelError
 
 EXTENSIONS = (
@@ -194,6 +196,20 @@ def _may_be_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # such as a file that may not be looked at; whoever opens it says why
         return True
+
+
+def share_out(images: Sequence[ImageFile], most: int) -> list[ImageFile]:
+    """The first ones, `most` at most: of images in folders of several domains, as many of each as there are."""
+    counts: Counter[str] = Counter()
+    places = {}
+    for image in images:
+        domain = domain_of(image.name)
+        places[image] = counts[domain]
+        counts[domain] += 1
+    if not 2 <= len(counts) <= MOST_DOMAINS:
+        return list(images[:most])
+    chosen = set(sorted(images, key=lambda image: places[image])[:most])
+    return [image for image in images if image in chosen]
 
 
 def scan_folder(folder: Path, min_side: int) -> tuple[list[ImageFile], list[Skipped]]:

@@ -12,9 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from brixel_cli.config.base import parse_sizes
 from brixel_cli.config.benchmark import BenchmarkOptions
-from brixel_cli.core.backbone import check_size
 from brixel_cli.core.files import locked, make_folder, write_text
 from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.student import Student
@@ -87,7 +85,7 @@ def benchmark(options: BenchmarkOptions, reporter: Reporter) -> tuple[Results, l
     """
     with locked(options.output):
         work = _Benchmark(options, reporter)
-        sizes = {candidate.name: work.sizes(candidate) for candidate in work.candidates}
+        sizes = {candidate.name: sizes_of(candidate, options) for candidate in work.candidates}
         groups = {name: [(size, work.count(name, size)) for size in found] for name, found in sizes.items()}
         make_folder(options.output)
         for candidate in work.candidates:
@@ -102,7 +100,7 @@ def count_only(options: BenchmarkOptions, reporter: Reporter) -> Results:
     """The rows as a benchmark would measure them, with what can be counted; nothing is run or written."""
     work = _Benchmark(options, reporter)
     for candidate in work.candidates:
-        for size in work.sizes(candidate):
+        for size in sizes_of(candidate, options):
             work.rows += work.count(candidate.name, size)
         work.models.append(candidate.describe(None))
     work.answer_budget()
@@ -178,15 +176,6 @@ class _Benchmark:
         write_text(self.options.output / FILE_NAME, results.to_json())
         write_text(self.options.output / TABLE_NAME, results.to_csv())
         return results
-
-    def sizes(self, candidate: Candidate) -> list[Size]:
-        """The student inputs of a model."""
-        patch = candidate.spec.patch_size
-        own = [candidate.trained_size or (16 * patch, 16 * patch)]
-        sizes = parse_sizes(self.options.sizes, patch) if self.options.sizes else own
-        for size in sizes:
-            check_size(*size, patch)
-        return sizes
 
     def count(self, name: str, size: Size) -> list[Row]:
         """The counted rows of a model at a size."""

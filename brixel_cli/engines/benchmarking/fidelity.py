@@ -79,7 +79,7 @@ def measure_fidelity(
     """Compare every row whose map has the teacher's grid with the teacher's map of the same images.
 
     Args:
-        methods: rows of one model and size; among them `bilinear`.
+        methods: rows that are compared with one teacher; the first of kind `bilinear` is where recovered gaps begin.
         views: teacher views, one for each image; damaged images are left out, with a warning.
         backbone: the teacher.
         reporter: hears of progress.
@@ -106,9 +106,9 @@ def measure_fidelity(
             for row in compared:
                 prediction = row.call(resize_view(large, row.input_size))[0]
                 measured[row.label].add(view.name, prediction, target, basis)
-    if not measured["bilinear"].images:
+    if not measured[bilinear.label].images:
         raise BrixelError(f"None of the {len(views)} images for the fidelity can be read.")
-    return {label: row.result(measured["bilinear"]) for label, row in measured.items()}
+    return {label: row.result(measured[bilinear.label]) for label, row in measured.items()}
 
 
 @torch.inference_mode()

@@ -6,12 +6,13 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from brixel_cli.core.formatting import csv_text, to_json
-from brixel_cli.core.metrics import FIDELITY
+from brixel_cli.core.metrics import FIDELITY, domain_of
 from brixel_cli.engines.benchmarking.environment import Environment
 from brixel_cli.engines.benchmarking.latency import Latency
 from brixel_cli.engines.benchmarking.probes import ProbeResult
@@ -131,6 +132,13 @@ class Fidelity:
     images: tuple[ImageFidelity, ...]
     gap_spread: dict[str, float | None] = field(default_factory=dict)
     domains: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+
+    def mean_over_domains(self, metric: str) -> float:
+        """Of a metric of the images: the mean over domains of their means; over images where there are no domains."""
+        groups: dict[str, list[float]] = {}
+        for image in self.images:
+            groups.setdefault(domain_of(image.name) if self.domains else "", []).append(getattr(image, metric))
+        return fmean(fmean(group) for group in groups.values())
 
     @property
     def worst_images(self) -> list[ImageFidelity]:
