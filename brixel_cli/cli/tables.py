@@ -25,9 +25,13 @@ COST_COLUMNS = ("row", "input", "grid", "frozen", "adapter", "GFLOP", "memory", 
 TIME_COLUMNS = ("row", "median", "10 %", "90 %", "images/s", "faster")
 FIDELITY_COLUMNS = ("row", "L1", "cosine", "5 %", "worst", "edge", "spectral")
 GAP_COLUMNS = ("recovered gap", *FIDELITY_TITLES.values())
+DOMAINS_TITLE = "Recovered gap in cosine, by folder of images"
 GAP_NOTE = "+-: standard error of the mean over images. -: the gap is under two of its standard errors."
 CURVE_COLUMNS = ("row", "input", "cosine", "L1", "time", "GFLOP", "recovered gap", "worth, time", "worth, FLOP")
-CURVE_NOTE = "Worth: the cost at which the plain backbone comes as close to the teacher, over the row's; above 1 the student pays."
+CURVE_NOTE = (
+    "Worth: the cost at which the plain backbone comes as close to the teacher, over the row's: above 1 the student "
+    "pays. -: the backbone's inputs do not reach so far."
+)
 PROBE_COLUMNS = ("probe", "figure", "backbone", "student", "teacher", "recovered gap")
 ABLATION_FIDELITY = ("variant", *FIDELITY_TITLES.values())
 ABLATION_COST = ("variant", "adapter", "GFLOP", "image", "update", "updates", "memory")
@@ -88,7 +92,7 @@ def fidelity_tables(results: Results, model: Model, size: tuple[int, int]) -> li
     ]
     if domains := list(others[-1][1].domains) if others else []:
         rows = [[row.label, *(gap_text(*fidelity.domains[name]) for name in domains)] for row, fidelity in others]
-        tables.append(Table("Recovered gap in cosine, by folder of images", ("row", *domains), rows))
+        tables.append(Table(DOMAINS_TITLE, ("row", *domains), rows))
     return tables
 
 
@@ -114,13 +118,12 @@ def curve_tables(curve: Curve) -> list[Table]:
             gaps = [gap_text(*gap) for gap in row.fidelity.domains.values()]
             domains.append([label, human_size(row.input_size), *gaps])
     names = list(curve.rows[0].fidelity.domains) if curve.rows[0].fidelity else []
-    title = (
-        f"{curve.backbone}: fidelity to the teacher at {human_size(curve.teacher_size)} px, {curve.num_images} images"
-    )
-    tables = [Table(title, CURVE_COLUMNS, rows, [CURVE_NOTE, GAP_NOTE])]
-    return [*tables, Table("Recovered gap in cosine, by folder of images", ("row", "input", *names), domains)][
-        : 2 if names else 1
+    title = f"{curve.backbone} towards {human_size(curve.teacher_size)} px, {curve.num_images} images"
+    tables = [
+        Table(title, CURVE_COLUMNS, rows, [CURVE_NOTE, GAP_NOTE]),
+        Table(DOMAINS_TITLE, ("row", "input", *names), domains),
     ]
+    return tables if names else tables[:1]
 
 
 def probe_tables(results: Results, model: Model) -> list[Table]:

@@ -148,7 +148,7 @@ def themed(svg: str) -> str:
 
 
 def _draw(title: str, height: float, *panels: Callable[[Axes], None]) -> str:
-    """An SVG of axes of `height` inches below a title, side by side; the same input gives the same, ids do not clash."""
+    """An SVG of panels of `height` inches below a title: the same for the same input, without ids that clash."""
     import matplotlib  # slow to import: only where a chart is drawn
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter

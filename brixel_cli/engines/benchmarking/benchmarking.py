@@ -35,6 +35,7 @@ from brixel_cli.engines.benchmarking.models import (
     find_candidates,
     find_images_of,
     load_or_randomise,
+    sizes_of,
 )
 from brixel_cli.engines.benchmarking.probes import probes_of
 from brixel_cli.engines.benchmarking.results import (

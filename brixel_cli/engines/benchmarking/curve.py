@@ -1,4 +1,4 @@
-"""`--curve`: fidelity against cost, of the plain backbone at a series of inputs and of students, towards one teacher."""
+"""`--curve`: fidelity against cost, of students and of the plain backbone at many inputs, towards one teacher."""
 
 from __future__ import annotations
 
