@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 import brixel_cli
 from brixel_cli.app import app
-from brixel_cli.engines.benchmarking import benchmarking, equal_cost
+from brixel_cli.engines import equal_cost
+from brixel_cli.engines.benchmarking import benchmarking
 from brixel_cli.engines.benchmarking.benchmarking import benchmark
-from brixel_cli.engines.benchmarking.equal_cost import choose_rival, equal_cost_size, find_rivals
-from brixel_cli.engines.benchmarking.latency import Latency
-from brixel_cli.engines.benchmarking.methods import EQUAL_COST
 from brixel_cli.engines.benchmarking.results import read_results
+from brixel_cli.engines.equal_cost import EQUAL_COST, choose_rival, enlarged_map, equal_cost_size, find_rivals
+from brixel_cli.engines.latency import Latency
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import UsageError
 
@@ -75,9 +75,7 @@ def test_the_rival_at_equal_cost_sees_a_larger_input_and_takes_no_longer(
         return {label: Latency.of([2.9 if label == "student" else value] * 3) for label, value in found.items()}
 
     monkeypatch.setattr(benchmarking, "interleaved", timed)
-    monkeypatch.setattr(
-        equal_cost, "_fastest", lambda method, *_: 3.0 if method.kind == "student" else seconds[method.input_size]
-    )
+    monkeypatch.setattr(benchmarking, "find_rivals", lambda *_: list(seconds))
     results, _ = benchmark(options(tmp_path / "out", checkpoint=str(run)), listener)
     rival, bilinear, student = (row(results, label) for label in (EQUAL_COST, "bilinear", "student"))
     assert (rival.input_size, rival.grid, rival.kind) == ((48, 48), (8, 8), "equal_cost")
@@ -100,14 +98,16 @@ def test_rivals_keep_the_proportions_and_end_at_the_teachers_input(
     student = brixel_cli.load_student(model[0])
     runtime = Runtime("cpu", "float32")
     assert equal_cost_size(student, (32, 32), runtime, seconds=0.01)[0] in range(32, 129, 16)
-    monkeypatch.setattr(equal_cost, "_fastest", lambda *_: 1.0)
+    monkeypatch.setattr(equal_cost, "call_seconds", lambda *_: 1.0)
     rivals = find_rivals(student, (32, 64), runtime)
-    assert [method.input_size for method in rivals] == [(16 * n, 32 * n) for n in range(2, 9)]
-    assert rivals[3].call(torch.randn(1, 3, 80, 160)).shape == (1, 64, 8, 16)
-    times = {method.label: Latency.of([float(number)] * 3) for number, method in enumerate(rivals, start=1)}
-    assert choose_rival(rivals, times, 3.5).input_size == (64, 128)
-    assert choose_rival(rivals, times, 0.5).input_size == (32, 64)  # nothing is as fast: the student's own input
-    assert choose_rival(rivals, times, 0.5).label == EQUAL_COST
+    assert rivals == [(16 * n, 32 * n) for n in range(2, 9)]
+    assert enlarged_map(student, (32, 64))(torch.randn(1, 3, 80, 160)).shape == (1, 64, 8, 16)
+    times = {size: Latency.of([float(number)] * 3) for number, size in enumerate(rivals, start=1)}
+    assert choose_rival(rivals, times, 3.5) == (64, 128)
+    assert choose_rival(rivals, times, 0.5) == (32, 64)  # nothing is as fast: the student's own input
+    seconds = iter([1.0] * 6 + [1.2] * 3 + [1.3] * 3)  # student, then 48, 64 and 80 px
+    monkeypatch.setattr(equal_cost, "call_seconds", lambda *_: next(seconds))
+    assert find_rivals(student, (32, 32), runtime) == [(32, 32), (48, 48), (64, 64)]
 
 
 def test_without_the_teacher_there_is_no_row_of_it_but_fidelity(run: Path, tmp_path: Path, listener: Listener) -> None:

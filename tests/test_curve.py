@@ -17,7 +17,7 @@ from brixel_cli.cli.tables import curve_tables
 from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.data.images import scan_folder, share_out
 from brixel_cli.engines.benchmarking.curve import BACKBONE, Curve, measure_curve
-from brixel_cli.engines.benchmarking.latency import Latency
+from brixel_cli.engines.latency import Latency
 from brixel_cli.errors import UsageError
 
 

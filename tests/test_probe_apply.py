@@ -16,7 +16,7 @@ from probe_sets import CLASSES, SOURCES, make_options, noise, write_features
 from brixel_cli.config.probe import ApplyOptions
 from brixel_cli.core.heads import load_head, save_head
 from brixel_cli.drawing.predictions import class_colours
-from brixel_cli.engines.benchmarking.methods import EQUAL_COST
+from brixel_cli.engines.equal_cost import EQUAL_COST
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.probing import application
 from brixel_cli.engines.probing.application import apply_head, depth_unit, encode_prediction

@@ -17,7 +17,7 @@ from probe_sets import (
 
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.weights import load_tensors
-from brixel_cli.engines.benchmarking.methods import EQUAL_COST
+from brixel_cli.engines.equal_cost import EQUAL_COST
 from brixel_cli.engines.probing import probing, sources
 from brixel_cli.engines.probing import training as probe_training
 from brixel_cli.engines.probing.probing import plan_only, probe

@@ -15,9 +15,9 @@ from brixel_cli.drawing.page import Table
 from brixel_cli.engines.ablating.results import Ablations, VariantResult
 from brixel_cli.engines.ablating.variants import Planned, Variant
 from brixel_cli.engines.benchmarking.curve import BACKBONE, Curve, quality
-from brixel_cli.engines.benchmarking.latency import Latency
 from brixel_cli.engines.benchmarking.probes import ProbeResult
 from brixel_cli.engines.benchmarking.results import Fidelity, Model, Results, Row
+from brixel_cli.engines.latency import Latency
 
 MOST_LISTED = 20
 """Images in the table of those that failed."""

@@ -25,10 +25,8 @@ from brixel_cli.engines.benchmarking.cost import (
     peak_on_gpu,
 )
 from brixel_cli.engines.benchmarking.environment import describe_environment
-from brixel_cli.engines.benchmarking.equal_cost import choose_rival, find_rivals
 from brixel_cli.engines.benchmarking.fidelity import draw_examples, measure_fidelity
-from brixel_cli.engines.benchmarking.latency import interleaved
-from brixel_cli.engines.benchmarking.methods import Method, in_precision, load_baseline, make_methods
+from brixel_cli.engines.benchmarking.methods import Method, enlarged, in_precision, load_baseline, make_methods
 from brixel_cli.engines.benchmarking.models import (
     Candidate,
     ImageSet,
@@ -50,6 +48,8 @@ from brixel_cli.engines.benchmarking.results import (
     Size,
     read_results,
 )
+from brixel_cli.engines.equal_cost import EQUAL_COST, choose_rival, find_rivals
+from brixel_cli.engines.latency import interleaved
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import (
     Runtime,
@@ -248,25 +248,26 @@ class _Benchmark:
                 speed = speed or seconds / (row.gflop or 1)
         labels = [method.label for method in run]
         has_rival = self.options.highres and "student" in labels
-        rivals = find_rivals(student, size, self.runtime, batch_size) if has_rival else []
-        images |= {method.label: method.input(batch_size, self.device) for method in rivals}
+        sizes = find_rivals(student, size, self.runtime, batch_size) if has_rival else []
+        rivals = {own: replace(enlarged(student, own, size), label=f"{EQUAL_COST} {human_size(own)}") for own in sizes}
         timed = [
             in_precision(method, self.runtime, self.options.compiled)
-            for method in (*made, *rivals)
-            if method in rivals or method.label in labels
+            for method in (*(method for method in made if method.label in labels), *rivals.values())
         ]
+        images |= {method.label: method.input(batch_size, self.device) for method in rivals.values()}
         calls = {method.label: partial(method.call, images[method.label]) for method in timed}
         times = interleaved(calls, self.device, self.options.seconds, self.options.compiled)
         for label in labels:
             rows[label] = replace(rows[label], latency=times[label])
         if rivals:
-            rival = choose_rival(rivals, times, times["student"].median)
-            latency = times[f"{rival.label} {human_size(rival.input_size)}"]
-            row = count_row(candidate.name, rival, student.backbone, size, batch_size)
-            rows[rival.label] = replace(row, latency=latency)
-            images[rival.label] = rival.input(batch_size, self.device)
-            run.append(in_precision(rival, self.runtime))
-            methods.insert(-2, run[-1])  # before student and teacher
+            of_size = {own: times[method.label] for own, method in rivals.items()}
+            own = choose_rival(sizes, of_size, times["student"].median)
+            rival = in_precision(enlarged(student, own, size), self.runtime)
+            counted_row = count_row(candidate.name, rival, student.backbone, size, batch_size)
+            rows[rival.label] = replace(counted_row, latency=of_size[own])
+            images[rival.label] = images[rivals[own].label]
+            run.append(rival)
+            methods.insert(-2, rival)  # before student and teacher
         for method in run:
             call = partial(method.call, images[method.label])
             rows[method.label] = self._with_memory(candidate, rows[method.label], call)

@@ -27,10 +27,10 @@ from brixel_cli.drawing.charts import SERIES, Line, line_chart
 from brixel_cli.engines.benchmarking.cost import count_row
 from brixel_cli.engines.benchmarking.environment import Environment, describe_environment
 from brixel_cli.engines.benchmarking.fidelity import measure_fidelity
-from brixel_cli.engines.benchmarking.latency import interleaved
 from brixel_cli.engines.benchmarking.methods import Method, enlarged, in_precision, make_methods
 from brixel_cli.engines.benchmarking.models import find_candidates, find_images_of, sizes_of
 from brixel_cli.engines.benchmarking.results import Row, Size
+from brixel_cli.engines.latency import interleaved
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, memory_errors
 from brixel_cli.errors import UsageError

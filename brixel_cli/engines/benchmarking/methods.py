@@ -19,10 +19,9 @@ from brixel_cli.core.cost import count_parameters
 from brixel_cli.core.identity import file_sha256
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.results import Kind, Size
+from brixel_cli.engines.equal_cost import EQUAL_COST, enlarged_map
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
-
-EQUAL_COST = "backbone, equal cost"
 
 
 @dataclass(frozen=True)
@@ -165,12 +164,8 @@ def make_methods(student: Student, size: Size, highres: bool, baselines: Sequenc
 def enlarged(student: Student, input_size: Size, size: Size) -> Method:
     """The plain backbone at an input of its own, its map enlarged bilinearly to the grid of the student's at `size`."""
     backbone, factor = student.backbone, student.adapter.factor
-    fine = (size[0] // backbone.patch_size * factor, size[1] // backbone.patch_size * factor)
-
-    def call(images: Tensor) -> Tensor:
-        return resize(backbone.last_map(images), fine)
-
-    return Method("equal_cost", EQUAL_COST, input_size, fine, call, 0, _num_bytes(backbone))
+    grid = (size[0] // backbone.patch_size * factor, size[1] // backbone.patch_size * factor)
+    return Method("equal_cost", EQUAL_COST, input_size, grid, enlarged_map(student, size), 0, _num_bytes(backbone))
 
 
 def in_precision(method: Method, runtime: Runtime, compiled: bool = False) -> Method:

@@ -14,8 +14,8 @@ from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.metrics import FIDELITY, domain_of
 from brixel_cli.engines.benchmarking.environment import Environment
-from brixel_cli.engines.benchmarking.latency import Latency
 from brixel_cli.engines.benchmarking.probes import ProbeResult
+from brixel_cli.engines.latency import Latency
 from brixel_cli.errors import BrixelError
 
 FORMAT = "brixel-benchmark-1"

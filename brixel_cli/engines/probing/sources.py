@@ -17,8 +17,7 @@ from brixel_cli.core.identity import tensors_sha256
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile, Grid
 from brixel_cli.data.resizing import snap
-from brixel_cli.engines.benchmarking.equal_cost import equal_cost_size
-from brixel_cli.engines.benchmarking.methods import EQUAL_COST
+from brixel_cli.engines.equal_cost import EQUAL_COST, equal_cost_size
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.results import ModelDescription
