@@ -83,7 +83,7 @@ function queryOf(point, source) {
 // ---- drawing
 
 function paint(canvas, map, colour) {
-  const context = canvas.getContext('2d');
+  const context = canvas.getContext('2d', { willReadFrequently: true });
   const pixels = context.createImageData(map.width, map.height);
   for (let n = 0; n < map.heat.length; n++) colour(n, pixels.data, 4 * n);
   context.putImageData(pixels, 0, 0);

@@ -11,7 +11,6 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from brixel_cli.core.formatting import printable
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
-from brixel_cli.drawing.page import document
+from brixel_cli.drawing.page import document, escape
 
 COMPONENTS = 64
 """Numbers kept of a feature vector: the first is along the mean vector, the others are principal components."""
@@ -131,7 +131,7 @@ def feature_page(title: str, images: Sequence[PageImage], video: bool = False) -
     correlations, low = _compare(units, reduced, reduction)
     place = min(correlations, key=lambda key: correlations[key])
     mean, worst = float(np.mean(list(correlations.values()))), correlations[place]
-    worst_of = f"{images[place[0]].name}, {place[1]}"
+    worst_of = printable(f"{images[place[0]].name}, {place[1]}")
     channels = units[0][finest].shape[0]
     note = (
         f"Heat maps are cosine similarities of {reduction.components.shape[1]} components instead of {channels} "
@@ -153,7 +153,7 @@ def feature_page(title: str, images: Sequence[PageImage], video: bool = False) -
         "video": video,
         "images": [
             {
-                "name": image.name,
+                "name": printable(image.name),
                 "picture": _jpeg(image.picture),
                 "grids": [list(maps[source].shape[1:]) for source in sources],
                 "layers": [{"title": title, "picture": _jpeg(layer)} for title, layer in image.layers.items()],
