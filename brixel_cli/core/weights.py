@@ -52,7 +52,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     value = zlib.crc32(json.dumps(dict(metadata), sort_keys=True).encode())
     for key, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode(), value)
-        value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, value)
     return f"{MARK}{value:08x}"
 
 
