@@ -159,6 +159,9 @@ def extract(
     ] = None,
     preview: Annotated[bool, _option(OUTPUT, "Also paint the features, beside the output.", "--preview")] = False,
     export: Annotated[Path | None, _option(OUTPUT, "Write the model as an ONNX graph instead of features.")] = None,
+    verify: Annotated[
+        Path | None, _option(OUTPUT, "Read a feature file, or folder of single files, again; name what is damaged.")
+    ] = None,
     overwrite: Annotated[bool, _option(OUTPUT, "Begin anew over a feature file.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -187,7 +190,7 @@ def extract(
             precision=precision, batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
             every=every, strict=strict, overwrite=overwrite, preview=preview,
         )  # fmt: skip
-        run_extract(options, export, dry_run, as_json)
+        run_extract(options, export, verify, dry_run, as_json)
 
 
 @app.command(epilog=examples.PROBE)

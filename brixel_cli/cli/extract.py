@@ -19,12 +19,19 @@ if TYPE_CHECKING:
 MOST_LISTED = 20
 
 
-def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_json: bool) -> None:
+def run_extract(
+    options: ExtractOptions, export: Path | None, verify: Path | None, dry_run: bool, as_json: bool
+) -> None:
     """Carry out `brixel extract` with options as the user gave them; see `app.extract` for what they mean.
 
     Raises:
-        BrixelError: something the user can fix; also, at the end, that some images failed.
+        BrixelError: something the user can fix; also, at the end, that some images failed, or are damaged.
     """
+    if verify is not None:
+        if options.inputs or dry_run or export is not None:
+            raise UsageError("--verify reads a feature file: leave out --input, --export and --dry-run.")
+        _verify(verify, as_json)
+        return
     if export is not None:
         if options.inputs or dry_run:
             raise UsageError("--export writes the model, not features: leave out --input and --dry-run.")
@@ -111,6 +118,10 @@ def _show_result(done: Extracted) -> None:
 
 
 def _show_failures(failures: dict[str, str]) -> None:
+    _show_images("images without features", failures)
+
+
+def _show_images(what: str, failures: dict[str, str]) -> None:
     if not failures:
         return
     listed = list(failures.items())[:MOST_LISTED]
@@ -119,7 +130,29 @@ def _show_failures(failures: dict[str, str]) -> None:
         kinds = Counter(reason.split(":")[0].split("(")[0].strip()[:60] for reason in failures.values())
         common = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
         notes = [f"and {len(failures) - MOST_LISTED} more. In all: {common}."]
-    print_table(f"{len(failures)} images without features", ["image", "reason"], listed, notes, figures=False)
+    print_table(f"{len(failures)} {what}", ["image", "reason"], listed, notes, figures=False)
+
+
+def _verify(path: Path, as_json: bool) -> None:
+    from brixel_cli.engines.extracting.verification import verify
+
+    found = verify(path, Progress())
+    if as_json:
+        print_json(asdict(found) | {"path": str(found.path)})
+    else:
+        rows = [
+            ["images", f"{found.num_images:,}"],
+            ["  not computed yet", f"{found.num_missing:,}"],
+            ["  damaged", f"{len(found.damaged):,}"],
+        ]
+        notes = [] if found.has_checksums else ["Without checksums: only missing, cut and non-finite maps are found."]
+        print_table(str(found.path), ["", ""], rows, notes)
+        _show_images("damaged images", found.damaged)
+    if found.damaged:
+        raise BrixelError(
+            f"{len(found.damaged)} of {found.num_images} images in {path} are damaged. "
+            "Give the command that wrote it again: it computes those, and leaves the others as they are."
+        )
 
 
 def _export(options: ExtractOptions, path: Path, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from brixel_cli.config.labelled import IGNORE
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.data.crops import Crop, cut_image, cut_map, cut_target
-from brixel_cli.data.feature_file import Grid, MapWriter, encode
+from brixel_cli.data.feature_layout import Grid, MapWriter, encode
 from brixel_cli.data.images import load_image
 from brixel_cli.data.labelled import LabelledSet, Sample, all_errors
 from brixel_cli.data.row_store import DONE, Array, Store, create_store, positions_within_size

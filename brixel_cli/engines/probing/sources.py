@@ -12,7 +12,8 @@ from brixel_cli.config.extract import Source as ModelKind
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.identity import tensors_sha256
-from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile, Grid
+from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile
+from brixel_cli.data.feature_layout import Grid
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
