@@ -28,7 +28,7 @@ app = typer.Typer(
 MODEL, INPUT, OUTPUT, COMPUTE = "Model", "Input", "Output", "Computation"
 RECIPE, MEASURE, ABLATION, HEAD = "Recipe", "Measurement", "Ablation (with --ablate)", "Saved head (with --apply)"
 STUDENT = "run folder, .safetensors, released .pth, hf-hub:user/name, or a shipped one's name."
-SHIPPED = "Default: the one that comes with brixel."
+SHIPPED = "Default: the one that comes with brixel for this --res."
 
 
 def _option(panel: str, help: str, *names: str, show_default: bool = False, **more: Any) -> Any:
@@ -289,7 +289,7 @@ def benchmark(
         bool, _option(MODEL, "Also run the teacher, on large images.", "--compare-highres")
     ] = False,
     models: Annotated[
-        str | None, _option(MODEL, f"Recipes, run folders or shipped students, by commas. {SHIPPED}")
+        str | None, _option(MODEL, f"Recipes, run folders, shipped students or hf-hub:user/name, by commas. {SHIPPED}")
     ] = None,
     checkpoint: Annotated[str | None, _option(MODEL, f"One student: {STUDENT}")] = None,
     backbone_weights: Weights = None,

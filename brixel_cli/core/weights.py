@@ -5,6 +5,7 @@ Nothing here unpickles arbitrary objects: .pth files are read with torch's `weig
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,9 +33,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             )
         except SafetensorError as error:  # what the disk objects to, in the library's own words
             raise OSError(str(error)) from error
+        _sort_metadata(partial)
         partial.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
         with open(partial, "r+b") as file:
             os.fsync(file.fileno())
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata, which the library writes in any order, in one: the same tensors make the same bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
 
 
 def _umask() -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from brixel_cli.config.extract import Number, Storage
-from brixel_cli.core.files import make_folder, replacing
+from brixel_cli.core.files import LONGEST_NAME, make_folder, replacing
 from brixel_cli.core.identity import text_digest
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.weights import save_tensors
@@ -23,8 +23,6 @@ from brixel_cli.data.row_store import CHECKSUM, DONE, Array, Column, Store, chec
 from brixel_cli.errors import BrixelError
 
 FORMAT = "brixel-features-1"
-LONGEST_NAME = 239
-"""Bytes of a file's name: file systems take 255, and while it is written it has a longer one."""
 Grid = tuple[int, int]
 
 

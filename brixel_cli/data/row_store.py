@@ -35,6 +35,8 @@ MISSING, DONE, FAILED = 0, 1, 2
 ATTRIBUTES = "description"
 CHECKSUMS = "checksums"
 """Attribute: checksums of the description and of the datasets that never change, by name."""
+RESERVE = 1 << 20
+"""Bytes that the structure of a file takes at most, besides its datasets."""
 MOST_UNPACKED = 1 << 31
 """Bytes of a dataset that is compressed and read at once; a small file could ask for any number."""
 FOLD_WORDS = 1021
@@ -98,6 +100,8 @@ def create_store(
     fixed = {name: checksum(array) for name, array in contents.items() if name not in (STATUS, REASON, CHECKSUM)}
     sums = json.dumps({ATTRIBUTES: zlib.crc32(text.encode()), **fixed}, sort_keys=True)
     with replacing(path) as partial:
+        # HDF5 may crash on a full disk: whether there is room for what it writes itself, plain zeros tell.
+        partial.write_bytes(bytes(sum(array.nbytes for array in contents.values()) + len(text) + RESERVE))
         try:
             with h5py.File(partial, "w") as file:
                 for key, value in {ATTRIBUTES: text, CHECKSUMS: sums, **(attributes or {})}.items():
