@@ -158,6 +158,14 @@ def extract(
         int | None, _option(OUTPUT, "Store so many principal components of the set instead of all channels.")
     ] = None,
     preview: Annotated[bool, _option(OUTPUT, "Also paint the features, beside the output.", "--preview")] = False,
+    page: Annotated[
+        Path | None, _option(OUTPUT, "Also write a page to look at the features with.", metavar="FILE.html")
+    ] = None,
+    page_sources: Annotated[
+        str | None,
+        _option(OUTPUT, "Whose maps it shows, by commas: student,backbone,teacher. Default: --source and backbone."),
+    ] = None,
+    page_images: Annotated[int, _option(OUTPUT, "So many images of it at most.", show_default=True)] = 12,
     export: Annotated[Path | None, _option(OUTPUT, "Write the model as an ONNX graph instead of features.")] = None,
     verify: Annotated[
         Path | None, _option(OUTPUT, "Read a feature file, or folder of single files, again; name what is damaged.")
@@ -188,7 +196,8 @@ def extract(
             inputs=input_ or [], res=res, fit=fit, source=source, checkpoint=checkpoint, backbone=backbone,
             backbone_weights=backbone_weights, output=output, storage=format_, dtype=dtype, pca=pca, device=device,
             precision=precision, batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
-            every=every, strict=strict, overwrite=overwrite, preview=preview,
+            every=every, strict=strict, overwrite=overwrite, preview=preview, page=page,
+            page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
         )  # fmt: skip
         run_extract(options, export, verify, dry_run, as_json)
 

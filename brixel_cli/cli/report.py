@@ -60,14 +60,6 @@ def write_report(results: Results | None, ablations: Ablations | None, pictures:
     Raises:
         UsageError: the folder cannot be made.
     """
-    try:
-        return write_page(make_report(results, ablations, pictures), folder, "report")
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UsageError(f"--report {folder} cannot be made: {error.strerror}. Name another folder.") from error
-
-
-def make_report(results: Results | None, ablations: Ablations | None, pictures: Path) -> Page:
-    """Everything that a report says, in order; see `write_report`."""
     lead, highlights = "", list[tuple[str, str]]()
     found: dict[str, Iterator[Block]] = {}
     if results:
@@ -95,7 +87,11 @@ def make_report(results: Results | None, ablations: Ablations | None, pictures: 
     }
     sections = [Section(title, blocks) for title, made in found.items() if (blocks := list(made))]
     created = "; ".join(dict.fromkeys(part.created for part in parts))
-    return Page("brixel benchmark", lead, highlights, sections, created)
+    page = Page("brixel benchmark", lead, highlights, sections, created)
+    try:
+        return write_page(page, folder, "report")
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UsageError(f"--report {folder} cannot be made: {error.strerror}. Name another folder.") from error
 
 
 def _headline(results: Results) -> tuple[str, list[tuple[str, str]]]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brixel_cli.core.backbone import Backbone
-from brixel_cli.core.files import save_picture
+from brixel_cli.core.files import make_folder, save_picture
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.metrics import FIDELITY, fidelity, fidelity_basis, recovered_gaps
 from brixel_cli.data.views import Views, normalise_pixels, reduce_view
@@ -127,7 +127,7 @@ def draw_examples(
     numbers = {image.name: number for number, image in enumerate(views.images)}
     shown = [row for row in methods if row.kind not in ("bilinear", "teacher")]
     pictures = []
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "pictures")
     chosen = sorted({0, min(1, len(ranked) - 1), len(ranked) // 2, len(ranked) - 1})
     for rank, image in ((place + 1, ranked[place]) for place in chosen):
         images, target = _images_and_target(views[0, numbers[image.name]].pixels, views, backbone)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from brixel_cli.core.adapter import resize
-from brixel_cli.core.cost import count_parameters
+from brixel_cli.core.cost import count_bytes, count_parameters
 from brixel_cli.core.identity import file_sha256
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.results import Kind, Size
@@ -138,7 +138,7 @@ def make_methods(student: Student, size: Size, highres: bool, baselines: Sequenc
     grid = (size[0] // backbone.patch_size, size[1] // backbone.patch_size)
     fine = (grid[0] * factor, grid[1] * factor)
     large = (size[0] * factor, size[1] * factor)
-    frozen, adapter = _num_bytes(backbone), _num_bytes(student.adapter)
+    frozen, adapter = count_bytes(backbone), count_bytes(student.adapter)
 
     def bilinear(images: Tensor) -> Tensor:
         return resize(backbone.last_map(images), fine)
@@ -169,7 +169,3 @@ def in_precision(method: Method, runtime: Runtime, compiled: bool = False) -> Me
             return inner(images).float()
 
     return replace(method, call=call)
-
-
-def _num_bytes(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

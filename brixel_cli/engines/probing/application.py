@@ -282,7 +282,7 @@ def write_predictions(
     for quantity, (file, preview) in encoded.items():
         for folder, picture in ((quantity, file), (f"{quantity}_preview", preview)):
             path = output / folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             save_picture(picture, path)
 
 

@@ -33,6 +33,7 @@ from brixel_cli.engines.probing.results import (
     SourceDescription,
     SplitUsed,
     Versions,
+    as_dict,
     gaps_of,
     summarise,
 )
@@ -216,7 +217,7 @@ def _describe(item: SourcePlan) -> SourceDescription:
 def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str, Any]:
     options, rules = plan.options, plan.options.protocol.evaluate
     assert rules.kind != "random"  # the protocol has refused it
-    return HeadDescription(
+    description = HeadDescription(
         recipe=options.recipe,
         protocol=options.protocol_name,
         evaluate=CropsUsed(rules.kind, options.protocol.stride(options.size), (rules.scale[0], rules.scale[1])),
@@ -226,7 +227,8 @@ def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str,
         source=_describe(item),
         versions=_versions(),
         backbone_signature=item.source.backbone_signature if isinstance(item.source, ModelSource) else [],
-    ).to_dict()
+    )
+    return as_dict(description)
 
 
 def _versions() -> Versions:

@@ -179,13 +179,9 @@ class ProbeResults:
     runs: list[Run]
     format: str = FORMAT
 
-    def to_dict(self) -> dict[str, Any]:
-        """As results.json has it; nan is still a number."""
-        return as_dict(self)
-
     def to_json(self) -> str:
         """As results.json has it; nan becomes null."""
-        return to_json(self.to_dict(), indent=1) + "\n"
+        return to_json(as_dict(self), indent=1) + "\n"
 
     @staticmethod
     def from_json(text: str | bytes) -> ProbeResults:
@@ -232,10 +228,6 @@ class HeadDescription:
     source: SourceDescription
     versions: Versions
     backbone_signature: list[float] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the head's file has it."""
-        return as_dict(self)
 
     @staticmethod
     def from_dict(said: Mapping[str, Any]) -> HeadDescription:

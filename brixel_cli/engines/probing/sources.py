@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from brixel_cli.config.base import height_width
 from brixel_cli.config.extract import Source as ModelKind
@@ -88,6 +88,7 @@ class FileSource:
 
     label: str
     path: Path
+    kind: ClassVar[Literal["file"]] = "file"
 
     @cached_property
     def file(self) -> FeatureFile:
@@ -189,8 +190,3 @@ def _labels(checkpoints: Sequence[str]) -> list[str]:
         (n for n in range(1, max(map(len, parts)) + 1) if len({part[-n:] for part in parts}) == len(parts)), 1
     )
     return [f"student {'/'.join(part[-length:])}" for part in parts]
-
-
-def kind_of(source: Source) -> Literal["student", "backbone", "teacher", "file"]:
-    """What a source is."""
-    return source.kind if isinstance(source, ModelSource) else "file"
