@@ -231,7 +231,9 @@ def probe(
     source: Annotated[
         list[str] | None,
         _option(
-            MODEL, "backbone, student, teacher, or a feature file (.h5); can be repeated. Default: the first three."
+            MODEL,
+            "backbone, equal-cost (backbone at the largest input that takes no longer than the student), student, "
+            "teacher, or a feature file (.h5); can be repeated. Default: the first four.",
         ),
     ] = None,
     backbone: Backbone = None,
@@ -296,6 +298,10 @@ def probe(
 def benchmark(
     compare_highres: Annotated[
         bool, _option(MODEL, "Also run the teacher, on large images.", "--compare-highres")
+    ] = False,
+    curve: Annotated[
+        bool,
+        _option(MODEL, "Instead, draw fidelity against cost: the backbone at many inputs, and students.", "--curve"),
     ] = False,
     models: Annotated[
         str | None, _option(MODEL, f"Recipes, run folders, shipped students or hf-hub:user/name, by commas. {SHIPPED}")
@@ -369,7 +375,7 @@ def benchmark(
 
         set_quiet(quiet)
         options = BenchmarkOptions(
-            highres=compare_highres, models=models, sizes=res or sizes, checkpoint=checkpoint,
+            highres=compare_highres, curve=curve, models=models, sizes=res or sizes, checkpoint=checkpoint,
             backbone_weights=backbone_weights, images=images, max_images=max_images, batch_size=batch_size,
             precision=precision, device=device, compiled=compile_, seconds=seconds, budget=budget,
             baselines=tuple(baseline or ()), output=output, overwrite=overwrite,

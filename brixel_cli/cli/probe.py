@@ -15,7 +15,7 @@ from brixel_cli.config.probe import OUTPUT, ApplyOptions, ProbeOptions
 from brixel_cli.config.protocols import PROTOCOLS, Protocol, published
 from brixel_cli.config.section import Side
 from brixel_cli.core.formatting import human_bytes, human_percent
-from brixel_cli.core.metric_titles import figure_text, figure_title
+from brixel_cli.core.metric_titles import figure_text, figure_title, gap_text
 from brixel_cli.errors import BrixelError, UsageError
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def _show_results(done: Probed, per_class: bool) -> None:
     if results.recovered_gap:
         notes.append(
             "Recovered gap: (source - backbone) / (teacher - backbone), of the means; "
-            "-: the teacher is no better than the backbone."
+            "+-: standard deviation, propagated. -: the teacher is not better than the backbone by two of them."
         )
     if len(results.seeds) < 3:
         notes.append("Fewer than three seeds: the spread says little.")
@@ -234,9 +234,10 @@ def _show_results(done: Probed, per_class: bool) -> None:
                  *(figure_text(name, entry.mean_of(name), entry.spread.get(name)) for name in names)]
                 for label, entry in summary.items()]  # fmt: skip
         for label, shares in results.recovered_gap.items():
+            spreads = results.gap_spread.get(label, {})
             only = len(results.recovered_gap) == 1
             rows.append([RECOVERED_TITLE if only else f"{RECOVERED_TITLE}, {label}", "",
-                         *(human_percent(shares.get(name)) for name in names)])  # fmt: skip
+                         *(gap_text(shares.get(name), spreads.get(name)) for name in names)])  # fmt: skip
         print_table(title, columns, rows)
     print_notes(notes)
     if per_class and settings.classes:

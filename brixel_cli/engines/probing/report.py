@@ -73,7 +73,8 @@ def _image(item: SourcePlan, row: int) -> Image.Image:
     height, width = split.target_sizes[row]
     if not split.slides:
         crop = split.crops[row]
-        image = cut_image(image, crop, max(round(height / crop.size[0]), 1))
+        times = max(round(height / crop.size[0]), 1)
+        image = cut_image(image, crop, (crop.size[0] * times, crop.size[1] * times))
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
