@@ -134,7 +134,7 @@ def _faults(ended: sandbox.Ended) -> Iterator[str]:
         yield f"control character printed: {printed[max(found.start() - 60, 0) : found.end() + 20]!r}"
     if re.search(f"[\n\r]{FORGED}", printed):
         yield f"a forged line: {printed[:300]!r}"
-    if "weights_only" in printed:
+    if "weights_only=False" in printed:
         yield f"advice to run the file's code: {tail}"
 
 

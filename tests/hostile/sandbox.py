@@ -5,6 +5,7 @@ The process that forks has imported everything and computes nothing: a child sta
 
 from __future__ import annotations
 
+import concurrent.futures.process  # noqa: F401  # a child without the rights of root may not read it
 import fcntl
 import json
 import os
@@ -163,7 +164,7 @@ def _limit(limits: Limits) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     if limits.file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
-    if limits.nobody:
+    if limits.nobody and os.getuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
