@@ -286,7 +286,7 @@ def benchmark(
         bool, _option(MODEL, "Also run the teacher, on large images.", "--compare-highres")
     ] = False,
     models: Annotated[
-        str | None, _option(MODEL, f"Recipes, run folders or shipped students, by commas. {SHIPPED}")
+        str | None, _option(MODEL, f"Recipes, run folders, shipped students or hf-hub:user/name, by commas. {SHIPPED}")
     ] = None,
     checkpoint: Annotated[str | None, _option(MODEL, f"One student: {STUDENT}")] = None,
     backbone_weights: Weights = None,

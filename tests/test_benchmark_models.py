@@ -61,7 +61,7 @@ def test_two_models_of_one_name_are_refused(run: Path, tmp_path: Path, listener:
 
 
 def test_models_that_name_none_are_refused(tmp_path: Path, listener: Listener) -> None:
-    with pytest.raises(UsageError, match="--models names no recipe and no run folder: ' ,'"):
+    with pytest.raises(UsageError, match="--models names no recipe and no student: ' ,'"):
         benchmark(options(tmp_path / "out", models=" ,"), listener)
 
 
@@ -157,3 +157,12 @@ def test_precision_is_of_the_arithmetic_and_the_recipe_says_how_weights_are_held
     (tmp_path / "copy" / "recipe.yaml").write_text(recipe)
     held = count_only(options(tmp_path / "out", checkpoint=str(tmp_path / "copy")), listener)
     assert 2 * row(held, "student").weights_bytes == row(wide, "student").weights_bytes
+
+
+def test_a_student_on_the_hub_is_one_of_the_models(
+    run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(run / "student.safetensors"))
+    names = "hf-hub:someone/sharp@v2,dinov2_vits14"
+    hub, shipped = find_candidates(options(tmp_path, models=names), listener)
+    assert (hub.name, hub.spec.backbone, shipped.name) == ("sharp@v2", "test_vit", "dinov2_vits14")

@@ -53,7 +53,7 @@ def test_fidelity_is_that_of_the_run_itself(run: Path, tmp_path: Path, listener:
         assert fidelity.cosine_p5 <= fidelity.cosine
     student = row(results, "student").fidelity
     assert student is not None
-    assert student.recovered_gap == pytest.approx(best["gap_closed"], rel=1e-3, abs=1e-4)
+    assert student.recovered_gap == pytest.approx(best["recovered_gap"], rel=1e-3, abs=1e-4)
     assert row(results, "backbone").fidelity is row(results, "teacher").fidelity is None
 
 

@@ -20,7 +20,7 @@ from brixel_cli.core.student import read_adapter
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.runtime import Runtime
-from brixel_cli.errors import UsageError
+from brixel_cli.errors import BrixelError, UsageError
 
 # The run as a whole
 
@@ -66,7 +66,7 @@ def test_training_improves_on_the_bilinear_backbone(tiny_recipe_file: Path, tmp_
     best = distill(recipe, RunFolder(tmp_path / "run"), listener).results.best
     assert best.student["l1"] < best.backbone["l1"]
     assert best.student["cosine"] > best.backbone["cosine"]
-    assert best.gap_closed["cosine"] > 0.05
+    assert best.recovered_gap["cosine"] > 0.05
 
 
 def test_the_same_recipe_gives_the_same_bits(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:
@@ -168,7 +168,7 @@ def test_the_environment_stays_as_it_was(tiny_recipe: Recipe, tmp_path: Path, li
 
 def test_an_output_that_cannot_be_a_folder_is_named(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(UsageError, match=r"taken/run cannot be made into a run folder: Not a directory"):
+    with pytest.raises(BrixelError, match=r"The folder .*/taken cannot be made: File exists. Choose another one"):
         distill(tiny_recipe, RunFolder(tmp_path / "taken" / "run"), listener)
 
 

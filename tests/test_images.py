@@ -17,7 +17,7 @@ import brixel_cli.data.images as images_module
 from brixel_cli.data.images import (
     EXTENSIONS,
     FORMATS,
-    Photograph,
+    ImageFile,
     Skipped,
     describe_skipped,
     load_image,
@@ -381,7 +381,7 @@ def test_photographs_that_are_too_small_are_skipped_by_their_shorter_side(tmp_pa
     Image.new("RGB", (31, 100)).save(tmp_path / "tall.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "just.png")
     found, skipped = scan_folder(tmp_path, 32)
-    assert found == [Photograph(tmp_path / "just.png", "just.png", 32, 32)]
+    assert found == [ImageFile(tmp_path / "just.png", "just.png", 32, 32)]
     assert skipped == [
         Skipped("flat.png", "too small: 100x31, shorter side under 32"),
         Skipped("tall.png", "too small: 31x100, shorter side under 32"),
@@ -399,7 +399,7 @@ def test_a_folder_is_searched_recursively_in_order_of_names_without_hidden_files
     (tmp_path / "folder.png").mkdir()
     found, skipped = scan_folder(tmp_path, 1)
     assert [item.name for item in found] == [str(Path("a/deep/y.webp")), str(Path("a/z.JPG")), "b.png"]
-    assert found[1] == Photograph(tmp_path / "a" / "z.JPG", str(Path("a/z.JPG")), 20, 30)
+    assert found[1] == ImageFile(tmp_path / "a" / "z.JPG", str(Path("a/z.JPG")), 20, 30)
     assert skipped == []
 
 

@@ -65,7 +65,7 @@ def test_a_runs_own_figures_stand_in_the_page(tiny_recipe: Recipe, tmp_path: Pat
     assert "```\nbrixel distill --recipe tiny.yaml --images photos\n```" in text
     for row, kind in (("bilinear backbone", "backbone"), ("student", "student")):
         assert line(text, row)[1:] == [f"{getattr(best, kind)[name]:.4f}" for name in ("l1", "cosine", "edge")]
-    assert line(text, "recovered gap")[1:] == [f"{best.gap_closed[name]:.1%}" for name in ("l1", "cosine", "edge")]
+    assert line(text, "recovered gap")[1:] == [f"{best.recovered_gap[name]:.1%}" for name in ("l1", "cosine", "edge")]
     assert re.fullmatch(r"6 training and 2 held-out \(\w{12}\)", line(text, "images")[1])
     assert line(text, "updates")[1] == f"4 with batches of 4; best validation after {best.step}"
     assert line(text, "input of the student")[1] == "32x32 px"
@@ -230,7 +230,7 @@ def test_fine_tuned_students_have_a_section_of_their_own(
     text = write(tmp_path, "--tuned-runs", tmp_path / "street", "--tuned-probes", camvid)
     assert headings(text) == ["Fine-tuning"]
     cosines = [f"{getattr(best, kind)['cosine']:.4f}" for kind in ("backbone", "student")]
-    assert line(text, "street")[2:] == ["1", "4", *cosines, f"{best.gap_closed['cosine']:.1%}"]
+    assert line(text, "street")[2:] == ["1", "4", *cosines, f"{best.recovered_gap['cosine']:.1%}"]
     assert line(text, "street")[1].startswith("6 training and 2 held-out (")
     assert line(text, "camvid", "mIoU (%)")[5] == "40.0%"
     assert "brixel distill --recipe tiny.yaml --images photos" in text

@@ -81,6 +81,18 @@ def test_resuming_a_finished_run_changes_nothing(tiny_recipe: Recipe, tmp_path: 
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_files_of_earlier_versions_call_the_recovered_gap_otherwise(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = with_changes(tiny_recipe_file, "optim.steps=3"), RunFolder(tmp_path / "run")
+    first = distill(recipe, folder, listener)
+    tensors, facts = folder.load_state() or ({}, {})
+    facts["best"]["gap_closed"] = facts["best"].pop("recovered_gap")
+    folder.save_state(tensors, facts)
+    assert distill(recipe, folder, listener, resume=True).results == first.results
+    assert "gap_closed" not in folder.results.read_text()
+
+
 def test_a_run_is_neither_overwritten_nor_mixed_by_accident(
     tiny_recipe: Recipe, tiny_recipe_file: Path, tmp_path: Path, listener: Listener
 ) -> None:

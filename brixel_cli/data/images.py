@@ -52,7 +52,7 @@ HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
-class Photograph:
+class ImageFile:
     """A readable image file; `name` is its path inside the folder, height and width are those after rotation."""
 
     path: Path
@@ -196,7 +196,7 @@ def _may_be_file(path: Path) -> bool:
         return True
 
 
-def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Skipped]]:
+def scan_folder(folder: Path, min_side: int) -> tuple[list[ImageFile], list[Skipped]]:
     """List the images below a folder, sorted by name, by their headers alone; those that will not do apart.
 
     Args:
@@ -208,7 +208,7 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Ski
     """
     if not is_folder(folder):
         raise BrixelError(f"No folder of images at {folder}. Name yours with --images DIR.")
-    found: list[Photograph] = []
+    found: list[ImageFile] = []
     skipped: list[Skipped] = []
     for path in files_below(folder):
         relative = path.relative_to(folder)
@@ -220,7 +220,7 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Ski
         if min(height, width) < min_side:
             skipped.append(Skipped(str(relative), f"too small: {width}x{height}, shorter side under {min_side}"))
         else:
-            found.append(Photograph(path, str(relative), height, width))
+            found.append(ImageFile(path, str(relative), height, width))
     if not found:
         others = sum(_may_be_file(path) for path in folder.rglob("*")) - len(skipped)
         reasons = f"\n{describe_skipped(skipped, 5)}" if skipped else ""
