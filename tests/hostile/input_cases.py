@@ -369,7 +369,7 @@ def option(world: World, rng: Random, place: Path) -> Case:
     work.chmod(0o777)
     limits = Limits(nobody=True, seconds=90, memory=6 * GIB)
     return Case(
-        f"{arguments[-1][:60]!r}",
+        f"{arguments[0]} ... {arguments[-2]} {arguments[-1][:60]!r}",
         arguments,
         output=("work", "runs", *(path for path in paths if "/" not in path and path.strip("."))),
         limits=limits,

@@ -1,6 +1,7 @@
 """Commands of brixel in forked processes with limits, so that a crash, a hang or a bomb ends one case only.
 
-The process that forks has imported everything and computes nothing: a child starts in a tenth of a second.
+The process that forks has imported everything and computes nothing: a child starts in a tenth of a second. It must not
+set torch's number of threads either, as a pool of threads does not outlive a fork: OMP_NUM_THREADS does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py  # noqa: F401
-import torch
 
 import brixel_cli.cli.ablation
 import brixel_cli.cli.distill
@@ -39,7 +39,6 @@ import brixel_cli.engines.probing.probing
 import brixel_cli.engines.probing.report  # noqa: F401
 from brixel_cli.app import app
 
-torch.set_num_threads(1)
 NOBODY = 65534
 TRACEBACK = 70
 """Exit code of an exception that no command has caught."""
