@@ -144,7 +144,7 @@ class Child:
         self._read()
         for reading, _ in self._pipes:
             os.close(reading)
-        texts = [b"".join(parts).decode("utf-8", "backslashreplace") for parts in self._printed]
+        texts = [b"".join(parts).decode("utf-8", "surrogateescape") for parts in self._printed]
         return Ended(code, *texts, time.monotonic() - self.began)
 
     def _read(self) -> None:
@@ -156,11 +156,15 @@ class Child:
 
 def _limit(limits: Limits) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + limits.memory
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     seconds = int(limits.seconds) + 5
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    for kind, most in (
+        (resource.RLIMIT_AS, pages * resource.getpagesize() + limits.memory),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CPU, seconds),
+    ):
+        allowed = resource.getrlimit(kind)[1]  # within a child the limit cannot be raised
+        most = most if allowed == resource.RLIM_INFINITY else min(most, allowed)
+        resource.setrlimit(kind, (most, most))
     if limits.file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
     if limits.nobody and os.getuid() == 0:
