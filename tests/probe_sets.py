@@ -82,11 +82,15 @@ def recipe_file(root: Path, task: str = "segmentation") -> Path:
     return path
 
 
+SOURCES = ["backbone", "student", "teacher"]
+"""Of most tests; without any, brixel probe also takes the backbone at equal cost."""
+
+
 def make_options(root: Path, output: Path, task: str = "segmentation", **changes) -> ProbeOptions:
     """As the command line would make them."""
     values = {
         "data": None, "protocol": None, "size": None, "overrides": [], "output": output, "features": None,
-        "sources": [], "checkpoints": [], "backbone": None, "backbone_weights": None, "seeds": 1, "device": "cpu",
+        "sources": SOURCES, "checkpoints": [], "backbone": None, "backbone_weights": None, "seeds": 1, "device": "cpu",
         "precision": "float32", "overwrite": False,
     }  # fmt: skip
     return probe_options(str(recipe_file(root, task)), **values | changes)

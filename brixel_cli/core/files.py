@@ -95,7 +95,7 @@ def clear_partials(output: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically; raises as `replacing`."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

@@ -128,6 +128,8 @@ class ProbePlan:
         """What is to be known of a plan for which the backbone's weights were not read."""
         models = [item.source for item in self.sources if isinstance(item.source, ModelSource)]
         notes = []
+        if any(model.kind == "equal_cost" and model.spec.scale == 1 for model in models):
+            notes.append("The input of the backbone at equal cost is measured by the run; here it is the student's.")
         if any(not model.backbone_sha256 for model in models):
             notes.append("The backbone's weights were not read: stored features count as missing here.")
         known = ("pretrained", "random")
