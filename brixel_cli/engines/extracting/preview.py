@@ -11,7 +11,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from brixel_cli.core.files import make_folder, save_picture
 from brixel_cli.core.pca import RunningPca
-from brixel_cli.data.feature_file import FeatureFile, picture_names
+from brixel_cli.data.feature_file import FeatureFile
+from brixel_cli.data.feature_layout import picture_names
 from brixel_cli.drawing.feature_maps import Palette, contact_sheet, side_by_side
 from brixel_cli.engines.extracting.plan import CONTACT_SHEET, ExtractPlan, preview_folder
 from brixel_cli.engines.reporting import Reporter
@@ -36,7 +37,7 @@ def write_previews(features: FeatureFile, plan: ExtractPlan, reporter: Reporter)
         return []
     folder, palette = preview_folder(plan.output), _palette(features)
     names = picture_names(features.paths)
-    on_sheet = set(_spread(rows, SHEET_IMAGES))
+    on_sheet = set(spread(rows, SHEET_IMAGES))
     pairs: list[tuple[Image.Image, Image.Image]] = []
     with reporter.bar("preview", len(rows), unit="image") as bar:
         for row in rows:
@@ -55,10 +56,10 @@ def write_previews(features: FeatureFile, plan: ExtractPlan, reporter: Reporter)
 
 def _palette(features: FeatureFile) -> Palette:
     gathered = RunningPca(features[features.rows[0]].shape[0])
-    for row in _spread(features.rows, BASIS_IMAGES):
+    for row in spread(features.rows, BASIS_IMAGES):
         gathered.add(torch.from_numpy(features[row]))
     return Palette.fit(
-        gathered.basis(3), [torch.from_numpy(features[row]) for row in _spread(features.rows, RANGE_IMAGES)]
+        gathered.basis(3), [torch.from_numpy(features[row]) for row in spread(features.rows, RANGE_IMAGES)]
     )
 
 
@@ -72,7 +73,7 @@ def _seen(plan: ExtractPlan, features: FeatureFile, row: int) -> Image.Image:
         return Image.new("RGB", (width, height), "grey")
 
 
-def _spread(rows: list[int], most: int) -> list[int]:
+def spread(rows: list[int], most: int) -> list[int]:
     """At most so many of the rows, evenly spread."""
     places = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)
     return [rows[place] for place in places]
