@@ -15,7 +15,7 @@ from PIL import Image
 from brixel_cli.cli.probe import probe_options
 from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
-from brixel_cli.data.feature_file import FORMAT, Layout, text_array
+from brixel_cli.data.feature_layout import FORMAT, Layout, text_array
 from brixel_cli.data.row_store import Store, create_store
 from brixel_cli.engines.probing.probing import probe
 from brixel_cli.engines.probing.results import (

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brixel_cli.cli.console import Progress, print_files, print_json, print_table, say
+from brixel_cli.cli.console import Progress, print_files, print_json, print_table, say, show_verified
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe
 from brixel_cli.core.formatting import human_bytes, human_seconds
@@ -24,6 +24,7 @@ def run_distill(
     overrides: list[str],
     resume: bool,
     overwrite: bool,
+    verify: Path | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -32,6 +33,12 @@ def run_distill(
     Raises:
         BrixelError: something the user can fix.
     """
+    if verify is not None:
+        from brixel_cli.engines.distilling.run_folder import RunFolder
+
+        advice = f"brixel distill --resume --output {verify} writes those again that follow from its state."
+        show_verified(verify, RunFolder(verify).verify(), advice, as_json)
+        return
     if resume and overwrite:
         raise UsageError("--resume continues a run and --overwrite begins it anew: give one of them.")
     recipe, folder = _recipe_and_folder(recipe_name, output, overrides, resume)

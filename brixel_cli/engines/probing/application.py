@@ -22,7 +22,7 @@ from brixel_cli.core.formatting import to_json
 from brixel_cli.core.heads import Head, load_head
 from brixel_cli.core.identity import file_sha256, tensors_sha256
 from brixel_cli.data.crops import Crop, CropKind, cut_image, plan_crops
-from brixel_cli.data.feature_file import picture_names
+from brixel_cli.data.feature_layout import picture_names
 from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, reason_of
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import Array

@@ -14,7 +14,7 @@ from brixel_cli.core.files import clear_partials
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.data.crops import Crop, cut_image, cut_map, cut_target
-from brixel_cli.data.feature_file import Grid, MapWriter, encode
+from brixel_cli.data.feature_layout import Grid, MapWriter, encode
 from brixel_cli.data.images import load_image
 from brixel_cli.data.labelled import LabelledSet, Sample, all_errors
 from brixel_cli.data.row_store import DONE, Array, Store, create_store, positions_within_size
@@ -99,6 +99,14 @@ class Targets:
     def read(self, row: int) -> dict[str, Tensor]:
         """For each quantity: labels (H, W) uint8, depth (1, H, W) or normals (3, H, W); 255 or 0 counts nowhere."""
         return {quantity: torch.from_numpy(np.array(self.view(quantity, row))) for quantity in self.quantities}
+
+    def count_anywhere(self) -> bool:
+        """Whether each quantity has a pixel that counts, in any row."""
+        nothing = {"segmentation": IGNORE}
+        return all(
+            any((self.view(quantity, row) != nothing.get(quantity, 0)).any() for row in range(len(self.sizes)))
+            for quantity in self.quantities
+        )
 
     def view(self, quantity: str, row: int) -> Array:
         """The same for one quantity, not copied; read-only."""

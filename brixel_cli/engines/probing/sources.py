@@ -15,7 +15,8 @@ from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.identity import tensors_sha256
 from brixel_cli.core.student import Student
-from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile, Grid
+from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile
+from brixel_cli.data.feature_layout import Grid
 from brixel_cli.data.resizing import snap
 from brixel_cli.engines.equal_cost import EQUAL_COST, equal_cost_size
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
