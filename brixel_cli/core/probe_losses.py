@@ -128,7 +128,8 @@ def at_points(maps: Tensor, points: Tensor, size: tuple[int, int]) -> Tensor:
         _bilinear(pixels, length, locations).to(maps)
         for pixels, length, locations in zip(_pixels(points, size), size, maps.shape[-2:], strict=True)
     )
-    return rows[:, None] @ (maps.flatten(1, 2) @ columns.mT).unflatten(1, maps.shape[1:3])
+    sampled: Tensor = rows[:, None] @ (maps.flatten(1, 2) @ columns.mT).unflatten(1, maps.shape[1:3])
+    return sampled
 
 
 def labels_at_points(labels: Sequence[npt.NDArray[Any]], points: Tensor) -> Tensor:
@@ -147,7 +148,8 @@ def _pixels(points: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
 def _bilinear(pixels: Tensor, length: int, locations: int) -> Tensor:
     """Weights (B, S, locations) of a map's locations at pixels (B, S), of `length` on the same stretch."""
     places = ((pixels + 0.5) * (locations / length) - 0.5).clamp(0, locations - 1)
-    return (1 - (places[..., None] - torch.arange(locations)).abs()).clamp(min=0)
+    distances = (places[..., None] - torch.arange(locations)).abs()
+    return (1 - distances).clamp(min=0)
 
 
 def _log_difference(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
