@@ -1,13 +1,18 @@
 # make demo   from a fresh machine to sharp feature maps of real photographs, about five minutes on two cores
 # make test   the tests, on the CPU, without network
 # make test-gpu  the tests that need a GPU; without one they are skipped
+# make hostile  thousands of damaged files against the commands that read them: CASES=5000, or CASES=600s
+# make kills  hundreds of kills, each resumed to the same bits: KILLS=10 of each kind
 # make check  what continuous integration runs: style, types, tests
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu check clean
+CASES ?= 3000
+KILLS ?=
+
+.PHONY: demo test test-gpu hostile kills check clean
 
 # Set up again whenever the requirements change.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -24,6 +29,15 @@ test: $(VENV)/.ready
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -m gpu -rs tests/gpu
+
+hostile kills: export OMP_NUM_THREADS = 1
+hostile kills: export PYTHONPATH = .:tests
+
+hostile: $(VENV)/.ready
+	$(BIN)/python -m hostile $(CASES)
+
+kills: $(VENV)/.ready
+	$(BIN)/python -m hostile.kills $(KILLS)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -21,11 +21,11 @@ from brixel_cli.config.base import Precision
 from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_file import FeatureFile
-from brixel_cli.data.images import load_image, upright_rgb
+from brixel_cli.data.images import load_image, upright
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import batches_of_one_size
 from brixel_cli.data.views import normalise_pixels
-from brixel_cli.engines.models import model_spec
+from brixel_cli.engines.models import default_student, model_spec
 from brixel_cli.engines.reporting import Reporter, Silent
 from brixel_cli.engines.runtime import find_device
 from brixel_cli.errors import SizeError, UsageError
@@ -70,7 +70,7 @@ class ImageStudent(Student):
         if isinstance(image, str | Path):
             picture = load_image(Path(image).expanduser())
         elif isinstance(image, Image.Image):
-            picture = upright_rgb(image)
+            picture = upright(image)
         else:
             raise UsageError(
                 f"transform and features take the path of an image or a PIL image, not {_described(image)}. An array "
@@ -120,22 +120,24 @@ class ImageStudent(Student):
 
 
 def load_student(
-    checkpoint: str | Path,
+    checkpoint: str | Path | None = None,
     *,
     backbone: str | None = None,
     backbone_weights: str | Path | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    res: int = 448,
 ) -> ImageStudent:
     """Load a student, ready for inference.
 
     Args:
         checkpoint: a run folder, a .safetensors of brixel, the name of a shipped student, a released .pth, or
-            `hf-hub:user/name[@revision]`.
+            `hf-hub:user/name[@revision]`; default: the student that comes with brixel and was trained at `res`.
         backbone: timm model name; needed only where the file does not know it.
         backbone_weights: `pretrained` or the path of the backbone's weights; default: as in training.
         device: where the student goes: `auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:N` or `mps`.
         dtype: `float32` or `bfloat16`, the format of the weights held; the maps are float32 in either.
+        res: input size in pixels for which a student is chosen where none is named.
 
     Returns:
         The student in eval mode, all parameters frozen.
@@ -146,7 +148,8 @@ def load_student(
     """
     where = find_device(device, "device")
     weights = None if backbone_weights is None else str(backbone_weights)
-    spec = model_spec("student", checkpoint=str(checkpoint), backbone=backbone, weights=weights, dtype=dtype)
+    chosen = default_student(backbone, Silent(), res) if checkpoint is None else str(checkpoint)
+    spec = model_spec("student", checkpoint=chosen, backbone=backbone, weights=weights, dtype=dtype)
     loaded = spec.load(str(where))
     assert isinstance(loaded, Student)
     student = ImageStudent(loaded.backbone, loaded.adapter)
@@ -185,7 +188,8 @@ def extract(
         inputs: folder, image, video, glob or .txt list, or several of them.
         res: input size in pixels.
         fit: what `res` is the side of: `short`, `centre` or `stretch`.
-        checkpoint: the student, as for `load_student`; default: the one that comes with brixel.
+        checkpoint: the student, as for `load_student`; default: the one that comes with brixel and was
+            trained at `res`.
         source: `student`, plain `backbone`, or `teacher`.
         backbone: timm name; default: the one of the student.
         backbone_weights: `pretrained` or a file; default: as in training.

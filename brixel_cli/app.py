@@ -28,7 +28,7 @@ app = typer.Typer(
 MODEL, INPUT, OUTPUT, COMPUTE = "Model", "Input", "Output", "Computation"
 RECIPE, MEASURE, ABLATION, HEAD = "Recipe", "Measurement", "Ablation (with --ablate)", "Saved head (with --apply)"
 STUDENT = "run folder, .safetensors, released .pth, hf-hub:user/name, or a shipped one's name."
-SHIPPED = "Default: the one that comes with brixel."
+SHIPPED = "Default: the one that comes with brixel for this --res."
 
 
 def _option(panel: str, help: str, *names: str, show_default: bool = False, **more: Any) -> Any:
@@ -158,6 +158,14 @@ def extract(
         int | None, _option(OUTPUT, "Store so many principal components of the set instead of all channels.")
     ] = None,
     preview: Annotated[bool, _option(OUTPUT, "Also paint the features, beside the output.", "--preview")] = False,
+    page: Annotated[
+        Path | None, _option(OUTPUT, "Also write a page to look at the features with.", metavar="FILE.html")
+    ] = None,
+    page_sources: Annotated[
+        str | None,
+        _option(OUTPUT, "Whose maps it shows, by commas: student,backbone,teacher. Default: --source and backbone."),
+    ] = None,
+    page_images: Annotated[int, _option(OUTPUT, "So many images of it at most.", show_default=True)] = 12,
     export: Annotated[Path | None, _option(OUTPUT, "Write the model as an ONNX graph instead of features.")] = None,
     overwrite: Annotated[bool, _option(OUTPUT, "Begin anew over a feature file.", "--overwrite")] = False,
     as_json: Json = False,
@@ -185,7 +193,8 @@ def extract(
             inputs=input_ or [], res=res, fit=fit, source=source, checkpoint=checkpoint, backbone=backbone,
             backbone_weights=backbone_weights, output=output, storage=format_, dtype=dtype, pca=pca, device=device,
             precision=precision, batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
-            every=every, strict=strict, overwrite=overwrite, preview=preview,
+            every=every, strict=strict, overwrite=overwrite, preview=preview, page=page,
+            page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
         )  # fmt: skip
         run_extract(options, export, dry_run, as_json)
 
@@ -286,7 +295,7 @@ def benchmark(
         bool, _option(MODEL, "Also run the teacher, on large images.", "--compare-highres")
     ] = False,
     models: Annotated[
-        str | None, _option(MODEL, f"Recipes, run folders or shipped students, by commas. {SHIPPED}")
+        str | None, _option(MODEL, f"Recipes, run folders, shipped students or hf-hub:user/name, by commas. {SHIPPED}")
     ] = None,
     checkpoint: Annotated[str | None, _option(MODEL, f"One student: {STUDENT}")] = None,
     backbone_weights: Weights = None,

@@ -146,6 +146,47 @@ def extract_options(model: tuple[str, str], photographs: Path, tmp_path: Path):
     return make
 
 
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Path:
+    """A student that was trained, in float32, on a backbone whose weights are on disk."""
+    from brixel_cli.engines.distilling.distillation import distill
+    from brixel_cli.engines.distilling.run_folder import RunFolder
+
+    folder = tmp_path_factory.mktemp("benchmarked")
+    torch.manual_seed(3)
+    save_file(load_backbone("test_vit", "random").vit.state_dict(), folder / "vit.safetensors")
+    (folder / "tiny.yaml").write_text(TINY.replace("PHOTOS", str(photographs)))
+    changes = [f"backbone.weights={folder / 'vit.safetensors'}", "run.precision=float32", "optim.lr=0.01"]
+    distill(load_recipe(str(folder / "tiny.yaml"), changes), RunFolder(folder / "run"), Listener())
+    return folder / "run"
+
+
+@pytest.fixture
+def quick_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process for each row takes seconds: only the test of just that starts one."""
+    from brixel_cli.engines.benchmarking import benchmarking, cost
+
+    monkeypatch.setattr(benchmarking, "peak_in_fresh_process", lambda *_: cost.PeakMemory(1000, 10))
+    monkeypatch.setattr(cost, "LARGEST_SIDE", 512)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small labelled set (see probe_sets.py)."""
+    from probe_sets import make_set
+
+    return make_set(tmp_path_factory.mktemp("probe") / "set")
+
+
+@pytest.fixture
+def answers(root: Path, tmp_path: Path) -> str:
+    """A feature file whose features are the labels."""
+    from probe_sets import one_hot, write_features
+
+    return str(write_features(tmp_path / "answers.h5", root, one_hot(root, "labels", 3)))
+
+
 @pytest.fixture(params=[False, True], ids=["cuda", "mps_operators"])
 def gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     """Within such a test, device "cuda" can be named: tensors there have shapes, but no numbers (see fake_gpu.py)."""

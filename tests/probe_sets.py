@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import make_photograph
+from conftest import Listener, make_photograph
 from PIL import Image
 
 from brixel_cli.cli.probe import probe_options
@@ -17,6 +17,7 @@ from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.data.feature_file import FORMAT, Layout, text_array
 from brixel_cli.data.row_store import Store, create_store
+from brixel_cli.engines.probing.probing import probe
 from brixel_cli.engines.probing.results import (
     FileDescription,
     ModelDescription,
@@ -31,6 +32,9 @@ from brixel_cli.engines.probing.results import (
 )
 
 HEIGHT, WIDTH = 48, 64
+FAST = ["protocol.steps=4", "protocol.points=64"]
+MACHINE = "/home/somebody/study"
+"""A place that no page may name."""
 CLASSES = ("sky", "sea", "land")
 DEPTHS = (1.0, 2.0, 3.0, 4.0)
 """Metres; with bins=4 over [1, 4] the bin centres."""
@@ -176,3 +180,33 @@ def constant_head(head, weights: torch.Tensor) -> None:
     for branch in head.branches.values():
         branch[-1].weight.data = weights[:, :, None, None]
         branch[-1].bias.data.zero_()
+
+
+def figures(options: ProbeOptions, listener: Listener) -> dict[str, float]:
+    """Of the only source and seed."""
+    (run,) = probe(options, listener).results.runs
+    return run.figures
+
+
+def options_of(recipe: str, *overrides: str, **changes: Any) -> ProbeOptions:
+    """As the command line would make them, of a shipped recipe."""
+    given = {
+        "data": Path(MACHINE, "set"), "protocol": None, "size": None, "output": None, "features": None, "sources": [],
+        "checkpoints": [], "backbone": None, "backbone_weights": None, "seeds": 3, "device": "auto",
+        "precision": "auto", "overwrite": False,
+    }  # fmt: skip
+    return probe_options(recipe, overrides=overrides, **{**given, **changes})
+
+
+def probed(
+    options: ProbeOptions, figures: dict[str, list[dict[str, float]]], checkpoint: str = "run/s.safetensors"
+) -> ProbeResults:
+    """What results.json of a probe would hold, of figures by source and seed."""
+    student = {"checkpoint": f"{MACHINE}/{checkpoint}", "student_sha256": "cd" * 32, "student_step": 7}
+    sources = {name: description(name, **(student if name == "student" else {})) for name in figures}
+    runs = [make_run(name, seed, dict(values)) for name, seeds in figures.items() for seed, values in enumerate(seeds)]
+    return make_results(options, sources, runs)
+
+
+def segmentation(*values: float) -> list[dict[str, float]]:
+    return [{"miou": value, "boundary_iou": value / 2} for value in values]

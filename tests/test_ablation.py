@@ -138,6 +138,13 @@ def test_faults_of_a_users_file_are_said(tmp_path: Path, text: str, message: str
 # What an ablation does
 
 
+def test_runs_of_earlier_versions_call_the_recovered_gap_otherwise(run, mine: Path, tmp_path: Path) -> None:
+    base = run().variants[0]
+    metrics = tmp_path / "out" / base.folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"recovered_gap"', '"gap_closed"'))
+    assert run().variants[0].recovered_gap == base.recovered_gap
+
+
 def test_variants_are_trained_on_one_cache_and_measured(run, tmp_path: Path, listener) -> None:
     done = run()
     out = tmp_path / "out"

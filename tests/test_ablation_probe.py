@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, Listener
-from probe_sets import make_options, make_set, recipe_file, results
+from probe_sets import make_options, recipe_file, results
 from test_ablation import remembered
 from typer.testing import CliRunner
 
@@ -35,11 +35,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation_cost, "INFERENCE_SECONDS", 0.02)
     for module, name in ((ablation, "count_training"), (ablation_cost, "_gflop")):
         monkeypatch.setattr(module, name, remembered(getattr(module, name)))
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("ablated") / "set")
 
 
 @pytest.fixture

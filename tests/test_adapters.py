@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from brixel_cli.config.distill import AdapterConfig, DeformableConfig, FusionConfig
@@ -11,14 +12,18 @@ from brixel_cli.core.adapter import resize
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.cost import count_parameters
 from brixel_cli.core.deformable import DeformableAttention
+from brixel_cli.core.fusion import Attention
 from brixel_cli.core.student import build_adapter
 from brixel_cli.errors import UsageError
 
-KINDS = ("fusion", "deformable")
+KINDS = ("fusion", "attention", "deformable")
 
 
 def config_of(kind: str, **changes: object) -> AdapterConfig:
-    return AdapterConfig(kind=kind, fusion=FusionConfig(width=32, fine_width=16, blocks=[1, 1, 1]), **changes)
+    """Of `adapter.kind` fusion or deformable, or `attention`: fusion with attention on the token grid."""
+    heads, kind = (4, "fusion") if kind == "attention" else (0, kind)
+    fusion = FusionConfig(width=32, fine_width=16, blocks=[1, 1, 1], attention_heads=heads)
+    return AdapterConfig(kind=kind, fusion=fusion, **changes)
 
 
 def awake(adapter: torch.nn.Module) -> torch.nn.Module:
@@ -208,12 +213,38 @@ def test_a_location_sees_as_much_as_the_recipe_says() -> None:
     for map_ in changed:
         map_[..., 0, 0] += 1
     # Two bilinear steps and the middle grid's 3x3 blur a change over 3 token cells at most.
-    for options, far in ((([1, 3, 1], "location"), False), (([7, 3, 1], "location"), True), (([1, 3, 1], "map"), True)):
-        fusion = FusionConfig(width=16, middle_width=16, fine_width=16, blocks=[2, 1, 1], kernel_sizes=options[0],
-                              norm=options[1])  # fmt: skip
+    for kernel_size, norm, heads, far in ((1, "location", 0, False), (7, "location", 0, True), (1, "map", 0, True),
+                                          (1, "location", 2, True)):  # fmt: skip
+        fusion = FusionConfig(width=16, middle_width=16, fine_width=16, blocks=[2, 1, 1],
+                              kernel_sizes=[kernel_size, 3, 1], norm=norm, attention_heads=heads)  # fmt: skip
         adapter = awake(build_adapter(64, 4, AdapterConfig(fusion=fusion)))
         moved = (adapter(images, changed) - adapter(images, maps)).abs().amax(dim=1)[0]
         assert bool(moved[-8:, -8:].any()) == far
+
+
+def test_attention_mixes_all_locations_by_the_likeness_of_keys_to_queries() -> None:
+    """One head of width 2 over two locations, without the norm and with layer scale 1: worked by hand."""
+    attention = Attention(2, 1, "location", layer_scale=1.0)
+    attention.norm = torch.nn.Identity()
+    with torch.no_grad():
+        # queries: the first channel times ln 3 times the root of the width; keys: the first channel; values: the input
+        weights = torch.zeros(6, 2)
+        weights[0, 0], weights[2, 0] = math.log(3) * math.sqrt(2), 1.0
+        weights[4, 0] = weights[5, 1] = 1.0
+        attention.qkv.weight.copy_(weights[..., None, None])
+        attention.project.weight.copy_(torch.eye(2)[..., None, None])
+        for layer in (attention.qkv, attention.project):
+            assert layer.bias is not None
+            layer.bias.zero_()
+    x = torch.tensor([[1.0, 0.0], [4.0, 8.0]])[None, :, None]  # location 0: (1, 4), location 1: (0, 8)
+    # Location 0 asks with ln 3: weights 3/4 on itself (key 1) and 1/4 on the other (key 0); location 1 asks with 0: halves.
+    expected = torch.tensor([[1 + 0.75, 0.5], [4 + 5.0, 8 + 6.0]])[None, :, None]
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_heads_that_do_not_divide_the_width_are_named() -> None:
+    with pytest.raises(ValidationError, match=r"adapter\.fusion\.width 32 is not a multiple of attention_heads 5"):
+        FusionConfig(width=32, attention_heads=5)
 
 
 def test_drop_path_drops_whole_samples_in_training_only() -> None:

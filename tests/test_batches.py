@@ -13,7 +13,7 @@ from brixel_cli.config.distill import Recipe, ViewConfig
 from brixel_cli.config.files import load_recipe
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.cost import fake_tensors, hollow
-from brixel_cli.data.images import Photograph, scan_folder
+from brixel_cli.data.images import ImageFile, scan_folder
 from brixel_cli.data.row_store import Store
 from brixel_cli.data.views import Views, normalise_pixels, reduce_view
 from brixel_cli.engines.distilling.batches import OnlineBatches, ViewLoader, batch_keys, compute_maps, num_workers
@@ -47,7 +47,7 @@ def views_of(recipe: Recipe, backbone: Backbone) -> Views:
 
 def views_in_name(count: int, seed: int = 0, **config: Any) -> Views:
     """Views of photographs that are not there: enough to say which of them make a batch."""
-    photographs = [Photograph(Path(f"{number}.png"), f"{number}.png", 128, 128) for number in range(count)]
+    photographs = [ImageFile(Path(f"{number}.png"), f"{number}.png", 128, 128) for number in range(count)]
     return Views(photographs, ViewConfig(teacher_size=128, **config), seed)
 
 
@@ -112,7 +112,7 @@ def test_a_cache_holds_views_of_several_sizes(
         ],
     )
     views, runtime = views_of(recipe, backbone), Runtime(recipe.run.device, recipe.run.precision)
-    held_out = Views(views.photographs[:2], ViewConfig(teacher_size=128), 0)
+    held_out = Views(views.images[:2], ViewConfig(teacher_size=128), 0)
     training, other = open_cache(recipe, tmp_path, backbone, [views, held_out], runtime, listener)
     for source, of, keys in [
         (training, views, [(0, 0), (0, 4)]),

@@ -129,3 +129,69 @@ def test_python_objects_are_not_loaded(tmp_path: Path) -> None:
     np.save(path, np.array([{}], object), allow_pickle=True)
     with pytest.raises(BrixelError, match="it holds Python objects"):
         read_npy(path)
+
+
+FORKING = """
+import os, signal, sys, time
+from pathlib import Path
+from brixel_cli.core.files import locked
+with locked(Path(sys.argv[1])):
+    if os.fork() == 0:
+        time.sleep(20)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_fork_does_not_hold_the_lock_of_its_parent(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FORKING, str(tmp_path / "out")], timeout=60)
+    assert (tmp_path / "out.lock").exists()
+    with locked(tmp_path / "out"):  # the fork is still there
+        pass
+
+
+def test_a_folder_beside_which_nothing_can_be_written_holds_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
+    with locked(tmp_path / "out"):
+        assert [path.name for path in tmp_path.rglob("*")] == ["out", ".lock"]
+        with pytest.raises(BrixelError, match="is being written by another"), locked(tmp_path / "out"):
+            pytest.fail("two hold the lock")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_dead_processes_left_half_written_is_cleared_where_the_lock_is_taken(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = files._HOST
+    names = {  # whether they stay
+        f"out/a.h5.{host}.{gone.pid}.partial": False,
+        f"out/deep/b.npy.{host}.{gone.pid}.partial": False,
+        f"out.h5.{host}.{gone.pid}.partial": False,
+        f"out/c.h5.{host}.{os.getpid()}.partial": True,
+        f"out/d.h5.00000000.{gone.pid}.partial": True,  # of another host
+        "out/mine.partial": True,
+        f"other.h5.{host}.{gone.pid}.partial": True,
+    }
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"half")
+    for output in ("out", "out.h5"):
+        with locked(tmp_path / output):
+            pass
+    assert {name: (tmp_path / name).exists() for name in names} == names
+
+
+def test_a_kill_while_a_file_is_written_costs_no_room(tmp_path: Path) -> None:
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom brixel_cli.core.files import locked, replacing\n"
+        "with locked(Path('out')), replacing(Path('out') / 'cache.h5') as partial:\n"
+        "    partial.parent.mkdir()\n    partial.write_bytes(b'half')\n    os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".partial"]
+    with locked(tmp_path / "out"):
+        pass
+    assert list((tmp_path / "out").iterdir()) == []

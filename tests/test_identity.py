@@ -48,6 +48,13 @@ def test_golden_digests(tmp_path: Path) -> None:
     assert joint_digest([("n", tmp_path / "gone")]) == hashlib.sha256(b"n\0").hexdigest()
 
 
+def test_a_name_that_is_no_utf8_has_a_digest(tmp_path: Path, reads: list[Path]) -> None:
+    path = old_file(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.png")), b"abc")
+    assert files_sha256([path]) == files_sha256([path]) == [ABC]
+    assert reads == [path]
+    assert joint_digest([(path.name, path)]) != joint_digest([("x.png", path)])
+
+
 def test_tensors_count_by_name_shape_type_and_value() -> None:
     first = {"a": torch.tensor([1.0, 2.0])}
     assert tensors_sha256(first) == tensors_sha256({"a": torch.tensor([1.0, 2.0])})

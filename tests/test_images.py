@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from brixel_cli.data.images import Photograph, Skipped, describe_skipped, load_image, scan_folder
+import brixel_cli.data.images as images_module
+from brixel_cli.data.images import (
+    EXTENSIONS,
+    FORMATS,
+    ImageFile,
+    Skipped,
+    describe_skipped,
+    load_image,
+    read_size,
+    room_for,
+    scan_folder,
+    upright,
+)
 from brixel_cli.errors import BrixelError
 
 ORIENTATION = 0x0112
@@ -145,7 +162,8 @@ def test_a_truncated_png_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "empty: 0 bytes"), (b"this is no picture", "not an image that Pillow can read")]
+    ("content", "reason"),
+    [(b"", "empty: 0 bytes"), (b"this is no picture", "not an image of a format that brixel reads")],
 )
 def test_a_file_that_is_no_image_is_an_error_and_is_skipped(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "text.jpg"
@@ -157,6 +175,189 @@ def test_a_file_that_is_no_image_is_an_error_and_is_skipped(tmp_path: Path, cont
     found, skipped = scan_folder(tmp_path, 1)
     assert [item.name for item in found] == ["good.png"]
     assert skipped == [Skipped("text.jpg", reason)]
+
+
+POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 64 64
+%%EndComments
+showpage
+"""
+
+
+@pytest.mark.parametrize("content", [POSTSCRIPT, b"\xd7\xcd\xc6\x9a" + bytes(60), b"SIMPLE  =" + b" " * 80])
+def test_a_format_that_is_not_promised_is_never_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    def ghostscript(*_: object, **__: object) -> object:
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", ghostscript)
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    for read in (load_image, read_size):
+        with pytest.raises(BrixelError, match=r"^not an image of a format that brixel reads: .*photo\.jpg$"):
+            read(path)
+
+
+def test_every_extension_is_of_a_format_that_is_read() -> None:
+    Image.init()
+    other_names = {".j2c", ".mpo"}  # .mpo is opened as a JPEG
+    assert {Image.EXTENSION[end] for end in EXTENSIONS if end not in other_names} == set(FORMATS)
+
+
+@pytest.mark.parametrize(
+    "name", ["frames.mpo", "raw.pfm", "icon.ico", "shot.qoi", "scan.jp2", "old.pcx", "a.tga", "b.dds"]
+)
+def test_rarer_formats_are_read(tmp_path: Path, name: str) -> None:
+    image = Image.new("F", (32, 32), 7) if name.endswith("pfm") else Image.new("RGB", (32, 32), "red")
+    image.save(tmp_path / name)
+    assert load_image(tmp_path / name).size == (32, 32)
+    assert read_size(tmp_path / name) == (32, 32)
+
+
+def turned_noise(path: Path, orientation: object) -> Path:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    noise(64).crop((0, 0, 60, 40)).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", [0, *range(1, 12), 65535])
+def test_header_and_pixels_agree_on_every_orientation(tmp_path: Path, suffix: str, orientation: int) -> None:
+    path = turned_noise(tmp_path / f"photo.{suffix}", orientation)
+    expected = (60, 40) if 5 <= orientation <= 8 else (40, 60)
+    assert read_size(path) == expected
+    image = load_image(path)
+    assert (image.height, image.width) == expected
+    with Image.open(path) as opened:
+        assert np.array_equal(np.asarray(upright(opened)), np.asarray(image))
+    (found,), _ = scan_folder(tmp_path, 1)
+    assert (found.height, found.width) == expected
+    again = tmp_path / "again.png"
+    image.save(again)
+    assert read_size(again) == expected  # the orientation is not applied a second time
+
+
+def test_an_orientation_of_another_type_changes_nothing(tmp_path: Path) -> None:
+    path = turned_noise(tmp_path / "photo.jpg", 6)
+    content = path.read_bytes()
+    entry = content.index(bytes.fromhex("0112 0003 00000001"))
+    for kind in range(13):
+        path.write_bytes(content[: entry + 2] + bytes([0, kind]) + content[entry + 4 :])
+        assert read_size(path) == load_image(path).size[::-1], kind
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_an_orientation_in_xmp_counts_in_header_and_pixels(tmp_path: Path, suffix: str) -> None:
+    xmp = '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    path, info = tmp_path / f"photo.{suffix}", PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp)
+    noise(64).crop((0, 0, 60, 40)).save(
+        path, **({"pnginfo": info} if suffix == "png" else {"tiffinfo": {700: xmp.encode()}})
+    )
+    assert read_size(path) == (60, 40)
+    assert load_image(path).size == (40, 60)
+
+
+def test_exif_behind_the_pixels_of_a_png_changes_nothing(tmp_path: Path) -> None:
+    path = turned_noise(tmp_path / "photo.png", 6)
+    content = path.read_bytes()
+    at = content.index(b"eXIf") - 4
+    chunk = content[at : at + 12 + int.from_bytes(content[at : at + 4], "big")]
+    end = content.index(b"IEND") - 4
+    path.write_bytes(content[:at] + content[at + len(chunk) : end] + chunk + content[end:])
+    assert read_size(path) == (40, 60)
+    assert load_image(path).size == (60, 40)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "LAB", "I", "I;16", "I;16B", "F"])
+def test_an_image_is_converted_strip_by_strip_to_the_same_pixels(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (40, 50, 4), np.uint8)
+    values[:20] = 0  # the first strips are dark: only the whole image tells 8 bits from 16
+    if mode in ("I", "F", "I;16", "I;16B"):
+        kind = {"I": np.int32, "F": np.float32, "I;16": "<u2", "I;16B": ">u2"}[mode]
+        image = Image.fromarray((values[..., 0].astype(int) * 257).astype(kind))
+    elif mode in ("P", "PA"):
+        image = Image.fromarray(values[..., :3]).quantize(16).convert(mode)
+        image.info["transparency"] = 3
+    elif mode == "LAB":
+        image = Image.merge("LAB", [Image.fromarray(values[..., band]) for band in range(3)])
+    else:
+        image = Image.fromarray(values, "RGBA").convert(mode)
+    assert image.mode == mode
+    whole = np.asarray(upright(image))
+    monkeypatch.setattr(images_module, "STRIP_PIXELS", 333)
+    assert np.array_equal(np.asarray(upright(image)), whole)
+
+
+def test_large_images_are_not_in_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 100)
+    inside, most = [0], [0]
+
+    def work(num_pixels: int) -> None:
+        with room_for(num_pixels):
+            inside[0] += num_pixels
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.002)
+            inside[0] -= num_pixels
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [60, 30, 60, 100, 10, 30] * 5))
+    assert 60 < most[0] <= 100
+    with pytest.raises(ZeroDivisionError), room_for(100):
+        raise ZeroDivisionError
+    with room_for(1000):  # more than there ever is: alone
+        pass
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "nul", "long", "loop"])
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "photo.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path)
+    else:
+        path = tmp_path / {"nul": "a\0.jpg", "long": "a" * 300 + ".jpg"}[kind]
+    reasons = {"nul": "embedded null byte", "long": "File name too long", "folder": "a folder"}
+    reason = {"loop": "Too many levels of symbolic links"} | reasons
+    with pytest.raises(BrixelError, match=f"^{reason.get(kind, 'a pipe, socket or device, not a file')}: "):
+        load_image(path)
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> object:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(BrixelError, match=r"^The folder .* cannot be read: Permission denied\."):
+        scan_folder(tmp_path, 1)
+    with pytest.raises(BrixelError, match=r"^The folder .* cannot be read: File name too long\."):
+        scan_folder(tmp_path / ("a" * 300), 1)
+
+
+def test_a_file_that_may_not_be_looked_at_is_skipped_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise(8).save(tmp_path / "good.png")
+    noise(8).save(tmp_path / "secret.png")
+    stat = Path.stat
+
+    def refuse(self: Path, **options: bool) -> os.stat_result:
+        if self.name == "secret.png":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    found, skipped = scan_folder(tmp_path, 1)
+    assert [item.name for item in found] == ["good.png"]
+    assert skipped == [Skipped("secret.png", "Permission denied")]
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
@@ -180,7 +381,7 @@ def test_photographs_that_are_too_small_are_skipped_by_their_shorter_side(tmp_pa
     Image.new("RGB", (31, 100)).save(tmp_path / "tall.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "just.png")
     found, skipped = scan_folder(tmp_path, 32)
-    assert found == [Photograph(tmp_path / "just.png", "just.png", 32, 32)]
+    assert found == [ImageFile(tmp_path / "just.png", "just.png", 32, 32)]
     assert skipped == [
         Skipped("flat.png", "too small: 100x31, shorter side under 32"),
         Skipped("tall.png", "too small: 31x100, shorter side under 32"),
@@ -198,7 +399,7 @@ def test_a_folder_is_searched_recursively_in_order_of_names_without_hidden_files
     (tmp_path / "folder.png").mkdir()
     found, skipped = scan_folder(tmp_path, 1)
     assert [item.name for item in found] == [str(Path("a/deep/y.webp")), str(Path("a/z.JPG")), "b.png"]
-    assert found[1] == Photograph(tmp_path / "a" / "z.JPG", str(Path("a/z.JPG")), 20, 30)
+    assert found[1] == ImageFile(tmp_path / "a" / "z.JPG", str(Path("a/z.JPG")), 20, 30)
     assert skipped == []
 
 

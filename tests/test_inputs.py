@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import random
 import struct
 from pathlib import Path
@@ -62,6 +63,42 @@ def test_no_name_leads_out_of_the_root(tree: Path, monkeypatch: pytest.MonkeyPat
     assert (found.root, [item.name for item in found.items]) == (tree, ["a.jpg", "b.png"])
     (tree / "link.png").symlink_to("b.png")
     assert names("../b.png", "../link.png") == ["b.png", "link.png"]  # a link keeps its own name
+
+
+def test_a_list_names_whatever_it_names(tree: Path):
+    """Nothing in it stops the others, or hangs."""
+    os.mkfifo(tree / "pipe.jpg")
+    (tree / "zero.jpg").symlink_to("/dev/zero")
+    (tree / "films.mp4").symlink_to(tree / "pipe.jpg")
+    odd = [
+        "pipe.jpg",
+        "zero.jpg",
+        "films.mp4",
+        "nul\0.jpg",
+        "../nul\0.jpg",
+        "~nobody-of-that-name/a.jpg",
+        "a" * 300 + ".jpg",
+    ]
+    (tree / "list.txt").write_text("\n".join(["a.jpg", *odd, "b.png"]))
+    items = find_inputs([str(tree / "list.txt")], 1).items
+    device = "a pipe, socket or device, not a file"
+    nul = "embedded null byte"
+    reasons = ["", device, device, device, nul, nul, "No such file or directory", "File name too long", ""]
+    assert [item.reason for item in items] == reasons
+
+
+@pytest.mark.parametrize("name", ["pipe.txt", "pipe.jpg", "pipe.mp4"])
+def test_a_pipe_is_no_input(tmp_path: Path, name: str):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UsageError, match=f"--input .*{name} cannot be read: a pipe, socket or device, not a file."):
+        find_inputs([str(tmp_path / name)], 1)
+
+
+@pytest.mark.parametrize("reference", ["a" * 300, "nul\0.jpg", "~nobody-of-that-name/a.jpg", "no/" * 2000 + "a.jpg"])
+def test_odd_references_name_nothing(reference: str):
+    with pytest.raises(BrixelError, match=r"Nothing at|File name too long"):
+        find_inputs([reference], 1)
+    assert default_output([reference], ".h5").suffix == ".h5"
 
 
 def test_our_own_pictures_are_not_taken_for_inputs(tree: Path):
@@ -187,7 +224,7 @@ def odd_files(folder: Path) -> dict[str, str]:
         "moving.gif": "animated, or several pages",
         "moving.webp": "animated, or several pages",
         "empty.png": "empty: 0 bytes",
-        "text.jpg": "not an image that Pillow can read",
+        "text.jpg": "not an image of a format that brixel reads",
         "dot.png": "too small: 1x1 pixels",
         "strip.png": "too elongated: 900x20 pixels, over 8:1",
     }
@@ -307,6 +344,12 @@ def test_no_damage_to_a_video_raises_anything_but_our_own_error(tmp_path: Path):
         for item in found.items:
             with contextlib.suppress(BrixelError):
                 assert item.reason or found.load(item).size
+
+
+def test_a_playlist_is_no_video(tmp_path: Path):
+    make_video(tmp_path / "clip.mp4")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile clip.mp4\n")
+    assert find_inputs([str(tmp_path / "list.mp4")], 1).items[0].reason == "not a video that can be read"
 
 
 def test_videos_of_telephones_are_upright(tmp_path: Path):

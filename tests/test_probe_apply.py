@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Listener, make_photograph
 from PIL import Image
-from probe_sets import CLASSES, make_options, make_set, noise, write_features
+from probe_sets import CLASSES, make_options, noise, write_features
 
 from brixel_cli.config.probe import ApplyOptions
 from brixel_cli.core.heads import load_head, save_head
@@ -23,11 +23,6 @@ from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 FAST = ["protocol.steps=3", "protocol.points=64"]
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("apply") / "set")
 
 
 @pytest.fixture(scope="session")

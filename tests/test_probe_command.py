@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from probe_sets import make_set, one_hot, recipe_file, write_features
+from probe_sets import one_hot, recipe_file, write_features
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
@@ -20,11 +20,6 @@ runner = CliRunner()
 def invoke(*arguments: str) -> tuple[int, str, str]:
     result = runner.invoke(app, ["probe", *arguments], env={"COLUMNS": "200"})
     return result.exit_code, result.stdout, result.stderr
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_set(tmp_path_factory.mktemp("command") / "set")
 
 
 @pytest.fixture

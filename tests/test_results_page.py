@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,17 @@ import numpy as np
 import pytest
 from conftest import Listener
 from PIL import Image
-from portable_commands import distill_command, groups_of, portable, probe_command
-from probe_sets import description, make_run
-from probe_sets import make_results as make_probe_results
+from probe_sets import MACHINE, options_of, probed, segmentation
 from results_page import parse, read_notes, write_page
 from results_sections import LARGEST, WIDEST, picture
 from test_benchmark_report import fidelity, make_ablations, make_results
 
-from brixel_cli.cli.probe import probe_options
 from brixel_cli.config.distill import Recipe
-from brixel_cli.config.files import load_recipe
-from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.results import ProbeResults
 from brixel_cli.errors import BrixelError
-
-MACHINE = "/home/somebody/study"
 
 
 def write(folder: Path, *inputs: object, notes: str | None = None) -> str:
@@ -73,7 +65,7 @@ def test_a_runs_own_figures_stand_in_the_page(tiny_recipe: Recipe, tmp_path: Pat
     assert "```\nbrixel distill --recipe tiny.yaml --images photos\n```" in text
     for row, kind in (("bilinear backbone", "backbone"), ("student", "student")):
         assert line(text, row)[1:] == [f"{getattr(best, kind)[name]:.4f}" for name in ("l1", "cosine", "edge")]
-    assert line(text, "recovered gap")[1:] == [f"{best.gap_closed[name]:.1%}" for name in ("l1", "cosine", "edge")]
+    assert line(text, "recovered gap")[1:] == [f"{best.recovered_gap[name]:.1%}" for name in ("l1", "cosine", "edge")]
     assert re.fullmatch(r"6 training and 2 held-out \(\w{12}\)", line(text, "images")[1])
     assert line(text, "updates")[1] == f"4 with batches of 4; best validation after {best.step}"
     assert line(text, "input of the student")[1] == "32x32 px"
@@ -178,35 +170,11 @@ def test_sizes_stand_side_by_side_square_or_not(tmp_path: Path) -> None:
 # Probes
 
 
-def options_of(recipe: str, *overrides: str, **changes: Any) -> ProbeOptions:
-    """As the command line would make them, of a shipped recipe."""
-    given = {
-        "data": Path(MACHINE, "set"), "protocol": None, "size": None, "output": None, "features": None, "sources": [],
-        "checkpoints": [], "backbone": None, "backbone_weights": None, "seeds": 3, "device": "auto",
-        "precision": "auto", "overwrite": False,
-    }  # fmt: skip
-    return probe_options(recipe, overrides=overrides, **{**given, **changes})
-
-
-def probed(
-    options: ProbeOptions, figures: dict[str, list[dict[str, float]]], checkpoint: str = "run/s.safetensors"
-) -> ProbeResults:
-    """What results.json of a probe would hold, of figures by source and seed."""
-    student = {"checkpoint": f"{MACHINE}/{checkpoint}", "student_sha256": "cd" * 32, "student_step": 7}
-    sources = {name: description(name, **(student if name == "student" else {})) for name in figures}
-    runs = [make_run(name, seed, dict(values)) for name, seeds in figures.items() for seed, values in enumerate(seeds)]
-    return make_probe_results(options, sources, runs)
-
-
 def save_probe(folder: Path, results: ProbeResults, quantity: str) -> Path:
     (folder / "pictures").mkdir(parents=True)
     Image.new("RGB", (90, 60), "teal").save(folder / "pictures" / f"{quantity}_median.png")
     ProbeFolder(folder).write(results)
     return folder
-
-
-def segmentation(*values: float) -> list[dict[str, float]]:
-    return [{"miou": value, "boundary_iou": value / 2} for value in values]
 
 
 @pytest.fixture
@@ -262,7 +230,7 @@ def test_fine_tuned_students_have_a_section_of_their_own(
     text = write(tmp_path, "--tuned-runs", tmp_path / "street", "--tuned-probes", camvid)
     assert headings(text) == ["Fine-tuning"]
     cosines = [f"{getattr(best, kind)['cosine']:.4f}" for kind in ("backbone", "student")]
-    assert line(text, "street")[2:] == ["1", "4", *cosines, f"{best.gap_closed['cosine']:.1%}"]
+    assert line(text, "street")[2:] == ["1", "4", *cosines, f"{best.recovered_gap['cosine']:.1%}"]
     assert line(text, "street")[1].startswith("6 training and 2 held-out (")
     assert line(text, "camvid", "mIoU (%)")[5] == "40.0%"
     assert "brixel distill --recipe tiny.yaml --images photos" in text
@@ -323,72 +291,6 @@ def test_an_ablation_that_has_not_ended_is_refused(tmp_path: Path) -> None:
     told = rf"Not trained yet: {variants[0].group}, {variants[0].name}\. Give an ablation that has reached its end\."
     with pytest.raises(BrixelError, match=told):
         write(tmp_path, "--ablations", unfinished)
-
-
-# Commands
-
-
-@pytest.mark.parametrize(
-    ("command", "told"),
-    [
-        ("brixel benchmark --images ../shared/p --sizes 96x128", "brixel benchmark --images photos --sizes 96x128"),
-        ("brixel benchmark --images photos", "brixel benchmark --images photos"),
-        ("brixel benchmark --backbone-weights /w/a.pth --seconds 5", "brixel benchmark --seconds 5"),
-        ("brixel benchmark --checkpoint runs/vits --report out", "brixel benchmark --checkpoint RUN"),
-        (
-            "brixel benchmark --models vits,/a/b/mine --batch-size 2",
-            "brixel benchmark --models vits,mine --batch-size 2",
-        ),
-        ("brixel benchmark --baseline ~/up/x.py:up", "brixel benchmark --baseline x.py:up"),
-        ("brixel benchmark --recipe recipes/demo.yaml", "brixel benchmark --recipe recipes/demo.yaml"),
-        ("brixel benchmark --set backbone.weights=/w.pth --set seed=1", "brixel benchmark --set seed=1"),
-        ("brixel benchmark --set 'a=[1, 2]' --set b=/x/y.pth", "brixel benchmark --set 'a=[1, 2]' --set b=y.pth"),
-        ("brixel benchmark --probe camvid --probe-data s/c", "brixel benchmark --probe camvid --probe-data data/SET"),
-    ],
-)
-def test_commands_name_no_place_of_this_machine(command: str, told: str) -> None:
-    assert portable(command) == told
-
-
-def test_the_groups_of_a_command() -> None:
-    assert groups_of("brixel benchmark --ablate losses,/a/mine.yaml,b.yml --recipe demo") == ["losses", "mine", "b"]
-
-
-def test_a_runs_command_makes_its_recipe_again() -> None:
-    changes = ["optim.steps=300", "views.other_sizes=[448, [448, 672]]", "views.per_image=3", "loss.l1.form=raw"]
-    places = [f"data.images={MACHINE}/p", f"backbone.weights={MACHINE}/w", "run.workers=7"]
-    command = distill_command(load_recipe("dinov2_vits", [*changes, *places, f"data.val_images={MACHINE}/v"]))
-    assert command.startswith("brixel distill --recipe recipes/dinov2_vits.yaml --images photos --set ")
-    words = shlex.split(command)
-    overrides = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
-    assert load_recipe("dinov2_vits", overrides) == load_recipe("dinov2_vits", [*changes, "data.val_images=held_out"])
-
-
-@pytest.mark.parametrize(
-    ("recipe", "overrides", "changes"),
-    [
-        ("camvid", [], {}),
-        ("camvid", ["protocol.steps=null", "protocol.epochs=3", "protocol.batch_norm=false"], {"size": "224"}),
-        ("camvid", ["data.evaluate.split=val", "data.list_file=null"], {"protocol": "jafar", "seeds": 5}),
-        ("nyuv2_subset_depth", ["protocol.train.scale=[1.0, 1.0]"], {"protocol": "quick", "size": "140x182"}),
-    ],
-)
-def test_a_probes_command_makes_its_options_again(recipe: str, overrides: list[str], changes: dict[str, Any]) -> None:
-    options = options_of(recipe, *overrides, **changes)
-    figures = {name: segmentation(*[0.5] * options.seeds) for name in ("backbone", "student", "teacher")}
-    words = iter(shlex.split(probe_command(probed(options, figures, "students/dinov2_vits14.safetensors")))[2:])
-    given: dict[str, list[str]] = {}
-    for word in words:
-        given.setdefault(word, []).append(next(words))
-    assert given.pop("--checkpoint") == ["dinov2_vits14"]  # the shipped student, by its name
-    assert given.pop("--data") == [load_recipe(recipe, [], type(options.recipe)).data.root]
-    again = options_of(
-        given.pop("--recipe")[0],
-        *given.pop("--set", []),
-        seeds=int(given.pop("--seeds", ["3"])[0]),
-        **{name.removeprefix("--"): value for name, (value,) in given.items()},
-    )
-    assert again == options
 
 
 # The page

@@ -29,7 +29,7 @@ def test_unusable_photographs_are_listed_with_reasons_and_skipped(
     results = distill(recipe, RunFolder(tmp_path / "run"), listener).results
     listed = (tmp_path / "run" / "skipped.csv").read_text()
     assert 'small.png,"too small: 40x40, shorter side under 128"' in listed
-    assert "text.jpg,not an image that Pillow can read" in listed
+    assert "text.jpg,not an image of a format that brixel reads" in listed
     assert "cut.png,image file is truncated" in listed
     assert results.num_skipped == 3
     assert any("damaged images were replaced" in message for message in listener.warned)

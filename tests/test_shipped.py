@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from brixel_cli import load_student
 from brixel_cli.app import app
-from brixel_cli.config.files import load_recipe
+from brixel_cli.config.distill import Recipe
+from brixel_cli.config.files import dump_recipe, load_recipe
 from brixel_cli.core import shipped
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.shipped import DEFAULT_STUDENT, STUDENTS, shipped_student, shipped_students
@@ -52,6 +53,9 @@ def test_a_shipped_student_is_small_and_whole(name: str) -> None:
     assert card.backbone_weights == "pretrained"
     assert len(card.backbone_signature) == card.embed_dim
     assert len(card.student_size) == 2
+    least, most = card.trained_sides
+    assert least <= min(card.student_size) <= most
+    assert str(min(card.student_size)) in card.recovered_gap
     assert card.step > 0
     assert "/" not in card.backbone
     text = (STUDENTS / f"{name}.md").read_text()
@@ -65,6 +69,7 @@ def test_the_default_recipe_makes_students_like_the_shipped_one() -> None:
     recipe, card = load_recipe("dinov2_vits"), read_adapter(DEFAULT_STUDENT).card
     assert recipe.adapter == card.adapter
     assert recipe.student_hw == tuple(card.student_size)
+    assert recipe.trained_sides == tuple(card.trained_sides) == (84, 224)
     tuned = load_recipe("dinov2_vits_tuned")
     assert tuned.init == DEFAULT_STUDENT
     assert (tuned.adapter, tuned.views.factor, tuned.backbone.name) == (card.adapter, card.factor, card.backbone)
@@ -105,7 +110,8 @@ def test_the_shipped_student_is_the_default_and_trained_runs_are_named(
     monkeypatch.chdir(tmp_path)
     assert default_student(None, listener) == DEFAULT_STUDENT
     assert default_student("vit_small_patch14_dinov2", listener) == DEFAULT_STUDENT
-    assert listener.said == [f"student: {DEFAULT_STUDENT}, which comes with brixel"] * 2
+    line = f"student: {DEFAULT_STUDENT}, which comes with brixel, trained at {read_adapter(DEFAULT_STUDENT).card.trained_at}"
+    assert listener.said == [line] * 2
     put_run(model[0], "old", 200)
     put_run(model[0], "new", 100)
     put_run(model[0], "debug", 0, backbone_weights="random")
@@ -116,9 +122,70 @@ def test_the_shipped_student_is_the_default_and_trained_runs_are_named(
     (tmp_path / "runs" / "dangling" / "student.safetensors").symlink_to(tmp_path / "nowhere")
     assert default_student(None, listener) == DEFAULT_STUDENT
     named = "; trained under runs, for --checkpoint: runs/new, runs/old"
-    assert listener.said[-1] == f"student: {DEFAULT_STUDENT}, which comes with brixel{named}"
+    assert listener.said[-1] == line + named
     default_student("vit_small_patch14_dinov2.lvd142m", listener)
-    assert listener.said[-1] == f"student: {DEFAULT_STUDENT}, which comes with brixel"
+    assert listener.said[-1] == line
+
+
+def ship(folder: Path, name: str, **changes: object) -> None:
+    """One more student beside the shipped ones, with another card."""
+    stored = read_adapter(DEFAULT_STUDENT)
+    run = folder.parent / name
+    run.mkdir()
+    save_student(run / "student.safetensors", stored.tensors, dataclasses.replace(stored.card, **changes))
+    pack(run, name, folder)
+
+
+@pytest.mark.parametrize(
+    ("res", "name"),
+    [
+        (112, DEFAULT_STUDENT),
+        (196, DEFAULT_STUDENT),
+        (210, "large"),  # both were trained there; 252 px, where the large one was validated, is nearer than 112 px
+        (300, "large"),
+        (448, "large"),
+        (None, DEFAULT_STUDENT),
+    ],
+)
+def test_the_student_that_was_trained_at_the_size_is_taken(
+    res: int | None, name: str, boxed: Path, listener: Listener
+) -> None:
+    large = {"trained_sides": (210, 448), "student_size": (252, 252), "recovered_gap": {"252": 0.471}, "factor": 2}
+    ship(boxed, "large", **large)
+    ship(boxed, "other", trained_sides=(28, 2000), student_size=(res or 28,) * 2, backbone="test_vit")
+    assert default_student("vit_small_patch14_dinov2", listener, res) == name
+    why = "trained at 210 to 448 px (recovered gap on held-out images: 47% at 252 px)" if name == "large" else ""
+    assert listener.said[-1].startswith(f"student: {name}, which comes with brixel, {why}")
+    assert not listener.warned
+
+
+def test_a_size_that_no_student_was_trained_at_is_warned_of(boxed: Path, listener: Listener) -> None:
+    ship(boxed, "large", trained_sides=(400, 400), student_size=(400, 400), recovered_gap={})
+    assert default_student(None, listener, 600) == "large"
+    assert listener.warned == [
+        "no student that comes with brixel was trained at 600 px. The nearest is large, trained at 400 px: give a "
+        "--res within that, or compare its maps with those of --source backbone"
+    ]
+    assert default_student(None, listener, 56) == DEFAULT_STUDENT
+    assert "(recovered gap on held-out images: 52% at 112 px)" in listener.warned[1]
+
+
+def test_a_run_of_an_earlier_version_has_its_range_from_the_recipe(
+    model: tuple[str, str], tmp_path: Path, tiny_recipe: Recipe
+) -> None:
+    stored = read_adapter(model[0])
+    assert not stored.card.trained_sides
+    file = tmp_path / "run" / "student.safetensors"
+    file.parent.mkdir()
+    save_student(file, stored.tensors, stored.card)
+    recipe = file.with_name("recipe.yaml")
+    recipe.write_text("neither: this\n")
+    assert not read_adapter(str(file)).card.trained_sides
+    with pytest.raises(BrixelError, match="does not say at which sizes it was trained: give --trained LEAST..MOST"):
+        pack(file.parent, "mine", tmp_path / "box")
+    views = tiny_recipe.views.model_copy(update={"other_sizes": [[96, 256]]})
+    recipe.write_text(dump_recipe(tiny_recipe.model_copy(update={"views": views})))
+    assert read_adapter(str(file)).card.trained_sides == (24, 32)
 
 
 def test_another_backbone_has_no_shipped_student(
@@ -181,7 +248,7 @@ def test_without_a_hub_the_command_says_what_to_do(
 
 def test_weights_that_were_converted_or_rounded_will_do(model: tuple[str, str], tmp_path: Path) -> None:
     backbone = load_backbone("test_vit", model[1])
-    packed = pack(Path(model[0]), "mine", tmp_path / "box")
+    packed = pack(Path(model[0]), "mine", tmp_path / "box", [32, 64])
     rounded = {key: tensor.bfloat16().float() for key, tensor in backbone.vit.state_dict().items()}
     save_file(rounded, tmp_path / "rounded.safetensors")
     assert load_student(packed, backbone_weights=tmp_path / "rounded.safetensors").backbone.sha256 != backbone.sha256
@@ -195,15 +262,16 @@ def test_packing_refuses_what_float16_cannot_hold(model: tuple[str, str], tmp_pa
     stored = read_adapter(model[0])
     save_student(tmp_path / "large.safetensors", {key: t * 1e6 + 1e6 for key, t in stored.tensors.items()}, stored.card)
     with pytest.raises(BrixelError, match=r"large.safetensors: .* is beyond the range of float16"):
-        pack(tmp_path / "large.safetensors", "mine", tmp_path / "box")
+        pack(tmp_path / "large.safetensors", "mine", tmp_path / "box", [32, 64])
 
 
 def test_packing_rounds_to_float16_and_lists_the_sum(
     model: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = pack(Path(model[0]), "mine", tmp_path / "box")
+    path = pack(Path(model[0]), "mine", tmp_path / "box", [32, 64])
     monkeypatch.setattr(shipped, "STUDENTS", tmp_path / "box")
     assert shipped_student("mine") == path
     before, after = read_adapter(model[0]), read_adapter(str(path))
     assert after.card.backbone_weights == "pretrained"
+    assert list(after.card.trained_sides) == [32, 64]
     assert all(torch.equal(tensor.half().float(), after.tensors[key]) for key, tensor in before.tensors.items())

@@ -15,15 +15,15 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli.config.distill import ViewConfig
-from brixel_cli.data.images import Photograph, Skipped, load_image, scan_folder
+from brixel_cli.data.images import ImageFile, Skipped, load_image, scan_folder
 from brixel_cli.data.views import (
     Views,
     centre_view,
+    hold_out,
     normalise_pixels,
     random_view,
     reduce_view,
     seed_of,
-    split_photographs,
 )
 from brixel_cli.errors import BrixelError
 
@@ -214,7 +214,7 @@ def test_fixed_views_begin_with_the_centre_and_are_the_same_in_every_epoch(photo
     views = views_of(photographs, kind="fixed", per_image=3)
     centre = views_of(photographs)
     assert len(views) == 24
-    assert [views.photograph(number).name for number in (0, 4, 23)] == ["0.png", "1.png", "7.png"]
+    assert [views.image(number).name for number in (0, 4, 23)] == ["0.png", "1.png", "7.png"]
     assert torch.equal(views[0, 6].pixels, centre[0, 2].pixels)
     for number in (6, 7, 8):
         assert views[0, number].name == "2.png"
@@ -246,7 +246,7 @@ def test_a_damaged_photograph_is_replaced_by_the_next_one_and_reported(damaged: 
     views = views_of(damaged)
     damage(damaged / "1.png")
     damage(damaged / "3.png")
-    reason = "not an image that Pillow can read"
+    reason = "not an image of a format that brixel reads"
     assert views[0, 0].skipped == ()
     assert (views[0, 1].name, views[0, 1].skipped) == ("2.png", (Skipped("1.png", reason),))
     assert torch.equal(views[0, 1].pixels, views[0, 2].pixels)
@@ -269,14 +269,16 @@ def test_a_set_of_damaged_photographs_is_an_error_that_tells_the_first_reason(da
         damage(path)
     with pytest.raises(BrixelError) as caught:
         _ = views[0, 2]
-    assert str(caught.value) == ("None of the 4 images can be read; the first: not an image that Pillow can read.")
+    assert str(caught.value) == (
+        "None of the 4 images can be read; the first: not an image of a format that brixel reads."
+    )
 
 
 # --- holding out ---
 
 
-def listed(count: int, prefix: str = "photo") -> list[Photograph]:
-    return [Photograph(Path(f"{prefix}{number}.jpg"), f"{prefix}{number}.jpg", 100, 100) for number in range(count)]
+def listed(count: int, prefix: str = "photo") -> list[ImageFile]:
+    return [ImageFile(Path(f"{prefix}{number}.jpg"), f"{prefix}{number}.jpg", 100, 100) for number in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +289,7 @@ def test_at_least_one_photograph_is_held_out_at_most_so_many_and_never_all(
     count: int, fraction: float, most: int, held_out: int
 ) -> None:
     everything = listed(count)
-    training, kept = split_photographs(everything, fraction, most)
+    training, kept = hold_out(everything, fraction, most)
     assert len(kept) == held_out
     assert not set(training) & set(kept)
     # What is held out beyond `most` is not trained on either.
@@ -298,14 +300,14 @@ def test_at_least_one_photograph_is_held_out_at_most_so_many_and_never_all(
 
 
 def test_about_the_share_asked_for_is_held_out() -> None:
-    assert 70 <= len(split_photographs(listed(400), 0.25, 400)[1]) <= 130  # 100 +- 30: over three standard deviations
+    assert 70 <= len(hold_out(listed(400), 0.25, 400)[1]) <= 130  # 100 +- 30: over three standard deviations
 
 
 def test_the_split_depends_neither_on_order_nor_on_folder() -> None:
     everything = listed(30)
-    moved = [Photograph(Path("elsewhere") / item.name, item.name, 5, 5) for item in reversed(everything)]
-    first = {item.name for item in split_photographs(everything, 0.2, 64)[1]}
-    assert {item.name for item in split_photographs(moved, 0.2, 64)[1]} == first
+    moved = [ImageFile(Path("elsewhere") / item.name, item.name, 5, 5) for item in reversed(everything)]
+    first = {item.name for item in hold_out(everything, 0.2, 64)[1]}
+    assert {item.name for item in hold_out(moved, 0.2, 64)[1]} == first
 
 
 @pytest.mark.parametrize("added", [1, 10, 40, 200])
@@ -313,8 +315,8 @@ def test_a_growing_folder_keeps_its_held_out_photographs(added: int) -> None:
     moved = []
     for name in "abcdefgh":
         before = listed(40, name)
-        held_out = {item.name for item in split_photographs(before, 0.25, 100)[1]}
-        training = {item.name for item in split_photographs(before + listed(added, f"new-{name}"), 0.25, 100)[0]}
+        held_out = {item.name for item in hold_out(before, 0.25, 100)[1]}
+        training = {item.name for item in hold_out(before + listed(added, f"new-{name}"), 0.25, 100)[0]}
         moved += sorted(held_out & training)
     assert moved == []
 
@@ -322,7 +324,7 @@ def test_a_growing_folder_keeps_its_held_out_photographs(added: int) -> None:
 @pytest.mark.parametrize("count", [0, 1])
 def test_one_photograph_cannot_be_split(count: int) -> None:
     with pytest.raises(BrixelError) as caught:
-        split_photographs(listed(count), 0.5, 64)
+        hold_out(listed(count), 0.5, 64)
     assert str(caught.value) == (
         "One image cannot be split into training and held-out ones: add more, or give data.val_images."
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from brixel_cli.cli.console import Progress, print_files, print_json, print_table, say
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe
-from brixel_cli.core.formatting import human_bytes, human_seconds
+from brixel_cli.core.formatting import human_bytes, human_percent, human_seconds
 from brixel_cli.core.metric_titles import FIDELITY_TITLES
 from brixel_cli.errors import UsageError
 
@@ -76,7 +75,7 @@ def _show_results(results: Results, recipe: Recipe) -> None:
     rows = [
         ["backbone, bilinear", *(f"{best.backbone[name]:.4f}" for name in FIDELITY_TITLES)],
         ["student", *(f"{best.student[name]:.4f}" for name in FIDELITY_TITLES)],
-        ["recovered gap", *(_percent(best.gap_closed[name]) for name in FIDELITY_TITLES)],
+        ["recovered gap", *(human_percent(best.recovered_gap[name]) for name in FIDELITY_TITLES)],
     ]
     print_table(
         f"{best.num_images} held-out images, {height}x{width} px against the teacher at {big_height}x{big_width} px",
@@ -101,16 +100,16 @@ def _show_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     rows += [
         ["memory, counted", human_bytes(plan.memory_bytes)],
         ["memory to spare here", human_bytes(plan.device_bytes)],
-        ["one step", _duration(plan.step_seconds)],
+        ["one step", human_seconds(plan.step_seconds)],
     ]
     if recipe.cache.enabled:
-        rows.append(["caching one view", _duration(plan.cached_view_seconds or None)])
+        rows.append(["caching one view", human_seconds(plan.cached_view_seconds or None)])
     readers = f"{plan.num_workers} worker processes" if plan.num_workers else "no worker process"
     rows.append([f"reading one view, {readers}", human_seconds(plan.reading_seconds)])
     rows += [
-        ["views in an epoch", "unknown" if plan.num_views is None else f"{plan.num_views:,}"],
-        ["steps", "unknown" if plan.num_steps is None else f"{plan.num_steps:,}"],
-        ["whole run, without validations", _duration(plan.total_seconds)],
+        ["views in an epoch", "-" if plan.num_views is None else f"{plan.num_views:,}"],
+        ["steps", "-" if plan.num_steps is None else f"{plan.num_steps:,}"],
+        ["whole run, without validations", human_seconds(plan.total_seconds)],
         ["disk", human_bytes(plan.disk_bytes)],
     ]
     if recipe.cache.enabled:
@@ -125,17 +124,3 @@ def _show_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     notes += [f"Note: {note}" for note in plan.notes]
     print_table(f"{recipe.name}: {recipe.backbone.name}, {recipe.adapter.kind}", ["", ""], rows, notes)
     say("dry run: nothing was written")
-
-
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{share:.1%}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    if seconds < 60:
-        return f"{seconds:.2f} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -31,6 +31,8 @@ EXTRACT = """
 
   brixel extract --input clip.mp4 --every 10 --checkpoint runs/vits --pca 64 --preview
 
+  brixel extract --input photos --res 224 --page features.html --page-sources student,backbone,teacher
+
   brixel extract --checkpoint runs/vits --export student.onnx
 """
 

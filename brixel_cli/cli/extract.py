@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from brixel_cli.engines.extracting.extraction import Estimate, Extracted
     from brixel_cli.engines.extracting.plan import ExtractPlan
 
-MOST_LISTED = 20
+MOST_GRIDS = 20
 
 
 def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_json: bool) -> None:
@@ -66,6 +65,8 @@ def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_
 
 
 def _show_plan(plan: ExtractPlan, estimate: Estimate | None, as_json: bool) -> None:
+    from brixel_cli.cli.tables import show_failures
+
     if as_json:
         print_json(plan.summary() | (asdict(estimate) if estimate else {}))
     else:
@@ -74,8 +75,8 @@ def _show_plan(plan: ExtractPlan, estimate: Estimate | None, as_json: bool) -> N
             ["images found", f"{len(plan.reasons):,}"],
             ["  of them unusable", f"{len(plan.reasons) - plan.num_usable:,}"],
             ["sizes rounded to the patch", f"{plan.num_snapped:,} (by {plan.most_snapped:.1f} px at most)"],
-            *([f"grid {h}x{w}", f"{len(images):,}"] for (h, w), images in grids[:MOST_LISTED]),
-            *([["other grids", f"{len(grids) - MOST_LISTED:,}"]] if len(grids) > MOST_LISTED else []),
+            *([f"grid {h}x{w}", f"{len(images):,}"] for (h, w), images in grids[:MOST_GRIDS]),
+            *([["other grids", f"{len(grids) - MOST_GRIDS:,}"]] if len(grids) > MOST_GRIDS else []),
             ["channels", f"{plan.layout.channels:,} {plan.options.dtype}"],
             ["disk needed", human_bytes(plan.bytes_needed)],
             ["disk free", human_bytes(plan.bytes_free)],
@@ -89,13 +90,14 @@ def _show_plan(plan: ExtractPlan, estimate: Estimate | None, as_json: bool) -> N
             notes = [f"Time: {estimate.how_timed}."]
         title = f"{plan.output}: {plan.spec.source} of {plan.spec.backbone}"
         print_table(title, ["", ""], rows, notes)
-        _show_failures(
-            {item.name: reason for item, reason in zip(plan.inputs.items, plan.reasons, strict=True) if reason}
-        )
+        failures = {item.name: reason for item, reason in zip(plan.inputs.items, plan.reasons, strict=True) if reason}
+        show_failures(failures, "features")
     say("dry run: nothing was written")
 
 
 def _show_result(done: Extracted) -> None:
+    from brixel_cli.cli.tables import show_failures
+
     rate = done.num_computed / done.seconds if done.seconds > 0 else 0.0
     rows = [
         ["images", f"{done.num_images:,}"],
@@ -106,20 +108,8 @@ def _show_result(done: Extracted) -> None:
         ["images per second", f"{rate:,.2f}" if done.num_computed else "-"],
     ]
     print_table(str(done.output), ["", ""], rows)
-    _show_failures(done.failures)
+    show_failures(done.failures, "features")
     print_files([str(done.output), *(str(path) for path in done.pictures)])
-
-
-def _show_failures(failures: dict[str, str]) -> None:
-    if not failures:
-        return
-    listed = list(failures.items())[:MOST_LISTED]
-    notes = []
-    if len(failures) > MOST_LISTED:
-        kinds = Counter(reason.split(":")[0].split("(")[0].strip()[:60] for reason in failures.values())
-        common = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
-        notes = [f"and {len(failures) - MOST_LISTED} more. In all: {common}."]
-    print_table(f"{len(failures)} images without features", ["image", "reason"], listed, notes, figures=False)
 
 
 def _export(options: ExtractOptions, path: Path, as_json: bool) -> None:

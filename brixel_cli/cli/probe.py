@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.probe import OUTPUT, ApplyOptions, ProbeOptions
 from brixel_cli.config.protocols import PROTOCOLS, Protocol, published
 from brixel_cli.config.section import Side
-from brixel_cli.core.formatting import human_bytes
+from brixel_cli.core.formatting import human_bytes, human_percent
 from brixel_cli.core.metric_titles import figure_text, figure_title
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from brixel_cli.engines.probing.probing import Probed
     from brixel_cli.engines.probing.results import SourceDescription, Summary
 
-MOST_LISTED = 20
 PREFIX = "protocol."
 TABLES = (
     ("miou", "boundary_iou", "pixel_accuracy"),
@@ -131,6 +129,7 @@ def run_apply(options: ApplyOptions, as_json: bool) -> None:
     Raises:
         BrixelError: something the user can fix; also, at the end, that some images failed.
     """
+    from brixel_cli.cli.tables import show_failures
     from brixel_cli.engines.probing.application import apply_head
 
     done = apply_head(options, Progress())
@@ -153,11 +152,7 @@ def run_apply(options: ApplyOptions, as_json: bool) -> None:
             ["seconds", f"{done.seconds:,.1f}"],
         ]
         print_table(f"{done.output}: {done.what}", ["", ""], rows, done.notes)
-        if done.failures:
-            listed = list(done.failures.items())
-            more = [f"and {len(listed) - MOST_LISTED} more"] if len(listed) > MOST_LISTED else []
-            title = f"{len(listed)} images without a prediction"
-            print_table(title, ["image", "reason"], listed[:MOST_LISTED], more)
+        show_failures(done.failures, "a prediction")
         print_files([str(path) for path in done.files])
     if done.failures:
         raise BrixelError(
@@ -243,7 +238,7 @@ def _show_results(done: Probed, per_class: bool) -> None:
         for label, shares in results.recovered_gap.items():
             only = len(results.recovered_gap) == 1
             rows.append([RECOVERED_TITLE if only else f"{RECOVERED_TITLE}, {label}", "",
-                         *(_percent(shares.get(name)) for name in names)])  # fmt: skip
+                         *(human_percent(shares.get(name)) for name in names)])  # fmt: skip
         print_table(title, columns, rows)
     print_notes(notes)
     if per_class and settings.classes:
@@ -253,7 +248,7 @@ def _show_results(done: Probed, per_class: bool) -> None:
 def _show_classes(classes: Sequence[str], summary: Mapping[str, Summary]) -> None:
     for kind, title in (("class_iou", "IoU"), ("class_boundary_iou", "Boundary IoU")):
         by_source = [entry.by_class(kind) for entry in summary.values()]
-        rows = [[name, *(_percent(values[number]) for values in by_source)] for number, name in enumerate(classes)]
+        rows = [[name, *(human_percent(values[number]) for values in by_source)] for number, name in enumerate(classes)]
         print_table(f"{title} by class, mean over seeds", ["class", *summary], rows, ["-: absent from the split."])
 
 
@@ -265,7 +260,3 @@ def _title(recipe: str, task: str, protocol: str, size: Side) -> str:
 def _grid(source: SourceDescription) -> str:
     grids = sorted(source.grid, key=lambda grid: -source.grid[grid])
     return grids[0] + (f" and {len(grids) - 1} more" if len(grids) > 1 else "")
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None or math.isnan(share) else f"{share:.1%}"

@@ -1,12 +1,13 @@
-"""The tables of a benchmark, as the terminal and the report show them alike."""
+"""The tables of a benchmark, as the terminal and the report show them alike; that of images that failed."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from brixel_cli.cli.console import print_table
-from brixel_cli.core.formatting import human_bytes, human_count, human_seconds, human_size
+from brixel_cli.core.formatting import human_bytes, human_count, human_percent, human_seconds, human_size
 from brixel_cli.core.metric_titles import FIDELITY_TITLES, figure_text, figure_title
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER
@@ -17,6 +18,8 @@ from brixel_cli.engines.benchmarking.latency import Latency
 from brixel_cli.engines.benchmarking.probes import ProbeResult
 from brixel_cli.engines.benchmarking.results import Fidelity, Model, Results, Row
 
+MOST_LISTED = 20
+"""Images in the table of those that failed."""
 COST_COLUMNS = ("row", "input", "grid", "frozen", "adapter", "GFLOP", "memory", "less FLOP", "less mem.")
 TIME_COLUMNS = ("row", "median", "10 %", "90 %", "images/s", "faster")
 FIDELITY_COLUMNS = ("row", "L1", "cosine", "5 %", "worst", "edge", "spectral")
@@ -30,6 +33,24 @@ def show(tables: Iterable[Table]) -> None:
     """Print tables to stdout."""
     for table in tables:
         print_table(table.title, table.columns, table.rows, table.notes)
+
+
+def show_failures(failures: Mapping[str, str], lacking: str) -> None:
+    """Print the first images that failed, with the reasons, and how often which reason occurs; nothing without any.
+
+    Args:
+        failures: reason by image.
+        lacking: what these images are without.
+    """
+    if not failures:
+        return
+    notes = []
+    if len(failures) > MOST_LISTED:
+        kinds = Counter(reason.split(":")[0].split("(")[0].strip()[:60] for reason in failures.values())
+        common = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
+        notes = [f"and {len(failures) - MOST_LISTED} more. In all: {common}."]
+    title, listed = f"{len(failures)} images without {lacking}", list(failures.items())[:MOST_LISTED]
+    print_table(title, ["image", "reason"], listed, notes, figures=False)
 
 
 def cost_tables(results: Results, model: Model, size: tuple[int, int]) -> list[Table]:
@@ -56,7 +77,7 @@ def fidelity_tables(results: Results, model: Model, size: tuple[int, int]) -> li
     num_images = len(compared[0][1].images)
     title = f"Fidelity to the teacher at {human_size(size)} px: {num_images} images of {model.images}"
     others = [(row, fidelity) for row, fidelity in compared if row.kind != "bilinear"]
-    gaps = [[row.label, *_percents(fidelity.recovered_gap, FIDELITY)] for row, fidelity in others]
+    gaps = [[row.label, *_percents(fidelity.recovered_gap)] for row, fidelity in others]
     return [
         Table(title, FIDELITY_COLUMNS, [_fidelity_cells(row.label, fidelity) for row, fidelity in compared]),
         Table("", GAP_COLUMNS, gaps),
@@ -73,7 +94,7 @@ def probe_tables(results: Results, model: Model) -> list[Table]:
             Path(item.folder).name,
             figure_title(item.metric, item.aligned),
             *(_probe_figure(item, source, spread=False) for source in ("backbone", "student", "teacher")),
-            *_percents({item.metric: item.recovered_gap}, [item.metric]),
+            human_percent(item.recovered_gap),
         ]
         for item in probes
     ]
@@ -125,7 +146,7 @@ def ablation_tables(ablations: Ablations, group: str) -> list[Table]:
     last, higher, notes = _last_column(variants)
     places = range(1, 5 + len(notes))
     rows = [[*cells, own] for cells, own in zip(faithful, last[1:] if first else last[2:], strict=True)]
-    gaps = [[item.name, *_percents(item.recovered_gap, FIDELITY)] for item in variants if item.recovered_gap]
+    gaps = [[item.name, *_percents(item.recovered_gap)] for item in variants if item.recovered_gap]
     tables = [
         Table(
             f"{group}: {ablations.recipe}, {equal} of {ablations.batch_size} images for each; {images}",
@@ -262,6 +283,5 @@ def _figures(fidelity: Mapping[str, float | None]) -> list[str]:
     return ["-" if value is None else f"{value:.4f}" for value in values]
 
 
-def _percents(gaps: Mapping[str, float | None], names: Sequence[str]) -> list[str]:
-    values = [gaps.get(name) for name in names]
-    return ["-" if value is None else f"{value:.1%}" for value in values]
+def _percents(gaps: Mapping[str, float | None]) -> list[str]:
+    return [human_percent(gaps.get(name)) for name in FIDELITY]

@@ -21,7 +21,7 @@ class BenchmarkOptions:
 
     Attributes:
         highres: whether the teacher is a row.
-        models: recipes, run folders or shipped students, by commas; None: the shipped student.
+        models: recipes, run folders, shipped students or `hf-hub:user/name`, by commas; None: the shipped student.
         sizes: student inputs in pixels, as `parse_sizes` reads them; None: those of the training.
         checkpoint: a student, as `load_student` takes it; the only model.
         backbone_weights: `pretrained` or a file, for all models.

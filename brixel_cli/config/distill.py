@@ -30,6 +30,9 @@ class FusionConfig(Section):
     """Number of convolutional blocks on the token, middle and output grid."""
     kernel_sizes: Annotated[list[Literal[1, 3, 5, 7]], Field(min_length=3, max_length=3)] = [1, 3, 3]
     """Side of the depthwise convolutions on the three grids; 1: each location by itself."""
+    attention_heads: Annotated[int, Field(ge=0)] = 0
+    """Heads of the self-attention before each block on the token grid, which sees the whole image; 0: none.
+    `width` must be a multiple of it."""
     norm: Literal["location", "map"] = "location"
     """What is normalised together: the channels of each location, or the whole map."""
     linear: bool = True
@@ -39,6 +42,14 @@ class FusionConfig(Section):
     def widths(self) -> tuple[int, int, int]:
         """Channels on the token, middle and output grid."""
         return self.width, self.middle_width, self.fine_width
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FusionConfig:
+        if self.attention_heads and self.width % self.attention_heads:
+            raise ValueError(
+                f"adapter.fusion.width {self.width} is not a multiple of attention_heads {self.attention_heads}"
+            )
+        return self
 
 
 class DeformableConfig(Section):
@@ -294,3 +305,9 @@ class Recipe(Section):
         """Student input (height, width) in pixels, of `views.teacher_size`."""
         height, width = self.views.teacher_hw
         return height // self.views.factor, width // self.views.factor
+
+    @property
+    def trained_sides(self) -> tuple[int, int]:
+        """Least and most pixels that the shorter side of a student input has in the training."""
+        sides = [min(size) // self.views.factor for size in self.views.teacher_sizes]
+        return min(sides), max(sides)

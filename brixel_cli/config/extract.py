@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from brixel_cli.config.base import Device, Precision, check_device
 from brixel_cli.errors import UsageError
@@ -29,6 +29,9 @@ class ExtractOptions:
         batch_size: images at once; None: as many as memory takes.
         workers: decoding threads; None: by the cores.
         every: of a video, every so many frames.
+        page: HTML file to look at the features with; None: none.
+        page_sources: whose maps it shows; None: the student's or those of `source`, and the backbone's.
+        page_images: so many images of it at most, evenly chosen.
 
     Raises:
         UsageError: a value is out of range, or two do not go together.
@@ -53,6 +56,9 @@ class ExtractOptions:
     strict: bool = False
     overwrite: bool = False
     preview: bool = False
+    page: Path | None = None
+    page_sources: tuple[str, ...] | None = None
+    page_images: int = 12
 
     def __post_init__(self) -> None:
         check_device(self.device)
@@ -62,6 +68,7 @@ class ExtractOptions:
             "--batch-size": self.batch_size,
             "--pca": self.pca,
             "--workers": self.workers,
+            "--page-images": self.page_images,
         }
         for name, value in least.items():
             if value is not None and value < 1:
@@ -70,3 +77,18 @@ class ExtractOptions:
             raise UsageError(
                 "--dtype int8 stores a scale beside the map, which .npy cannot: take --format h5 or safetensors."
             )
+        if self.page is not None and self.page.suffix != ".html":
+            raise UsageError(f"--page {self.page}: the file must end in .html.")
+        if self.page_sources is not None and (
+            not set(self.page_sources) <= set(get_args(Source)) or len(set(self.page_sources)) < len(self.page_sources)
+        ):
+            raise UsageError(
+                f"--page-sources {','.join(self.page_sources)}: give some of {', '.join(get_args(Source))}, by commas, "
+                "each once."
+            )
+
+    @property
+    def sources_of_page(self) -> tuple[Source, ...]:
+        """Whose maps the page shows."""
+        chosen = self.page_sources or dict.fromkeys((self.source, "backbone"))
+        return tuple(cast(Source, source) for source in chosen)

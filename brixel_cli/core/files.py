@@ -6,10 +6,12 @@ import contextlib
 import errno
 import math
 import os
+import re
 import shutil
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 from PIL import Image
 
 from brixel_cli.core.formatting import human_bytes
@@ -32,6 +35,18 @@ _PARSER = threading.Lock()
 """NumPy parses the header of a .npy file as Python, in which CPython 3.11 fails where two threads are in its parser."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system without locks answers."""
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_held: set[int] = set()
+"""Open files that hold locks. A forked process closes its own, so that it cannot outlive its parent with the lock."""
+
+
+def _drop_locks() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_locks)
 
 
 @contextmanager
@@ -50,12 +65,13 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; on leaving, that file takes the place of `path` in one step.
 
-    The name holds the process, so that two processes never write to the same one; it is removed after a failure.
+    The name holds host and process, so that two processes never write to the same one; it is removed after a failure,
+    and what a killed process has left by `clear_partials`.
 
     Raises:
         BrixelError: the file cannot be written.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{_HOST}.{os.getpid()}.partial")
     with writing(path):
         try:
             yield partial
@@ -63,6 +79,17 @@ def replacing(path: Path) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):  # a read-only disk would object once more
                 partial.unlink(missing_ok=True)
+
+
+def clear_partials(output: Path) -> None:
+    """Remove what processes of this host that are gone have left half written: of a file, or anywhere in a folder."""
+    beside = output.parent.glob("*.partial") if output.parent.is_dir() else ()
+    own = [path for path in beside if path.name.startswith(f"{output.name}.")]
+    for path in (*own, *output.rglob("*.partial")):
+        found = re.search(rf"\.{_HOST}\.(\d+)\.partial$", path.name)
+        if found and not psutil.pid_exists(int(found[1])):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -105,24 +132,34 @@ def locked(output: Path) -> Iterator[None]:
     """Keep other processes from writing the same output, through a file beside it that is removed afterwards.
 
     The system holds the lock for as long as this process lives, so that one left behind by a killed process does not
-    count. The file says who holds it. Where the file system has no locks, nothing is kept from anybody.
+    count; what such a process left half written is removed. The file says who holds it. It lies in a folder beside
+    which nothing can be written. Where the file system has no locks, nothing is kept from anybody.
 
     Raises:
         BrixelError: another process holds the lock.
     """
-    path = output.absolute().with_name(f"{output.name}.lock")
+    output = output.resolve()
+    path = output.with_name(f"{output.name}.lock")
     make_folder(path.parent)
+    if output.is_dir() and not os.access(path.parent, os.W_OK):
+        path = output / ".lock"
     with writing(path):
         descriptor = _lock(path)
     if descriptor is None:
-        raise BrixelError(
-            f"{output} is being written by another process ({path.read_text(encoding='utf-8').strip()}). "
-            "Wait until it ends, or name another output."
-        )
+        with contextlib.suppress(OSError):  # it may have ended this moment
+            holder = path.read_text(encoding="utf-8", errors="replace").strip()
+            raise BrixelError(
+                f"{output} is being written by another process ({holder}). Wait until it ends, or name another output."
+            )
+        raise BrixelError(f"{output} was being written by another process until now. Give the same command again.")
+    _held.add(descriptor)
     try:
+        clear_partials(output)
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        _held.discard(descriptor)
         os.close(descriptor)
 
 

@@ -20,17 +20,24 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float | None) -> str:
-    """A short time for people: 29.1 ms, 1.25 s, 3.4 min; a dash where it is not known."""
+    """A time for people: 29.1 ms, 1.25 s, 3.4 min, 2.5 h; a dash where it is not known."""
     if seconds is None:
         return "-"
     if seconds < 1:
         return f"{seconds * 1e3:,.1f} ms"
-    return f"{seconds:,.2f} s" if seconds < 120 else f"{seconds / 60:,.1f} min"
+    if seconds < 120:
+        return f"{seconds:,.2f} s"
+    return f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def human_count(count: int) -> str:
     """A large number in millions: 22.1M."""
     return f"{count / 1e6:,.1f}M" if count >= 100_000 else f"{count / 1e6:,.2f}M" if count else "0"
+
+
+def human_percent(share: float | None) -> str:
+    """A share: 12.5%; a dash where it is not known."""
+    return "-" if share is None or math.isnan(share) else f"{share:.1%}"
 
 
 def human_size(size: tuple[int, int]) -> str:

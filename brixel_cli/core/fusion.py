@@ -42,6 +42,28 @@ class ConvBlock(nn.Module):
         return x + self.scale * update
 
 
+class Attention(nn.Module):
+    """Residual self-attention over all locations, (B, C, H, W) -> (B, C, H, W): norm, attention, 1x1, layer scale.
+
+    It has no positions of its own: the backbone's maps carry them, and any size of map can be given.
+    """
+
+    def __init__(self, channels: int, heads: int, norm: str, layer_scale: float = 0.1):
+        super().__init__()
+        self.heads = heads
+        self.norm = _norm(norm, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.project = nn.Conv2d(channels, channels, 1)
+        self.scale = nn.Parameter(torch.full((channels, 1, 1), layer_scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, HW, 3 C)
+        queries, keys, values = tokens.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(queries, keys, values)  # (B, heads, HW, C / heads)
+        update: Tensor = self.project(mixed.transpose(2, 3).reshape(x.shape))
+        return x + self.scale * update
+
+
 def _gelu(x: Tensor) -> Tensor:
     """GELU of a tensor that nobody else needs: in place where there are no gradients, for a lower peak of memory."""
     activated: Tensor = F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
@@ -84,6 +106,10 @@ class FusionAdapter(Adapter):
         self.fuse = nn.Conv2d(4 * embed_dim, width, 1)
         self.fuse_norm = _norm(fusion.norm, width)
         self.coarse = blocks(0)
+        heads = fusion.attention_heads
+        self.attention = nn.ModuleList(
+            Attention(width, heads, fusion.norm) if heads else nn.Identity() for _ in self.coarse
+        )
         self.to_middle = nn.Conv2d(width, middle_width, 1)
         self.middle = blocks(1)
         self.to_fine = nn.Conv2d(middle_width, fine_width, 1)
@@ -103,8 +129,8 @@ class FusionAdapter(Adapter):
         stacked = torch.cat(list(maps), dim=1)
 
         x = self.fuse_norm(self.fuse(stacked)) + self.image_to_coarse(coarse_image)
-        for block in self.coarse:
-            x = self.run(block, x)
+        for attention, block in zip(self.attention, self.coarse, strict=True):
+            x = self.run(block, self.run(attention, x))
         correction = self.coarse_out(x)
         if self.linear is not None:
             correction = correction + self.linear(stacked)

@@ -33,8 +33,8 @@ def json_digest(value: Any) -> str:
 
 
 def text_digest(text: str) -> str:
-    """SHA-256 (hex) of a text in UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    """SHA-256 (hex) of a text in UTF-8; the bytes of a file name that are none stay apart."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -86,7 +86,7 @@ def joint_digest(files: Iterable[tuple[str, Path]]) -> str:
     """SHA-256 (hex) over the names and contents of files, in their order; an unreadable file counts by its name."""
     whole = hashlib.sha256()
     for name, path in files:
-        whole.update(name.encode() + b"\0")
+        whole.update(name.encode("utf-8", "surrogatepass") + b"\0")
         with contextlib.suppress(BrixelError):
             whole.update(files_sha256([path])[0].encode())
     return whole.hexdigest()
@@ -97,11 +97,12 @@ _Key = tuple[str, int, int, int]
 
 
 def _key(path: Path) -> _Key:
+    name = os.fsencode(path.absolute()).decode("utf-8", "backslashreplace")  # a database takes no other bytes
     try:
         stat = path.stat()
     except OSError:  # reading it will say why
-        return str(path.absolute()), -1, -1, -1
-    return str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        return name, -1, -1, -1
+    return name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 class _Memory:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from brixel_cli.config.distill import AdapterConfig
+from brixel_cli.config.files import load_recipe
 from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, load_backbone, same_model
 from brixel_cli.core.deformable import DeformableAdapter
 from brixel_cli.core.fusion import FusionAdapter
 from brixel_cli.core.shipped import shipped_student, shipped_students
 from brixel_cli.core.weights import ReleasedStudent, check_keys, import_released, load_pth, load_tensors, save_tensors
-from brixel_cli.errors import WeightsError
+from brixel_cli.errors import BrixelError, WeightsError
 
 ADAPTERS: dict[str, type[Adapter]] = {"fusion": FusionAdapter, "deformable": DeformableAdapter}
 FORMAT = "brixel-student-1"
@@ -86,6 +88,8 @@ class StudentCard:
         step: updates it was trained for.
         student_size: input (height, width) in pixels that it was validated at; empty: not known.
         backbone_signature: by which weights that were converted or rounded are known; empty: by SHA-256 alone.
+        trained_sides: least and most pixels of the shorter side of its inputs in training; empty: not known.
+        recovered_gap: in cosine on held-out images, by the shorter side of the input in pixels; empty: not known.
     """
 
     backbone: str
@@ -97,6 +101,16 @@ class StudentCard:
     step: int
     student_size: Sequence[int] = ()
     backbone_signature: Sequence[float] = ()
+    trained_sides: Sequence[int] = ()
+    recovered_gap: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def trained_at(self) -> str:
+        """For people: `84 to 224 px`, and what was measured there."""
+        least, most = self.trained_sides
+        gaps = [f"{gap:.0%} at {side} px" for side, gap in self.recovered_gap.items()]
+        measured = f" (recovered gap on held-out images: {', '.join(gaps)})" if gaps else ""
+        return f"{least} px{measured}" if least == most else f"{least} to {most} px{measured}"
 
     def to_metadata(self) -> dict[str, str]:
         """As safetensors metadata: strings by strings."""
@@ -201,7 +215,11 @@ def read_adapter(reference: str) -> StoredAdapter:
         return StoredAdapter(path, released.tensors, card, released)
     tensors, metadata = load_tensors(path)
     full = {key: tensor.float() if tensor.dtype == torch.float16 else tensor for key, tensor in tensors.items()}
-    return StoredAdapter(path, full, StudentCard.from_metadata(metadata, path), None)
+    card, recipe = StudentCard.from_metadata(metadata, path), path.parent / "recipe.yaml"
+    if not card.trained_sides and path.name == FILE_NAME and recipe.is_file():  # a run of an earlier version
+        with suppress(BrixelError):
+            card = dataclasses.replace(card, trained_sides=load_recipe(str(recipe)).trained_sides)
+    return StoredAdapter(path, full, card, None)
 
 
 def _locate(reference: str) -> Path:

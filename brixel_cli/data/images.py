@@ -1,15 +1,20 @@
-"""Images: finding them, and reading any format that Pillow knows as upright 8-bit RGB."""
+"""Images: finding them, and reading them as upright 8-bit RGB. Files are not trusted: format and size are checked."""
 
 from __future__ import annotations
 
+import os
 import re
+import stat
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+import numpy.typing as npt
+from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from brixel_cli.errors import BrixelError
 
@@ -18,16 +23,36 @@ EXTENSIONS = (
     ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".sgi", ".tga",
     ".tif", ".tiff", ".webp",
 )  # fmt: skip
-"""Of the formats that Pillow reads by itself; its stubs for HDF5 and the like are left out."""
-
+"""Of the formats below."""
+FORMATS = (
+    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA",
+    "TIFF", "WEBP",
+)  # fmt: skip
+"""Formats that Pillow decodes by itself. It chooses by a file's contents, and would hand EPS over to Ghostscript."""
 
 MAX_PIXELS = 178_956_970
 """Images with more pixels are refused: half a gigabyte as RGB, Pillow's own threshold for a decompression bomb."""
+LARGE_PIXELS = MAX_PIXELS // 2
+"""A JPEG with more is decoded at a part of its size where that is enough."""
+STRIP_PIXELS = 1 << 22
+"""So many are converted to RGB at a time."""
 ANIMATED = frozenset({"GIF", "WEBP", "PNG", "AVIF", "TIFF"})
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What each EXIF orientation asks for; 1 and all that are not defined ask for nothing."""
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
-class Photograph:
+class ImageFile:
     """A readable image file; `name` is its path inside the folder, height and width are those after rotation."""
 
     path: Path
@@ -59,32 +84,75 @@ def load_image(path: Path, still: bool = False, enough: tuple[int, int] | None =
     """
     with open_image(path, still) as image:
         if enough is not None and image.format == "JPEG":
-            height, width = reversed(enough) if _is_turned(image) else enough
+            height, width = reversed(enough) if _turns_by_a_quarter(image) else enough
             image.draft(None, (width, height))
-        image.load()
-        return upright_rgb(image)
+        return upright(image)
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """An image that was opened elsewhere, made what `load_image` returns."""
-    return _to_rgb(_upright(image))
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image as 8-bit RGB, with its EXIF orientation applied: what `load_image` returns of a file.
+
+    An orientation that is damaged or not defined changes nothing. In a PNG it counts where it comes before the pixels.
+    """
+    turn = _turn(image)  # before decoding, as for the size
+    image.load()
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info.pop("exif", None)
+    return _to_rgb(image)
 
 
 def read_size(path: Path, still: bool = False) -> tuple[int, int]:
     """Height and width of an image after rotation, from its header alone; arguments and errors as for `load_image`."""
     with open_image(path, still) as image:
         width, height = image.size
-        return (width, height) if _is_turned(image) else (height, width)
+        return (width, height) if _turns_by_a_quarter(image) else (height, width)
+
+
+_room = threading.Condition()
+_pixels_in_work = 0
+
+
+@contextmanager
+def room_for(num_pixels: int) -> Iterator[None]:
+    """Wait until the images in work in this process, with this one, have no more than MAX_PIXELS together."""
+    global _pixels_in_work
+    num_pixels = min(num_pixels, MAX_PIXELS)
+    with _room:
+        _room.wait_for(lambda: _pixels_in_work + num_pixels <= MAX_PIXELS)
+        _pixels_in_work += num_pixels
+    try:
+        yield
+    finally:
+        with _room:
+            _pixels_in_work -= num_pixels
+            _room.notify_all()
+
+
+def file_stat(path: Path) -> os.stat_result:
+    """The status of a regular file.
+
+    Raises:
+        BrixelError: nothing is there, it may not be looked at, or it is a folder, a pipe or a device, from which
+            reading might never end; the message starts with the reason.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device, not a file")
+    except (OSError, ValueError) as error:
+        raise BrixelError(f"{_reason(error, path)}: {path}") from error
+    return status
 
 
 @contextmanager
 def open_image(path: Path, still: bool = False) -> Iterator[Image.Image]:
     """An image whose header has been read and found harmless; any error within becomes a BrixelError."""
+    file_stat(path)
     try:
-        with Image.open(path) as image:
-            if not image.width:  # Pillow knows some formats by name alone
-                ours = ", such as a feature file of brixel" if image.format == "HDF5" else ""
-                raise ValueError(f"a file of {image.format}{ours}, not an image")
+        with Image.open(path, formats=FORMATS) as image:
+            if not image.width * image.height:
+                raise ValueError("an image without pixels")
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width}x{image.height}, over {MAX_PIXELS:,}"
                 raise ValueError(f"too many pixels (decompression bomb?): {size}")
@@ -95,6 +163,21 @@ def open_image(path: Path, still: bool = False) -> Iterator[Image.Image]:
         raise BrixelError(f"{_reason(error, path)}: {path}") from error
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder at a path.
+
+    Raises:
+        BrixelError: it may not be looked at.
+    """
+    try:
+        if path.is_dir():
+            os.scandir(path).close()
+            return True
+    except OSError as error:
+        raise BrixelError(f"The folder {path} cannot be read: {error.strerror}. Name another one.") from error
+    return False
+
+
 def files_below(folder: Path, extensions: Collection[str] = EXTENSIONS) -> list[Path]:
     """Files below a folder that have one of these extensions, sorted; hidden files and folders are passed over."""
     return [
@@ -102,11 +185,18 @@ def files_below(folder: Path, extensions: Collection[str] = EXTENSIONS) -> list[
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in extensions
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
+        and _may_be_file(path)
     ]
 
 
-def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Skipped]]:
+def _may_be_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a file that may not be looked at; whoever opens it says why
+        return True
+
+
+def scan_folder(folder: Path, min_side: int) -> tuple[list[ImageFile], list[Skipped]]:
     """List the images below a folder, sorted by name, by their headers alone; those that will not do apart.
 
     Args:
@@ -116,9 +206,9 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Ski
     Raises:
         BrixelError: the folder is missing, or nothing in it can be used.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise BrixelError(f"No folder of images at {folder}. Name yours with --images DIR.")
-    found: list[Photograph] = []
+    found: list[ImageFile] = []
     skipped: list[Skipped] = []
     for path in files_below(folder):
         relative = path.relative_to(folder)
@@ -130,9 +220,9 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[Photograph], list[Ski
         if min(height, width) < min_side:
             skipped.append(Skipped(str(relative), f"too small: {width}x{height}, shorter side under {min_side}"))
         else:
-            found.append(Photograph(path, str(relative), height, width))
+            found.append(ImageFile(path, str(relative), height, width))
     if not found:
-        others = sum(path.is_file() for path in folder.rglob("*")) - len(skipped)
+        others = sum(_may_be_file(path) for path in folder.rglob("*")) - len(skipped)
         reasons = f"\n{describe_skipped(skipped, 5)}" if skipped else ""
         raise BrixelError(
             f"No usable image in {folder}: {len(skipped)} skipped, "
@@ -148,35 +238,53 @@ def describe_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
     return "\n".join(lines + ([f"  and {len(skipped) - limit} more"] if len(skipped) > limit else []))
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image) -> object:
     try:
-        return int(image.getexif().get(0x0112, 1))
+        # Not the PNG's own method, which decodes the whole image to look for EXIF behind the pixels.
+        return Image.Image.getexif(image).get(ORIENTATION)
     except Exception:  # a damaged EXIF block: the pixels may be sound
-        return 1
+        return None
 
 
-def _is_turned(image: Image.Image) -> bool:
-    """Whether the EXIF orientation turns an opened image by a quarter, unlike the size that it states."""
-    if image.format == "TIFF":
-        return False  # Pillow states the upright size of these
-    if image.format == "PNG" and "exif" not in image.info:
-        return False  # looking further would decode the whole image
-    return _orientation(image) >= 5
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How the pixels are to be turned to be upright; Pillow turns those of a TIFF itself."""
+    orientation = _orientation(image)
+    return TURNS.get(orientation) if isinstance(orientation, int) and image.format != "TIFF" else None
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    if _orientation(image) == 1:
-        return image
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # as above
-        return image
+def _turns_by_a_quarter(image: Image.Image) -> bool:
+    """Whether height and width are exchanged between an opened image and the upright one."""
+    quarters = (5, 6, 7, 8)
+    if isinstance(image, TiffImageFile):  # states its upright size, unless the orientation is in its XMP alone
+        return (_orientation(image) in quarters) != (image.tag_v2.get(ORIENTATION) in quarters)
+    return _turn(image) in [TURNS[orientation] for orientation in quarters]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        most = values.max(initial=0)
+    """8-bit RGB, made strip by strip, so that no other copy of the whole image is needed."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    rows = max(STRIP_PIXELS // image.width, 1)
+    strips = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+    most = max(_values(image.crop(strip)).max(initial=0) for strip in strips) if _is_numeric(image) else 0
+    whole = Image.new("RGB", image.size)
+    for strip in strips:
+        whole.paste(_strip_to_rgb(image.crop(strip), most), strip)
+    return whole
+
+
+def _is_numeric(image: Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _values(image: Image.Image) -> npt.NDArray[np.float64]:
+    return np.nan_to_num(np.asarray(image, dtype=np.float64))
+
+
+def _strip_to_rgb(image: Image.Image, most: float) -> Image.Image:
+    """A part of an image as RGB; `most` is the largest value of the whole one."""
+    if _is_numeric(image):
+        values = _values(image)
         if image.mode == "F" and most <= 1:
             values = values * 255
         elif image.mode.startswith("I;16") or most > 255:
@@ -193,12 +301,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
         assert converted is not None
         return converted
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image that Pillow can read" if path.stat().st_size else "empty: 0 bytes"
+        with path.open("rb") as file:
+            start = file.read(len(HDF5_SIGNATURE))
+        if start == HDF5_SIGNATURE:
+            return "a file of HDF5, such as a feature file of brixel, not an image"
+        return "not an image of a format that brixel reads" if start else "empty: 0 bytes"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels (decompression bomb?)"
     if isinstance(error, OSError) and error.strerror:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from brixel_cli.data.images import EXTENSIONS, files_below, load_image, read_size
+from brixel_cli.data.images import EXTENSIONS, file_stat, files_below, is_folder, load_image, read_size
 from brixel_cli.data.video import VIDEO_EXTENSIONS, Video
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -59,14 +59,18 @@ class Inputs:
     videos: dict[Path, Video]
     passed_over: list[Path]
 
-    def load(self, item: Item) -> Image.Image:
+    def load(self, item: Item, enough: tuple[int, int] | None = None) -> Image.Image:
         """The item's pixels, upright 8-bit RGB.
+
+        Args:
+            item: of these.
+            enough: height and width of which more are not needed, where an image is very large; see `load_image`.
 
         Raises:
             BrixelError: it cannot be read; the message starts with the reason.
         """
         if item.frame is None:
-            return load_image(item.path, still=True)
+            return load_image(item.path, still=True, enough=enough)
         video = self.videos[item.path]
         for other in self.videos.values():
             if other is not video:
@@ -112,30 +116,39 @@ def find_inputs(
 
 def default_output(references: Sequence[str], suffix: str) -> Path:
     """Where features go when the user does not say: beside the input, under its name."""
-    first = Path(references[0]).expanduser()
-    if not first.exists() and glob.has_magic(references[0]):
+    first = _path(references[0])
+    if not os.path.exists(first) and glob.has_magic(references[0]):
         first = _fixed_part(references[0])
     if len(references) > 1:
         return first.absolute().parent / f"features{suffix}"
     first = first.resolve() if first.name in ("", ".", "..") else first
-    return first.with_name((first.name if first.is_dir() else first.stem) + suffix)
+    return first.with_name((first.name if os.path.isdir(first) else first.stem) + suffix)
+
+
+def _path(text: str) -> Path:
+    """A path as the shell understands it: that of a user who is not known stays as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def _expand(reference: str) -> tuple[list[Path], list[Path]]:
     """The files that a reference names, and the videos that a folder holds besides."""
-    path = Path(reference).expanduser()
-    if path.is_dir():
+    path = _path(reference)
+    if is_folder(path):
         found, videos = files_below(path, EXTENSIONS), files_below(path, VIDEO_EXTENSIONS)
         if not found:
             besides = f", but {describe_videos(videos)}" if videos else "."
             taken = ", ".join(sorted(EXTENSIONS))
             raise UsageError(f"No images in the folder {path}{besides} Files are taken by extension: {taken}.")
         return found, videos
-    if path.is_file():
+    if os.path.lexists(path):
+        try:
+            file_stat(path)
+        except BrixelError as error:
+            raise UsageError(f"--input {path} cannot be read: {reason_of(error, path)}.") from error
         return (_read_list(path) if path.suffix.lower() in LIST_EXTENSIONS else [path]), []
     if glob.has_magic(reference):
         matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(reference), recursive=True))]
-        found = [match for match in matches if match.is_file()]
+        found = [match for match in matches if os.path.isfile(match)]
         if found:
             return found, []
         raise UsageError(f"The pattern {reference} matches no file.")
@@ -160,14 +173,14 @@ def _read_list(path: Path) -> list[Path]:
     named = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not named:
         raise UsageError(f"{path} names no images: it wants one path a line, relative to its own folder.")
-    return [path.parent / Path(line).expanduser() for line in named]
+    return [path.parent / _path(line) for line in named]
 
 
 def _absolute(path: Path) -> Path:
     """Without `..`, which would lead names out of their root; other symbolic links stay as they are."""
     if ".." not in path.parts:
         return path.absolute()
-    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    return Path(os.path.realpath(path)) if os.path.isdir(path) else Path(os.path.realpath(path.parent)) / path.name
 
 
 def _below(path: Path, folders: Sequence[Path]) -> bool:
@@ -175,7 +188,7 @@ def _below(path: Path, folders: Sequence[Path]) -> bool:
 
 
 def _fixed_part(pattern: str) -> Path:
-    parts = Path(pattern).expanduser().parts
+    parts = _path(pattern).parts
     fixed = []
     for part in parts:
         if glob.has_magic(part):
@@ -185,8 +198,8 @@ def _fixed_part(pattern: str) -> Path:
 
 
 def _root(references: Sequence[str], paths: Sequence[Path]) -> Path:
-    only = Path(references[0]).expanduser()
-    if len(references) == 1 and only.is_dir():
+    only = _path(references[0])
+    if len(references) == 1 and os.path.isdir(only):
         return _absolute(only)
     return Path(os.path.commonpath([path.parent for path in paths]))
 
@@ -199,17 +212,15 @@ def _name(path: Path, root: Path) -> str:
 def _scan(path: Path, root: Path) -> Item | None:
     if path.suffix.lower() in VIDEO_EXTENSIONS:
         return None
-    try:
-        stat = path.stat()
-    except OSError as error:
-        return Item(path, _name(path, root), 0, 0, error.strerror or "cannot be opened", 0, 0)
-    height = width = 0
+    height = width = size = modified = 0
     reason = ""
     try:
+        status = file_stat(path)
+        size, modified = status.st_size, status.st_mtime_ns
         height, width = read_size(path, still=True)
     except BrixelError as error:
         reason = reason_of(error, path)
-    return Item(path, _name(path, root), height, width, reason, stat.st_size, stat.st_mtime_ns)
+    return Item(path, _name(path, root), height, width, reason, size, modified)
 
 
 def reason_of(error: BrixelError, path: Path) -> str:
@@ -220,16 +231,15 @@ def reason_of(error: BrixelError, path: Path) -> str:
 def _frames(path: Path, root: Path, every: int, videos: dict[Path, Video]) -> list[Item]:
     name = _name(path, root)
     try:
-        stat = path.stat()
+        status = file_stat(path)
         videos[path] = video = Video(path)
-    except (OSError, BrixelError) as error:
-        if isinstance(error, UsageError):
-            raise
-        reason = reason_of(error, path) if isinstance(error, BrixelError) else (error.strerror or str(error))
-        return [Item(path, name, 0, 0, reason, 0, 0)]
+    except UsageError:
+        raise
+    except BrixelError as error:
+        return [Item(path, name, 0, 0, reason_of(error, path), 0, 0)]
     numbers = range(0, video.num_frames, every)
     digits = len(str(video.num_frames))
     return [
-        Item(path, f"{name}#{n:0{digits}d}", video.height, video.width, "", stat.st_size, stat.st_mtime_ns, n)
+        Item(path, f"{name}#{n:0{digits}d}", video.height, video.width, "", status.st_size, status.st_mtime_ns, n)
         for n in numbers
     ]

@@ -11,6 +11,8 @@ from PIL import Image
 from brixel_cli.errors import BrixelError, UsageError
 
 VIDEO_EXTENSIONS = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())  # noqa: SIM905
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,asf,ogg,mpeg,mpegts,mpegvideo,m4v,h264,hevc"
+"""What FFmpeg may take a file for. It chooses by the contents; playlists, which name other files, are left out."""
 
 
 class Video:
@@ -32,7 +34,7 @@ class Video:
         self.path = path
         self._av = _load_av()
         try:
-            with self._av.open(str(path)) as container:
+            with self._open() as container:
                 self.num_frames = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
             first = next(self._decode(), None)
         except Exception as error:  # on damaged files PyAV raises all kinds, EOFError and UnicodeDecodeError among them
@@ -65,8 +67,11 @@ class Video:
         """Close the file; the next frame that is asked for opens it again."""
         self._frames, self._begun = iter(()), False
 
+    def _open(self) -> Any:
+        return self._av.open(str(self.path), options={"format_whitelist": CONTAINERS})
+
     def _decode(self) -> Iterator[Any]:
-        with self._av.open(str(self.path)) as container:
+        with self._open() as container:
             yield from container.decode(video=0)
 
 

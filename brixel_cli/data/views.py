@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli.config.distill import ViewConfig
 from brixel_cli.core.identity import text_digest
-from brixel_cli.data.images import Photograph, Skipped, load_image
+from brixel_cli.data.images import ImageFile, Skipped, load_image
 from brixel_cli.errors import BrixelError
 
 
@@ -99,37 +99,37 @@ class Views(Dataset[View]):
     An image that turns out to be damaged is replaced by the next one of the list, and reported in the view.
 
     Args:
-        photographs: as found by `scan_folder`.
+        images: as found by `scan_folder`.
         config: the recipe's `views` section.
         seed: of the random crops.
     """
 
-    def __init__(self, photographs: Sequence[Photograph], config: ViewConfig, seed: int):
-        self.photographs = list(photographs)
+    def __init__(self, images: Sequence[ImageFile], config: ViewConfig, seed: int):
+        self.images = list(images)
         self.config = config
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.photographs) * self.config.per_image
+        return len(self.images) * self.config.per_image
 
     def size_number(self, epoch: int, number: int) -> int:
         """Which of the config's sizes a view has; random views of an image change it from epoch to epoch."""
         return (number + (epoch if self.config.kind == "random" else 0)) % self.config.num_sizes
 
-    def photograph(self, number: int) -> Photograph:
+    def image(self, number: int) -> ImageFile:
         """The image that a view is to be cut from."""
-        return self.photographs[number // self.config.per_image]
+        return self.images[number // self.config.per_image]
 
     def __getitem__(self, key: tuple[int, int]) -> View:
         epoch, number = key
         first, variant = divmod(number, self.config.per_image)
         skipped: list[Skipped] = []
-        for offset in range(len(self.photographs)):
-            photograph = self.photographs[(first + offset) % len(self.photographs)]
+        for offset in range(len(self.images)):
+            file = self.images[(first + offset) % len(self.images)]
             try:
-                image = load_image(photograph.path)
+                image = load_image(file.path)
             except BrixelError as error:
-                skipped.append(Skipped(photograph.name, str(error).removesuffix(f": {photograph.path}")))
+                skipped.append(Skipped(file.name, str(error).removesuffix(f": {file.path}")))
                 continue
             size = self.config.teacher_sizes[self.size_number(epoch, number)]
             if self.config.kind == "centre" or (self.config.kind == "fixed" and variant == 0):
@@ -137,13 +137,11 @@ class Views(Dataset[View]):
             else:
                 epoch_of_view = epoch if self.config.kind == "random" else 0
                 view = random_view(image, size, self.config, seed_of(self.seed, epoch_of_view, number))
-            return View(tvf.pil_to_tensor(view), photograph.name, tuple(skipped))
-        raise BrixelError(f"None of the {len(self.photographs)} images can be read; the first: {skipped[0].reason}.")
+            return View(tvf.pil_to_tensor(view), file.name, tuple(skipped))
+        raise BrixelError(f"None of the {len(self.images)} images can be read; the first: {skipped[0].reason}.")
 
 
-def split_photographs(
-    photographs: Sequence[Photograph], fraction: float, most: int
-) -> tuple[list[Photograph], list[Photograph]]:
+def hold_out(images: Sequence[ImageFile], fraction: float, most: int) -> tuple[list[ImageFile], list[ImageFile]]:
     """Training and held-out images: about `fraction` is held out, at least one.
 
     The choice depends on each file's name alone, so that a growing folder keeps its held-out images. No more
@@ -152,17 +150,17 @@ def split_photographs(
     Raises:
         BrixelError: there are fewer than two images.
     """
-    if len(photographs) < 2:
+    if len(images) < 2:
         raise BrixelError(
             "One image cannot be split into training and held-out ones: add more, or give data.val_images."
         )
 
-    def place(photograph: Photograph) -> float:
-        return int(text_digest(photograph.name)[:16], 16) / 2**64
+    def place(image: ImageFile) -> float:
+        return int(text_digest(image.name)[:16], 16) / 2**64
 
-    ranked = sorted(photographs, key=place)
-    num_held_out = sum(place(photograph) < fraction for photograph in ranked)
+    ranked = sorted(images, key=place)
+    num_held_out = sum(place(image) < fraction for image in ranked)
     kept_back = ranked[: min(max(num_held_out, 1), len(ranked) - 1)]
     withheld, held_out = set(kept_back), set(kept_back[:most])
-    training = [photograph for photograph in photographs if photograph not in withheld]
-    return training, [photograph for photograph in photographs if photograph in held_out]
+    training = [image for image in images if image not in withheld]
+    return training, [image for image in images if image in held_out]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from brixel_cli.core.files import replacing
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's, which the colour-blind can tell apart."""
+from brixel_cli.drawing.charts import SERIES
 
 
 def draw_curves(path: Path, curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> None:
@@ -24,11 +23,10 @@ def draw_curves(path: Path, curves: Mapping[str, Sequence[Sequence[Mapping[str, 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for number, (label, seeds) in enumerate(curves.items()):
+    for (label, seeds), colour in zip(curves.items(), cycle(SERIES.values())):
         for seed, points in enumerate(seeds):
             steps, losses = [point["step"] for point in points], [point["loss"] for point in points]
-            axes.plot(steps, losses, color=COLOURS[number % len(COLOURS)], linewidth=1, alpha=0.8,
-                      label=None if seed else label)  # fmt: skip
+            axes.plot(steps, losses, color=colour, linewidth=1, alpha=0.8, label=None if seed else label)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     if all(point["loss"] > 0 for seeds in curves.values() for points in seeds for point in points):

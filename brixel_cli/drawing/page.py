@@ -19,6 +19,7 @@ from brixel_cli.drawing.charts import themed
 
 STYLE = Path(__file__).with_name("style.css")
 FIGURES = "figures"
+POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 WEBP_QUALITY = 88
 
 
@@ -141,23 +142,31 @@ def html(page: Page) -> str:
         f'<section id="{anchor}">\n<h2>{escape(section.title)}</h2>\n{_html_blocks(section.blocks)}\n</section>'
         for anchor, section in parts
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(page.title)}</title>
-<style>{STYLE.read_text(encoding="utf-8")}</style>
-</head>
-<body>
-<main>
+    body = f"""<main>
 <h1>{escape(page.title)}</h1>
 <p class="lead">{escape(page.lead)}</p>
 {f'<dl class="highlights">{figures}</dl>' if figures else ""}
 <nav>{links}</nav>
 {sections}
 <footer>{escape(page.footer)}</footer>
-</main>
+</main>"""
+    return document(page.title, body)
+
+
+def document(title: str, body: str, head: str = "") -> str:
+    """A whole file in the one style of our pages, which may fetch nothing; `body` and `head` are HTML."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{STYLE.read_text(encoding="utf-8")}</style>
+{head}
+</head>
+<body>
+{body}
 </body>
 </html>
 """

@@ -17,7 +17,7 @@ from portable_commands import distill_command, groups_of, portable, probe_comman
 from brixel_cli.cli import tables
 from brixel_cli.config.distill import Recipe
 from brixel_cli.core.files import replacing
-from brixel_cli.core.formatting import human_count, human_size
+from brixel_cli.core.formatting import human_count, human_percent, human_size
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.core.metric_titles import figure_text, figure_title
 from brixel_cli.drawing.charts import Line, line_chart
@@ -26,6 +26,7 @@ from brixel_cli.engines.ablating.results import Ablations
 from brixel_cli.engines.benchmarking.probes import ProbeResult, read_probe
 from brixel_cli.engines.benchmarking.results import Model, Results, Row
 from brixel_cli.engines.distilling.run_folder import RunFolder
+from brixel_cli.engines.distilling.validation import HeldOut
 from brixel_cli.engines.probing.folder import ProbeFolder, file_name
 from brixel_cli.engines.probing.results import ModelDescription, ProbeResults, Summary
 from brixel_cli.errors import BrixelError
@@ -49,12 +50,8 @@ WIDEST, LARGEST = 1400, 200_000
 # Cells and pictures
 
 
-def percent(share: float | None) -> str:
-    return "-" if share is None or math.isnan(share) else f"{share:.1%}"
-
-
 def faithful(values: Mapping[str, float | None]) -> list[str]:
-    return ["-" if (value := values.get(name)) is None else f"{value:.4f}" for name in FAITHFUL]
+    return ["-" if (value := values.get(name)) is None or math.isnan(value) else f"{value:.4f}" for name in FAITHFUL]
 
 
 def over(row: Row, backbone: Row) -> list[str]:
@@ -101,10 +98,14 @@ def training(folder: RunFolder, recipe: Recipe, figures: Path | None, stage: int
     """
     suffix = "" if stage == 1 else f"_{stage}"
     results = results_of(folder)
-    best, held_out = results["best"], f"{results['best']['num_images']} held-out images"
+    best = results["best"]
+    held_out = f"{best.num_images} held-out images"
     entries = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-    rows = [[name, *faithful(best[kind])] for name, kind in (("bilinear backbone", "backbone"), ("student", "student"))]
-    rows.append(["recovered gap", *(percent(best["gap_closed"][name]) for name in FAITHFUL)])
+    rows = [
+        [name, *faithful(getattr(best, kind))]
+        for name, kind in (("bilinear backbone", "backbone"), ("student", "student"))
+    ]
+    rows.append(["recovered gap", *(human_percent(best.recovered_gap[name]) for name in FAITHFUL)])
     blocks: list[Block] = [
         Commands([distill_command(recipe)]),
         Table("", ("", ""), training_facts(folder, recipe, results, entries)),
@@ -118,15 +119,15 @@ def training(folder: RunFolder, recipe: Recipe, figures: Path | None, stage: int
         chart = line_chart("Cosine similarity to the teacher during training", lines, "updates", "best 1")
         blocks.append(Chart(f"training{suffix}", chart, f"{held_out}. Backbone: its feature map, enlarged bilinearly."))
     caption = "Held-out images: the student's input, and the feature maps of backbone, student and teacher."
-    return [*blocks, *picture(folder.picture(best["step"]), f"training_maps{suffix}", caption, figures)]
+    return [*blocks, *picture(folder.picture(best.step), f"training_maps{suffix}", caption, figures)]
 
 
 def results_of(folder: RunFolder) -> dict[str, Any]:
-    """The results of a run that has ended."""
+    """The results of a run that has ended; its best student as a `HeldOut`."""
     if not folder.results.is_file():
         raise BrixelError(f"{folder.results} is missing: give a run that has reached its end.")
     results: dict[str, Any] = json.loads(folder.results.read_text(encoding="utf-8"))
-    return results
+    return {**results, "best": HeldOut.from_json(results["best"])}
 
 
 def training_facts(
@@ -141,7 +142,7 @@ def training_facts(
         ["views of each image", f"{views.per_image} ({views.kind})"],
         ["input of the student", f"{inputs_of(recipe)} px" + ("; validation: the first" if views.other_sizes else "")],
         ["input of the teacher", f"{views.factor} times that"],
-        ["updates", f"{results['steps']:,} with batches of {batch}; best validation after {results['best']['step']:,}"],
+        ["updates", f"{results['steps']:,} with batches of {batch}; best validation after {results['best'].step:,}"],
     ]
     if speeds:
         speed = statistics.median(speeds)
@@ -194,7 +195,7 @@ def generalisation(results: Results, recipes: Sequence[Recipe]) -> list[Block]:
             cells = [human_size(size), "square" if size[0] == size[1] else "not square"]
             for name in FAITHFUL:
                 cells += [f"{getattr(item, name):.4f}" if item else "-" for item in (bilinear, student)]
-                cells.append(percent(student.recovered_gap.get(name)) if student else "-")
+                cells.append(human_percent(student.recovered_gap.get(name)) if student else "-")
             rows.append(cells)
         notes = [note for note in results.notes if note.startswith(f"{model.name} ")]  # of rows that were not run
         columns = ["input", "shape", *(f"{metric}, {what}" for metric in FAITHFUL.values() for what in SIZE_COLUMNS)]
@@ -209,9 +210,9 @@ def tuned(stages: Sequence[tuple[RunFolder, Recipe]], probed: Sequence[Path]) ->
     for folder, recipe in stages:
         results, state = results_of(folder), folder.load_state()
         best = results["best"]
-        cosines = [f"{best[kind]['cosine']:.4f}" for kind in ("backbone", "student")]
+        cosines = [f"{getattr(best, kind)['cosine']:.4f}" for kind in ("backbone", "student")]
         counts = [state[1]["photographs"] if state else "-", str(recipe.views.per_image), f"{results['steps']:,}"]
-        rows.append([folder.path.name, *counts, *cosines, percent(best["gap_closed"]["cosine"])])
+        rows.append([folder.path.name, *counts, *cosines, human_percent(best.recovered_gap["cosine"])])
         commands.append(distill_command(recipe))
     found: list[Block] = [Commands(list(dict.fromkeys(commands))), Table("", TUNED_COLUMNS, rows)] if rows else []
     return [*found, *(probes(probed, None) if probed else [])]
@@ -229,7 +230,7 @@ def probe_rows(results: ProbeResults) -> list[list[str]]:
         figures = [figure_text(metric, source.mean_of(metric), source.spread.get(metric)) for source in sources]
         title = figure_title(metric, settings.protocol_settings.align)
         facts = [seeds, settings.protocol, side(settings.size), images]
-        rows.append([settings.recipe, title, *figures, percent(recovered.get(metric)), *facts])
+        rows.append([settings.recipe, title, *figures, human_percent(recovered.get(metric)), *facts])
     return rows
 
 
@@ -254,7 +255,7 @@ def probes(folders: Sequence[Path], figures: Path | None) -> list[Block]:
     remarks = [f"Mean and standard deviation over seeds. Student: {'; '.join(dict.fromkeys(students)) or '-'}."]
     shares = [figure.recovered_gap for figure in main if figure.recovered_gap is not None]
     if shares:
-        remarks.append(f"Mean recovered gap: {percent(statistics.mean(shares))}, over {names_of(main, True)}.")
+        remarks.append(f"Mean recovered gap: {human_percent(statistics.mean(shares))}, over {names_of(main, True)}.")
     if len(shares) < len(main):
         remarks.append(f"Not in the mean, because there is no gap or a source is missing: {names_of(main, False)}.")
     return [Commands(commands), Table("", PROBE_COLUMNS, rows), Text(" ".join(remarks)), *photos]

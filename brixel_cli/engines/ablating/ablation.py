@@ -19,7 +19,7 @@ from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe
 from brixel_cli.config.probe import ProbeOptions
-from brixel_cli.core.files import write_text
+from brixel_cli.core.files import locked, write_text
 from brixel_cli.core.identity import json_digest
 from brixel_cli.engines.ablating.cost import Inference, UpdateTime, UpdateTimes, measure_inference
 from brixel_cli.engines.ablating.probing import VariantProbes
@@ -71,6 +71,11 @@ def ablate(options: AblationOptions, reporter: Reporter, probe: ProbeOptions | N
         BrixelError: an error that the user can fix. A variant whose training or probe fails does not end the others:
             its row says why.
     """
+    with locked(options.output):
+        return _ablate(options, reporter, probe)
+
+
+def _ablate(options: AblationOptions, reporter: Reporter, probe: ProbeOptions | None) -> Ablations:
     folder = options.output
     probes = VariantProbes(probe, folder / RUNS, reporter) if probe else None
     planned = plan_ablation(options)
@@ -252,7 +257,7 @@ def _with_fidelity(row: VariantResult, folder: RunFolder, failure: str) -> Varia
         row,
         curve=tuple(Point(entry["step"], entry["student"]) for entry in validations),
         bilinear=last["backbone"],
-        recovered_gap=last.get("recovered_gap") or last["gap_closed"],
+        recovered_gap=last["recovered_gap" if "recovered_gap" in last else "gap_closed"],
         num_images=last["num_images"],
     )
 

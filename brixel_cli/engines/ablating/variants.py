@@ -62,8 +62,9 @@ def _fusion(width: int, middle_width: int, fine_width: int, *blocks: int) -> dic
     return {"adapter.kind": "fusion"} | {f"adapter.fusion.{key}": value for key, value in sizes.items()}
 
 
-def _context(kernel_size: int, norm: str = "location") -> dict[str, Any]:
-    return {"adapter.kind": "fusion", "adapter.fusion.kernel_sizes": [kernel_size, 3, 3], "adapter.fusion.norm": norm}
+def _context(kernel_size: int, norm: str = "location", heads: int = 0) -> dict[str, Any]:
+    options = {"kernel_sizes": [kernel_size, 3, 3], "norm": norm, "attention_heads": heads}
+    return {"adapter.kind": "fusion"} | {f"adapter.fusion.{key}": value for key, value in options.items()}
 
 
 def _linear(there: bool) -> dict[str, Any]:
@@ -114,6 +115,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "wide": _context(5),
         "map-norm": _context(1, "map"),
         "neighbours+map-norm": _context(3, "map"),
+        "attention": _context(1, heads=8),
     },
     "linear": {
         "fitted": _linear(True),

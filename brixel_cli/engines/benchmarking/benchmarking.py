@@ -15,7 +15,7 @@ from torch import Tensor
 from brixel_cli.config.base import parse_sizes
 from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.core.backbone import check_size
-from brixel_cli.core.files import write_text
+from brixel_cli.core.files import locked, make_folder, write_text
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.cost import (
@@ -30,7 +30,13 @@ from brixel_cli.engines.benchmarking.environment import describe_environment
 from brixel_cli.engines.benchmarking.fidelity import draw_examples, measure_fidelity
 from brixel_cli.engines.benchmarking.latency import interleaved
 from brixel_cli.engines.benchmarking.methods import Method, in_precision, load_baseline, make_methods
-from brixel_cli.engines.benchmarking.models import Candidate, Photos, find_candidates, find_photos, load_or_randomise
+from brixel_cli.engines.benchmarking.models import (
+    Candidate,
+    ImageSet,
+    find_candidates,
+    find_images_of,
+    load_or_randomise,
+)
 from brixel_cli.engines.benchmarking.probes import probes_of
 from brixel_cli.engines.benchmarking.results import (
     FILE_NAME,
@@ -78,17 +84,15 @@ def benchmark(options: BenchmarkOptions, reporter: Reporter) -> tuple[Results, l
     Raises:
         BrixelError: an error that the user can fix; what was measured before stays in the folder.
     """
-    work = _Benchmark(options, reporter)
-    sizes = {candidate.name: work.sizes(candidate) for candidate in work.candidates}
-    groups = {name: [(size, work.count(name, size)) for size in found] for name, found in sizes.items()}
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output {options.output} cannot be made: {error.strerror}.") from error
-    for candidate in work.candidates:
-        work.measure_model(candidate, groups[candidate.name])
-    work.answer_budget()
-    results = work.save()
+    with locked(options.output):
+        work = _Benchmark(options, reporter)
+        sizes = {candidate.name: work.sizes(candidate) for candidate in work.candidates}
+        groups = {name: [(size, work.count(name, size)) for size in found] for name, found in sizes.items()}
+        make_folder(options.output)
+        for candidate in work.candidates:
+            work.measure_model(candidate, groups[candidate.name])
+        work.answer_budget()
+        results = work.save()
     names = [FILE_NAME, TABLE_NAME, *(picture.path for picture in results.pictures)]
     return results, [options.output / name for name in names]
 
@@ -190,8 +194,8 @@ class _Benchmark:
 
     def measure_model(self, candidate: Candidate, groups: Sequence[tuple[Size, list[Row]]]) -> None:
         """Measure one model at all its sizes, and save after each."""
-        photos = find_photos(candidate, self.options, self.reporter)
-        self.models.append(candidate.describe(photos))
+        image_set = find_images_of(candidate, self.options, self.reporter)
+        self.models.append(candidate.describe(image_set))
         student: Student | None = None
         for size, rows in groups:
             if self._take_over(self.models[-1], size, len(rows) + len(self.baselines)):
@@ -201,14 +205,14 @@ class _Benchmark:
                 was_random = candidate.random
                 candidate, student = load_or_randomise(candidate, self.options, str(self.device), self.reporter)
                 if candidate.random and not was_random:
-                    photos = None
+                    image_set = None
                     self.models[-1] = candidate.describe(None)
             if student is None:
                 why = f"{TOO_LARGE_TO_LOAD} {human_bytes(rows[0].weights_bytes)}"
                 self.rows += [replace(row, note=why) for row in rows]
             else:
                 with memory_errors(f"in measuring {candidate.name} at {size[0]}x{size[1]} px", f"{ADVICE}."):
-                    self.rows += self._measure_size(candidate, student, size, rows, photos)
+                    self.rows += self._measure_size(candidate, student, size, rows, image_set)
             self.save()
 
     def _take_over(self, model: Model, size: Size, num_rows: int) -> bool:
@@ -226,7 +230,7 @@ class _Benchmark:
 
     @torch.inference_mode()
     def _measure_size(
-        self, candidate: Candidate, student: Student, size: Size, counted: list[Row], photos: Photos | None
+        self, candidate: Candidate, student: Student, size: Size, counted: list[Row], image_set: ImageSet | None
     ) -> list[Row]:
         """Run the rows of one model and size that fit: time, peak memory, fidelity."""
         batch_size = self.options.batch_size
@@ -255,12 +259,12 @@ class _Benchmark:
         for method in run:
             call = partial(method.call, images[method.label])
             rows[method.label] = self._with_memory(candidate, rows[method.label], call)
-        if photos is not None and any(method.kind == "bilinear" for method in run):
+        if image_set is not None and any(method.kind == "bilinear" for method in run):
             compared = [method for method in run if method.kind != "student" or candidate.spec.stored is not None]
             if why := self._why_no_teacher(candidate, student, size, speed):
                 rows["student"] = replace(rows["student"], note=rows["student"].note or f"no fidelity: teacher {why}")
             else:
-                self._compare(candidate, student, size, compared, rows, photos)
+                self._compare(candidate, student, size, compared, rows, image_set)
         return [rows[method.label] for method in methods]
 
     def _try(self, row: Row, call: Callable[[], object], seconds_per_gflop: float) -> tuple[float | None, str]:
@@ -316,10 +320,10 @@ class _Benchmark:
         size: Size,
         compared: Sequence[Method],
         rows: dict[str, Row],
-        photos: Photos,
+        image_set: ImageSet,
     ) -> None:
         """Add the fidelity of the rows whose maps are compared with the teacher's; draw some images."""
-        views = photos.views(student.backbone, candidate.spec.factor, size)
+        views = image_set.views(student.backbone, candidate.spec.factor, size)
         title = f"fidelity, {size[0]}x{size[1]} px"
         found = measure_fidelity(compared, views, student.backbone, self.reporter, title)
         ranked = found["student" if "student" in found else "bilinear"].worst_images

@@ -124,7 +124,7 @@ def draw_examples(
         model: of the rows, for the file names.
         size: of the rows, for the file names.
     """
-    numbers = {photo.name: number for number, photo in enumerate(views.photographs)}
+    numbers = {image.name: number for number, image in enumerate(views.images)}
     shown = [row for row in methods if row.kind not in ("bilinear", "teacher")]
     pictures = []
     (folder / "pictures").mkdir(parents=True, exist_ok=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from brixel_cli.config.base import parse_sizes
 from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.config.distill import Recipe, ViewConfig
 from brixel_cli.config.files import find_recipe, load_recipe
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.identity import joint_digest, tensors_sha256
 from brixel_cli.core.shipped import shipped_students
-from brixel_cli.core.student import FILE_NAME, Student
-from brixel_cli.data.images import Photograph, scan_folder
+from brixel_cli.core.student import FILE_NAME, HUB, Student
+from brixel_cli.data.images import ImageFile, scan_folder
 from brixel_cli.data.views import Views
 from brixel_cli.engines.benchmarking.results import Model, Size
 from brixel_cli.engines.distilling.training_images import find_images
@@ -22,17 +23,17 @@ from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 
 @dataclass(frozen=True)
-class Photos:
+class ImageSet:
     """Images for the fidelity, the same at every size."""
 
     folder: str
-    photographs: list[Photograph]
+    files: list[ImageFile]
 
     def views(self, backbone: Backbone, factor: int, size: Size) -> Views:
         """Their centre crops for the teacher, of which the student sees `size` (height, width)."""
         fields = {"teacher_size": [factor * side for side in size], "factor": factor}
         config = ViewConfig.model_validate(fields)
-        return Views(self.photographs, config, 0)
+        return Views(self.files, config, 0)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Candidate:
         assert isinstance(student, Student)
         return student
 
-    def describe(self, photos: Photos | None) -> Model:
+    def describe(self, images: ImageSet | None) -> Model:
         """For the results; files are read for their SHA-256, so that changed ones are told from those measured."""
         spec = self.spec
         return Model(
@@ -88,10 +89,10 @@ class Candidate:
             patch_size=spec.patch_size,
             factor=spec.factor,
             trained_size=self.trained_size,
-            images=photos.folder if photos else None,
-            num_images=len(photos.photographs) if photos else 0,
+            images=images.folder if images else None,
+            num_images=len(images.files) if images else 0,
             weights_sha256=joint_digest([("", Path(spec.weights))]) if Path(spec.weights).is_file() else "",
-            images_sha256=joint_digest((photo.name, photo.path) for photo in photos.photographs) if photos else "",
+            images_sha256=joint_digest((file.name, file.path) for file in images.files) if images else "",
         )
 
 
@@ -111,19 +112,22 @@ def find_candidates(options: BenchmarkOptions, reporter: Reporter) -> list[Candi
     elif options.models:
         names = [name.strip() for name in options.models.split(",") if name.strip()]
         if not names:
-            raise UsageError(f"--models names no recipe and no run folder: {options.models!r}.")
+            raise UsageError(f"--models names no recipe and no student: {options.models!r}.")
     else:
-        names = [default_student(None, reporter)]
+        sizes = parse_sizes(options.sizes, 1) if options.sizes else []
+        names = [default_student(None, reporter, min(sizes[0]) if len(sizes) == 1 else None)]
     found = [
-        _of_checkpoint(name, options)
-        if options.checkpoint or name in shipped_students() or (Path(name) / FILE_NAME).is_file()
-        else _of_recipe(name, options)
+        _of_checkpoint(name, options) if options.checkpoint or _is_student(name) else _of_recipe(name, options)
         for name in names
     ]
     for number, candidate in enumerate(found):
         if candidate.name in {other.name for other in found[:number]}:
             raise UsageError(f"--models: two models are called {candidate.name}; rows could not be told apart.")
     return found
+
+
+def _is_student(name: str) -> bool:
+    return name in shipped_students() or name.startswith(HUB) or (Path(name) / FILE_NAME).is_file()
 
 
 def _of_recipe(name: str, options: BenchmarkOptions) -> Candidate:
@@ -148,6 +152,8 @@ def _of_checkpoint(reference: str, options: BenchmarkOptions) -> Candidate:
     recipe = load_recipe(str(file)) if file.is_file() else None
     dtype = recipe.backbone.dtype if recipe else "float32"
     name = path.parent.resolve().name if path.name == FILE_NAME else path.stem
+    if reference.startswith(HUB):  # the file lies in a folder of the hub's client, which says nothing
+        name = reference.rpartition("/")[2]
     candidate = Candidate(name, replace(spec, dtype=dtype), recipe)
     return candidate.randomised() if candidate.random else candidate
 
@@ -172,7 +178,7 @@ def load_or_randomise(
         return candidate.randomised(), candidate.randomised().load(device)
 
 
-def find_photos(candidate: Candidate, options: BenchmarkOptions, reporter: Reporter) -> Photos | None:
+def find_images_of(candidate: Candidate, options: BenchmarkOptions, reporter: Reporter) -> ImageSet | None:
     """The images of --images, or the held-out ones of the candidate's run; None where fidelity makes no sense.
 
     Raises:
@@ -181,7 +187,7 @@ def find_photos(candidate: Candidate, options: BenchmarkOptions, reporter: Repor
     if candidate.random:
         return None
     if options.images is not None:
-        return Photos(str(options.images), scan_folder(options.images, 1)[0][: options.max_images])
+        return ImageSet(str(options.images), scan_folder(options.images, 1)[0][: options.max_images])
     if candidate.spec.stored is None:
         return None
     if candidate.recipe is None:
@@ -193,4 +199,4 @@ def find_photos(candidate: Candidate, options: BenchmarkOptions, reporter: Repor
     except BrixelError as error:
         reporter.warn(f"{candidate.name}: no fidelity. {str(error).splitlines()[0]}")
         return None
-    return Photos(data.val_images or data.images, held_out[: options.max_images])
+    return ImageSet(data.val_images or data.images, held_out[: options.max_images])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from brixel_cli.config.distill import Recipe
 from brixel_cli.core.backbone import Backbone
+from brixel_cli.core.files import clear_partials
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.identity import files_sha256, json_digest
 from brixel_cli.data.images import Skipped, load_image
@@ -95,20 +96,20 @@ class CachedBatches:
         self.store, self.layout, self.views, self.first_row, self.device = store, layout, views, first_row, device
         self.skipped: list[Skipped] = []
         for number in range(0, len(views), views.config.per_image):
-            wanted = views.photograph(number)
+            wanted = views.image(number)
             if self._used(number) != wanted.name:
                 self.skipped.append(Skipped(wanted.name, _damage(wanted.path)))
 
     def _used(self, number: int) -> str:
         """The image that a view was cut from: another than the wanted one where that was damaged."""
-        return self.views.photographs[int(self.store.read("photograph", [self.first_row + number])[0])].name
+        return self.views.images[int(self.store.read("photograph", [self.first_row + number])[0])].name
 
     def iterate(self, keys: Iterable[Sequence[Key]]) -> Iterator[Batch]:
         """One batch for each list of keys, in order."""
         for batch in keys:
             rows = [self.first_row + number for _, number in batch]
             maps = self._tensor("maps", rows)
-            sources = [(self._used(number), self.views.photograph(number).name) for _, number in batch]
+            sources = [(self._used(number), self.views.image(number).name) for _, number in batch]
             yield Batch(
                 images=self._tensor("images", rows).float(),
                 maps=list(maps.float().unbind(1)),
@@ -142,7 +143,7 @@ class CacheFile:
         reporter: Reporter,
     ):
         self.recipe, self.backbone, self.parts, self.runtime, self.reporter = recipe, backbone, parts, runtime, reporter
-        images = [image for views in parts for image in views.photographs]
+        images = [image for views in parts for image in views.images]
         description = {
             "format": CACHE_FORMAT,
             "backbone": [backbone.name, backbone.sha256, str(backbone.dtype)],
@@ -157,6 +158,8 @@ class CacheFile:
         self.path = folder / f"{json_digest(description)[:16]}.h5"
         self.num_rows = sum(len(views) for views in parts)
         self.layout = cache_layout(parts, backbone)
+        if runtime.is_first:
+            clear_partials(folder)
         if runtime.is_first and not self.path.exists():
             needed = human_bytes(bytes_needed(self.num_rows, self.layout.columns))
             reporter.say(f"cache: {self.num_rows} views need {needed} on disk, at {self.path}")
@@ -195,7 +198,7 @@ class CacheFile:
         layout, runtime = self.layout, self.runtime
         at_once = min(CACHE_BATCH, self.recipe.optim.images_per_pass(runtime.world_size))
         chunks = batches_of_one_size(rows, lambda row: layout.sizes[row], at_once)
-        numbers = {image.name: number for number, image in enumerate(views.photographs)}
+        numbers = {image.name: number for number, image in enumerate(views.images)}
         online = OnlineBatches(views, self.backbone, runtime, self.recipe.run.workers)
         batches = online.iterate([(0, row - first_row) for row in chunk] for chunk in chunks)
         for chunk, batch in zip(chunks, batches, strict=True):

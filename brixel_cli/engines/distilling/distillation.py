@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from PIL import Image
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import dump_recipe
 from brixel_cli.core.backbone import Backbone, load_backbone
-from brixel_cli.core.files import save_picture, write_text
+from brixel_cli.core.files import locked, save_picture, write_text
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.student import StudentCard, save_student
 from brixel_cli.data.images import Skipped, describe_skipped
@@ -76,8 +78,6 @@ def distill(
         BrixelError: something the user can fix; what was computed before stays in the folder.
     """
     recipe = resolve_paths(recipe)
-    if resume or not overwrite:
-        folder.check(recipe, resume)
     runtime = Runtime(recipe.run.device, recipe.run.precision, training=True, device_option="run.device")
     share = recipe.optim.accumulate * runtime.world_size
     if recipe.optim.batch_size % share:
@@ -87,12 +87,16 @@ def distill(
         )
     per_pass = recipe.optim.images_per_pass(runtime.world_size)
     height, width = recipe.views.teacher_hw
-    with memory_errors(
+    out_of_memory = memory_errors(
         f"with {per_pass} images in a pass and a teacher input of {height}x{width} pixels",
         "Split each update into more passes (--set optim.accumulate=N), recompute activations "
         "(--set adapter.checkpointing=true), hold the backbone in bfloat16 (--set backbone.dtype=bfloat16), or lower "
         "optim.batch_size.",
-    ):
+    )
+    with ExitStack() as stack, out_of_memory:
+        runtime.first_only(lambda: stack.enter_context(locked(folder.path)))
+        if resume or not overwrite:
+            runtime.first_only(lambda: folder.check(recipe, resume))
         return _distill(recipe, folder, reporter, runtime, resume)
 
 
@@ -255,7 +259,8 @@ class _Run:
 
     def card(self) -> StudentCard:
         """What the student's file says of itself."""
-        recipe, backbone = self.recipe, self.backbone
+        recipe, backbone, best = self.recipe, self.backbone, self.trainer.best
+        gap = best.recovered_gap["cosine"] if best and best.step == self.trainer.step else math.nan
         return StudentCard(
             backbone=backbone.name,
             backbone_weights=backbone.weights,
@@ -266,6 +271,8 @@ class _Run:
             step=self.trainer.step,
             student_size=recipe.student_hw,
             backbone_signature=backbone.signature(),
+            trained_sides=recipe.trained_sides,
+            recovered_gap={str(min(recipe.student_hw)): round(gap, 4)} if math.isfinite(gap) else {},
         )
 
 
@@ -276,7 +283,7 @@ def _skipped(damaged: dict[str, str]) -> list[Skipped]:
 def _record_validation(held_out: HeldOut, picture: Image.Image, folder: RunFolder, writer: Any) -> None:
     figures = dataclasses.asdict(held_out)
     folder.log({"kind": "validation", **figures})
-    for row in ("backbone", "student", "gap_closed"):
+    for row in ("backbone", "student", "recovered_gap"):
         _write_scalars(writer, f"held_out/{row}", figures[row], held_out.step)
     save_picture(picture, folder.picture(held_out.step))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from brixel_cli.config.distill import Recipe, ViewConfig
 from brixel_cli.core.backbone import check_size
 from brixel_cli.core.identity import files_sha256, json_digest
-from brixel_cli.data.images import Photograph, Skipped, scan_folder
-from brixel_cli.data.views import Views, split_photographs
+from brixel_cli.data.images import ImageFile, Skipped, scan_folder
+from brixel_cli.data.views import Views, hold_out
 from brixel_cli.errors import BrixelError, SizeError, UsageError
 
 
@@ -24,8 +24,8 @@ class TrainingImages:
         skipped: files that cannot be used.
     """
 
-    training: list[Photograph]
-    held_out: list[Photograph]
+    training: list[ImageFile]
+    held_out: list[ImageFile]
     skipped: list[Skipped]
 
     @property
@@ -62,7 +62,7 @@ def find_images(recipe: Recipe) -> TrainingImages:
     min_side = data.min_side or min(recipe.views.teacher_hw)
     found, skipped = scan_folder(Path(data.images), min_side)
     if data.val_images is None:
-        training, held_out = split_photographs(found, data.val_fraction, data.max_val_images)
+        training, held_out = hold_out(found, data.val_fraction, data.max_val_images)
     else:
         held_out, more = scan_folder(Path(data.val_images), min_side)
         withheld = {image.path.resolve() for image in held_out}

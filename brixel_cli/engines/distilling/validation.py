@@ -31,21 +31,25 @@ class HeldOut:
         num_images: that were measured; damaged ones are left out.
         backbone: of the backbone's bilinearly enlarged map, by metric.
         student: of the student's map, by metric.
-        gap_closed: (student - backbone) / (teacher - backbone), by metric; nan where there is no gap.
+        recovered_gap: (student - backbone) / (teacher - backbone), by metric; nan where there is no gap.
     """
 
     step: int
     num_images: int
     backbone: dict[str, float]
     student: dict[str, float]
-    gap_closed: dict[str, float]
+    recovered_gap: dict[str, float]
 
     @staticmethod
     def from_json(stored: Mapping[str, Any]) -> HeldOut:
-        """Read back from a line of metrics.jsonl, a state or results.json, where null stands for nan."""
+        """Read back from a line of metrics.jsonl, a state or results.json, where null stands for nan.
+
+        Earlier versions called the recovered gap `gap_closed`.
+        """
+        stored = {"recovered_gap": stored.get("gap_closed"), **stored}
         groups = {
             name: {metric: math.nan if value is None else value for metric, value in stored[name].items()}
-            for name in ("backbone", "student", "gap_closed")
+            for name in ("backbone", "student", "recovered_gap")
         }
         return HeldOut(stored["step"], stored["num_images"], **groups)
 

@@ -51,7 +51,7 @@ class Extracted:
         failures: images without features, with the reasons.
         seconds: from the first image to the last.
         num_computed: images that this run computed, on all processes.
-        pictures: what `preview` wrote.
+        pictures: what `preview` and `page` wrote.
     """
 
     output: Path
@@ -177,6 +177,10 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
         from brixel_cli.engines.extracting.preview import write_previews
 
         pictures = write_previews(features, plan, reporter)
+    if options.page is not None and runtime.is_first:
+        from brixel_cli.engines.extracting.page import write_page
+
+        pictures.append(write_page(features, plan, runtime, reporter))
     num_done = int(np.sum(features.status == DONE))
     return Extracted(
         plan.output, len(features), num_before, num_done - num_before, features.failures, seconds, pictures

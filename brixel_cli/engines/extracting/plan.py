@@ -211,10 +211,10 @@ def preview_folder(output: Path) -> Path:
 
 
 def model_of(options: ExtractOptions, reporter: Reporter) -> ModelSpec:
-    """The model that the options name; without a checkpoint, that of the default student. Errors as `model_spec`."""
+    """The model that the options name; without a checkpoint, a shipped student for --res. Errors as `model_spec`."""
     checkpoint = options.checkpoint
     if checkpoint is None and (options.source == "student" or not options.backbone):
-        checkpoint = default_student(options.backbone, reporter)
+        checkpoint = default_student(options.backbone, reporter, options.res)
     return model_spec(
         options.source, checkpoint=checkpoint, backbone=options.backbone, weights=options.backbone_weights
     )

@@ -36,7 +36,7 @@ def write_previews(features: FeatureFile, plan: ExtractPlan, reporter: Reporter)
         return []
     folder, palette = preview_folder(plan.output), _palette(features)
     names = picture_names(features.paths)
-    on_sheet = set(_spread(rows, SHEET_IMAGES))
+    on_sheet = set(spread(rows, SHEET_IMAGES))
     pairs: list[tuple[Image.Image, Image.Image]] = []
     with reporter.bar("preview", len(rows), unit="image") as bar:
         for row in rows:
@@ -55,10 +55,10 @@ def write_previews(features: FeatureFile, plan: ExtractPlan, reporter: Reporter)
 
 def _palette(features: FeatureFile) -> Palette:
     gathered = RunningPca(features[features.rows[0]].shape[0])
-    for row in _spread(features.rows, BASIS_IMAGES):
+    for row in spread(features.rows, BASIS_IMAGES):
         gathered.add(torch.from_numpy(features[row]))
     return Palette.fit(
-        gathered.basis(3), [torch.from_numpy(features[row]) for row in _spread(features.rows, RANGE_IMAGES)]
+        gathered.basis(3), [torch.from_numpy(features[row]) for row in spread(features.rows, RANGE_IMAGES)]
     )
 
 
@@ -72,7 +72,7 @@ def _seen(plan: ExtractPlan, features: FeatureFile, row: int) -> Image.Image:
         return Image.new("RGB", (width, height), "grey")
 
 
-def _spread(rows: list[int], most: int) -> list[int]:
+def spread(rows: list[int], most: int) -> list[int]:
     """At most so many of the rows, evenly spread."""
     places = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)
     return [rows[place] for place in places]

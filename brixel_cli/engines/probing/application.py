@@ -17,7 +17,7 @@ from torch import Tensor
 from brixel_cli.config.probe import ApplyOptions
 from brixel_cli.config.section import Side
 from brixel_cli.core.backbone import Backbone
-from brixel_cli.core.files import save_picture, write_text
+from brixel_cli.core.files import locked, make_folder, save_picture, write_text
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.heads import Head, load_head
 from brixel_cli.core.identity import file_sha256, tensors_sha256
@@ -103,26 +103,27 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     units: dict[str, str] = {
         quantity: UNITS[quantity].format(depth_unit=DEPTH_UNITS[unit]) for quantity in head.spec.quantities
     }
-    _begin(output, options, said, units)
-    head.to(runtime.device)
-    names = picture_names([item.name for item in inputs.items])
-    failures: dict[str, str] = {}
-    num_written = 0
-    began = time.perf_counter()
-    with reporter.bar("predict", len(inputs.items), unit="image") as bar:
-        for number, loaded in _loaded(inputs, said, size, spec, runtime):
-            item = inputs.items[number]
-            if isinstance(loaded, str):
-                failures[item.name] = loaded
-            else:
-                with memory_errors(f"predicting {item.name}", "Take another --device."):
-                    predictions = _predict(head, model, loaded)
-                try:
-                    write_predictions(output, names[number], loaded.image, predictions, unit)
-                    num_written += 1
-                except BrixelError as error:
-                    failures[item.name] = str(error)
-            bar.update(1)
+    with locked(output):
+        _begin(output, options, said, units)
+        head.to(runtime.device)
+        names = picture_names([item.name for item in inputs.items])
+        failures: dict[str, str] = {}
+        num_written = 0
+        began = time.perf_counter()
+        with reporter.bar("predict", len(inputs.items), unit="image") as bar:
+            for number, loaded in _loaded(inputs, said, size, spec, runtime):
+                item = inputs.items[number]
+                if isinstance(loaded, str):
+                    failures[item.name] = loaded
+                else:
+                    with memory_errors(f"predicting {item.name}", "Take another --device."):
+                        predictions = _predict(head, model, loaded)
+                    try:
+                        write_predictions(output, names[number], loaded.image, predictions, unit)
+                        num_written += 1
+                    except BrixelError as error:
+                        failures[item.name] = str(error)
+                bar.update(1)
     seconds = time.perf_counter() - began
     if not num_written:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in list(failures.items())[:5])
@@ -219,10 +220,7 @@ def _begin(output: Path, options: ApplyOptions, said: HeadDescription, units: Ma
         raise UsageError(
             f"{output} holds predictions of another head. Give --overwrite, or another folder with --output."
         )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BrixelError(f"The folder {output} cannot be made: {error.strerror}. Choose another one.") from error
+    make_folder(output)
     write_text(path, to_json(description, indent=1) + "\n")
 
 

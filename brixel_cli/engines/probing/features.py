@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from brixel_cli.config.labelled import IGNORE
+from brixel_cli.core.files import clear_partials
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.data.crops import Crop, cut_image, cut_map, cut_target
@@ -115,6 +116,7 @@ def prepare(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> None:
         f"features: {human_bytes(plan.bytes_needed)} needed, {human_bytes(plan.bytes_free)} free, "
         f"in {plan.options.features}"
     )
+    clear_partials(plan.options.features)
     plan.check_disk()
     for source_plan in plan.sources:
         for split in (source_plan.train, source_plan.evaluate):

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from brixel_cli.config.section import difference_lines, differences
-from brixel_cli.core.files import write_text
+from brixel_cli.core.files import make_folder, write_text
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.engines.probing.results import ProbeResults, Run, Settings, SourceDescription, as_dict
 from brixel_cli.errors import BrixelError, UsageError
@@ -77,13 +77,8 @@ class ProbeFolder:
                     f"{self.path} holds a probe that was begun with something else:\n  " + "\n  ".join(changed) + "\n"
                     "Give --overwrite to begin anew, or another folder with --output."
                 )
-        try:
-            for folder in ("heads", "curves", "images", "pictures"):
-                (self.path / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BrixelError(
-                f"The folder {self.path} cannot be made: {error.strerror}. Choose another one."
-            ) from error
+        for folder in ("heads", "curves", "images", "pictures"):
+            make_folder(self.path / folder)
         runs = earlier.runs if earlier is not None else []
         return [run for run in runs if self.head(run.source, run.seed).is_file()]
 

@@ -14,6 +14,7 @@ import torch
 
 from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
+from brixel_cli.core.files import locked
 from brixel_cli.core.heads import HeadSpec, save_head
 from brixel_cli.data.labelled import LabelledSet, all_errors
 from brixel_cli.engines.probing.evaluation import evaluate_head
@@ -72,6 +73,12 @@ def probe(options: ProbeOptions, reporter: Reporter) -> Probed:
     if runtime.world_size > 1:
         raise UsageError("brixel probe runs in one process: start it without torchrun.")
     plan = plan_probe(options, runtime, reporter)
+    with locked(options.output):
+        return _probe(plan, runtime, reporter)
+
+
+def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
+    options = plan.options
     folder = ProbeFolder(options.output)
     settings, described = _settings(plan, runtime), {item.source.label: _describe(item) for item in plan.sources}
     runs = folder.begin(settings, described, options.overwrite)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from brixel_cli.config.base import height_width
 from brixel_cli.config.extract import Source as ModelKind
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.backbone import load_backbone
@@ -123,7 +124,7 @@ def resolve_sources(options: ProbeOptions, reporter: Reporter, read_weights: boo
     names = list(options.sources) or list(MODELS)
     checkpoints = list(options.checkpoints)
     if not checkpoints and ("student" in names or (not options.backbone and any(name in MODELS for name in names))):
-        checkpoints = [default_student(options.backbone, reporter)]
+        checkpoints = [default_student(options.backbone, reporter, min(height_width(options.size)))]
     identities: dict[tuple[str, str], tuple[str, list[float]]] = {}
     sources: list[Source] = []
     for name in names:

@@ -1,0 +1,183 @@
+"""Cases of files that brixel itself has written, and of weights."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from conftest import FIXTURES
+
+from brixel_cli import FeatureFile
+from hostile import damage, sandbox
+from hostile.cases import Case, Check, holds_the_same
+from hostile.world import FORMATS, World, contents_of_features, copy, pictures_of
+
+# Feature files
+
+
+def feature_file(world: World, rng: Random, place: Path) -> Case:
+    """An output of extract, finished or interrupted, continued or begun anew."""
+    kind = rng.choice(tuple(FORMATS))
+    state = rng.choice(("whole", "cut"))
+    output = copy(getattr(world, state)[kind], place / "work" / FORMATS[kind][0])
+    target = output if output.is_file() else damage.one_of(rng, output) if rng.random() < 0.4 else output / "index.h5"
+    what = f"{kind}, {state}, {damage.damage(rng, target)}"
+    anew = ["--overwrite"] if rng.random() < 0.25 else []
+    again = () if anew else (f"work/{output.name}",)
+    return Case(" ".join([what, *anew]), [*world.command(kind, output), *anew], holds_the_same(world, kind, output),
+                output=again or (f"work/{output.name}",))  # fmt: skip
+
+
+def feature_reader(world: World, rng: Random, place: Path) -> Case:
+    """An output of extract, read by FeatureFile: what it reads is right, or --verify names the damage."""
+    kind = rng.choice(tuple(FORMATS))
+    output = copy(world.whole[kind], place / "work" / FORMATS[kind][0])
+    target = output if output.is_file() else damage.one_of(rng, output) if rng.random() < 0.4 else output / "index.h5"
+    what = f"{kind}, {damage.damage(rng, target)}"
+    expected: Mapping[str, str] = world.expected[kind]["maps"]
+
+    def read() -> None:
+        features = FeatureFile(output)
+        _ = features.failures, features.pca, features.single_files, features.description, len(features)
+        for row in features.rows:
+            _ = features[row], features.paths[row] in features
+
+    def check() -> str | None:
+        found = contents_of_features(output)
+        if all(expected.get(name) == digest for name, digest in found["maps"].items()) and found["num_images"] == len(
+            expected
+        ):
+            return None
+        ended = sandbox.run(["extract", "--verify", str(output)], place)
+        return (
+            None if ended.code == 1 else f"it reads other maps, and --verify ends with {ended.code}: {ended.err[-200:]}"
+        )
+
+    return Case(what, read, check, output=())
+
+
+# Runs, probes, heads
+
+
+def run_folder(world: World, rng: Random, place: Path) -> Case:
+    state = rng.choice(("whole", "cut", "cut"))
+    output = copy(getattr(world, state)["run"], place / "work" / "out")
+    target = damage.one_of(rng, output)
+    if rng.random() < 0.5:
+        target = output / rng.choice(("state.safetensors", "recipe.yaml", "metrics.jsonl"))
+    what = f"{state}, {damage.damage(rng, target)}"
+    # Lines that are whole are believed, and what a warning names is no secret.
+    without = ("metrics",) if target.suffix == ".jsonl" else ()
+    return Case(what, world.command("run", output), holds_the_same(world, "run", output, without), noticed=True)
+
+
+def probe_folder(world: World, rng: Random, place: Path) -> Case:
+    state = rng.choice(("whole", "cut"))
+    output = copy(getattr(world, state)["probe"], place / "work" / "out")
+    target = output / "results.json" if rng.random() < 0.3 else damage.one_of(rng, output)
+    what = f"{state}, {damage.damage(rng, target)}"
+    # The figures of a table that is whole are believed.
+    without = {"results.json": ("runs", "summary"), "curves": ("curves",), "images": ("images",)}
+    parts = without.get(target.name, without.get(target.parent.name, ()))
+    return Case(what, world.command("probe", output), holds_the_same(world, "probe", output, parts), noticed=True)
+
+
+def saved_head(world: World, rng: Random, place: Path) -> Case:
+    head = copy(world.whole["probe"] / world.head, place / "work" / "head.safetensors")
+    how = rng.choice(damage.SAFETENSORS)
+    what = how(rng, head)
+    crafted = how in (damage.safetensors_metadata, damage.safetensors_tensor, damage.safetensors_header)
+    output = place / "work" / "out"
+    return Case(what, ["probe", "--apply", str(head), "--input", str(world.photos), "--output", str(output), "--device", "cpu"],
+                None if crafted else lambda: None if pictures_of(output) == world.expected["apply"] else "other predictions")  # fmt: skip
+
+
+# Weights
+
+
+def student_file(world: World, rng: Random, place: Path) -> Case:
+    """A student as safetensors, or the weights of its backbone."""
+    checkpoint, vit = copy(world.model, place / "work" / "model"), world.vit
+    target = checkpoint / "student.safetensors"
+    if rng.random() < 0.3:
+        target = checkpoint / "vit.safetensors"
+        vit = str(target)
+    how = rng.choice(damage.SAFETENSORS)
+    what = f"{target.name}: {how(rng, target)}"
+    crafted = how in (damage.safetensors_metadata, damage.safetensors_tensor, damage.safetensors_header)
+    output = place / "work" / "out.h5"
+    arguments = world.command("h5", output)
+    arguments[arguments.index("--checkpoint") + 1] = str(checkpoint)
+    return Case(what, [*arguments, "--backbone-weights", vit], None if crafted else holds_the_same(world, "h5", output),
+                output=("work/out.h5",))  # fmt: skip
+
+
+class _Runs:
+    def __init__(self, call: Callable[..., Any], *arguments: Any):
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call, self.arguments
+
+
+def released_checkpoint(world: World, rng: Random, place: Path) -> Case:
+    """A .pth of the authors' layout; some hold code that would write a file."""
+    path = copy(FIXTURES / "official_layout_tiny.pth", place / "work" / "x.pth")
+    canary = place / "outside" / "canary"
+    how = rng.choice(("bytes", "bytes", "bytes", "head", "code", "pickle", "zip", "members", "bomb"))
+    check: Check | None = None
+    output = place / "work" / "out.h5"
+    if how in ("bytes", "head"):
+        what = damage.any_bytes(rng, path) if how == "bytes" else damage.in_head(rng, path)
+        check = lambda: None if contents_of_features(output) == world.expected["pth"] else "other maps"  # noqa: E731
+    elif how == "code":
+        call = rng.choice((os.system, os.mkdir, eval, exec))
+        text = (
+            f"touch {canary}"
+            if call is os.system
+            else str(canary)
+            if call is os.mkdir
+            else f"open({str(canary)!r}, 'w')"
+        )
+        value = _Runs(call, text)
+        if rng.random() < 0.5:
+            with zipfile.ZipFile(path) as old:
+                members = {name: old.read(name) for name in old.namelist()}
+            name = next(name for name in members if name.endswith("data.pkl"))
+            with zipfile.ZipFile(path, "w") as new:
+                for member, data in members.items():
+                    new.writestr(member, pickle.dumps(value, 2) if member == name else data)
+        else:
+            path.write_bytes(pickle.dumps(value, rng.choice((2, 4))))
+        what = f"calls {call.__name__}"
+    elif how == "pickle":
+        value = rng.choice(damage.ODD_VALUES)
+        path.write_bytes(pickle.dumps(rng.choice((value, {"a": value}, [value] * 3)), rng.choice((0, 2, 4))))
+        what = f"a pickle of {value!r}"[:80]
+    elif how == "zip":
+        with zipfile.ZipFile(path, "w") as new:
+            new.writestr(rng.choice(("x/data.pkl", "../../outside/precious.txt", "data.pkl")), rng.randbytes(50))
+        what = "another archive"
+    elif how == "members":
+        with zipfile.ZipFile(path) as old:
+            members = {name: old.read(name) for name in old.namelist()}
+        name = rng.choice(sorted(members))
+        with zipfile.ZipFile(path, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as new:
+            for member, data in members.items():
+                if member != name or rng.random() < 0.5:
+                    new.writestr(member, rng.randbytes(len(data) // 2) if member == name else data)
+        what = f"member {name} is another"
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+            new.writestr("x/data.pkl", bytes(200_000_000))
+        what = "200 MB of zeros in a few bytes"
+    arguments = world.command("h5", output)
+    arguments[arguments.index("--checkpoint") + 1] = str(path)
+    return Case(
+        what, [*arguments, "--backbone", "test_vit", "--backbone-weights", world.vit], check, output=("work/out.h5",)
+    )
