@@ -167,6 +167,9 @@ def extract(
     ] = None,
     page_images: Annotated[int, _option(OUTPUT, "So many images of it at most.", show_default=True)] = 12,
     export: Annotated[Path | None, _option(OUTPUT, "Write the model as an ONNX graph instead of features.")] = None,
+    verify: Annotated[
+        Path | None, _option(OUTPUT, "Read a feature file, or folder of single files, again; name what is damaged.")
+    ] = None,
     overwrite: Annotated[bool, _option(OUTPUT, "Begin anew over a feature file.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -196,7 +199,7 @@ def extract(
             every=every, strict=strict, overwrite=overwrite, preview=preview, page=page,
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
         )  # fmt: skip
-        run_extract(options, export, dry_run, as_json)
+        run_extract(options, export, verify, dry_run, as_json)
 
 
 @app.command(epilog=examples.PROBE)
@@ -228,7 +231,9 @@ def probe(
     source: Annotated[
         list[str] | None,
         _option(
-            MODEL, "backbone, student, teacher, or a feature file (.h5); can be repeated. Default: the first three."
+            MODEL,
+            "backbone, equal-cost (backbone at the largest input that takes no longer than the student), student, "
+            "teacher, or a feature file (.h5); can be repeated. Default: the first four.",
         ),
     ] = None,
     backbone: Backbone = None,
@@ -293,6 +298,10 @@ def probe(
 def benchmark(
     compare_highres: Annotated[
         bool, _option(MODEL, "Also run the teacher, on large images.", "--compare-highres")
+    ] = False,
+    curve: Annotated[
+        bool,
+        _option(MODEL, "Instead, draw fidelity against cost: the backbone at many inputs, and students.", "--curve"),
     ] = False,
     models: Annotated[
         str | None, _option(MODEL, f"Recipes, run folders, shipped students or hf-hub:user/name, by commas. {SHIPPED}")
@@ -366,7 +375,7 @@ def benchmark(
 
         set_quiet(quiet)
         options = BenchmarkOptions(
-            highres=compare_highres, models=models, sizes=res or sizes, checkpoint=checkpoint,
+            highres=compare_highres, curve=curve, models=models, sizes=res or sizes, checkpoint=checkpoint,
             backbone_weights=backbone_weights, images=images, max_images=max_images, batch_size=batch_size,
             precision=precision, device=device, compiled=compile_, seconds=seconds, budget=budget,
             baselines=tuple(baseline or ()), output=output, overwrite=overwrite,

@@ -15,7 +15,7 @@ from PIL import Image
 from brixel_cli.cli.probe import probe_options
 from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
-from brixel_cli.data.feature_file import FORMAT, Layout, text_array
+from brixel_cli.data.feature_layout import FORMAT, Layout, text_array
 from brixel_cli.data.row_store import Store, create_store
 from brixel_cli.engines.probing.probing import probe
 from brixel_cli.engines.probing.results import (
@@ -82,11 +82,15 @@ def recipe_file(root: Path, task: str = "segmentation") -> Path:
     return path
 
 
+SOURCES = ["backbone", "student", "teacher"]
+"""Of most tests; without any, brixel probe also takes the backbone at equal cost."""
+
+
 def make_options(root: Path, output: Path, task: str = "segmentation", **changes) -> ProbeOptions:
     """As the command line would make them."""
     values = {
         "data": None, "protocol": None, "size": None, "overrides": [], "output": output, "features": None,
-        "sources": [], "checkpoints": [], "backbone": None, "backbone_weights": None, "seeds": 1, "device": "cpu",
+        "sources": SOURCES, "checkpoints": [], "backbone": None, "backbone_weights": None, "seeds": 1, "device": "cpu",
         "precision": "float32", "overwrite": False,
     }  # fmt: skip
     return probe_options(str(recipe_file(root, task)), **values | changes)

@@ -194,8 +194,8 @@ def test_a_budget_is_answered_row_by_row(run: Path, tmp_path: Path, listener: Li
 def test_peak_memory_of_a_fresh_process(run: Path, tmp_path: Path, listener: Listener) -> None:
     (candidate,) = find_candidates(options(tmp_path, checkpoint=str(run)), listener)
     # 8 images of 256x256 px at the teacher's size are 24 MiB, of which the teacher makes patches, tokens and so on.
-    found = peak_in_fresh_process(candidate, (64, 64), "teacher", options(tmp_path, batch_size=8))
-    assert found is not None
     (counted,) = (row for row in count_rows(candidate, (64, 64), True, 8) if row.label == "teacher")
+    found = peak_in_fresh_process(candidate, counted, options(tmp_path, batch_size=8))
+    assert found is not None
     assert counted.peak_bytes is not None
     assert 0.8 * counted.peak_bytes < found.peak_bytes < 6 * counted.peak_bytes

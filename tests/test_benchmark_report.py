@@ -14,7 +14,6 @@ from PIL import Image
 from brixel_cli.cli.report import write_report
 from brixel_cli.engines.ablating.results import Ablations, Point, VariantResult
 from brixel_cli.engines.benchmarking.environment import Environment
-from brixel_cli.engines.benchmarking.latency import Latency
 from brixel_cli.engines.benchmarking.results import (
     BudgetRow,
     Fidelity,
@@ -25,6 +24,7 @@ from brixel_cli.engines.benchmarking.results import (
     Row,
     Settings,
 )
+from brixel_cli.engines.latency import Latency
 from brixel_cli.errors import UsageError
 
 NASTY = '<img src="http://example.org/x.png"> & | `*'

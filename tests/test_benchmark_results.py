@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from brixel_cli.engines.benchmarking.environment import Environment
-from brixel_cli.engines.benchmarking.latency import Latency
 from brixel_cli.engines.benchmarking.results import (
     Fidelity,
     ImageFidelity,
@@ -22,6 +21,7 @@ from brixel_cli.engines.benchmarking.results import (
     Settings,
     read_results,
 )
+from brixel_cli.engines.latency import Latency
 from brixel_cli.errors import BrixelError
 
 IMAGES = (

@@ -71,7 +71,7 @@ def test_image_target_and_map_of_a_ramp_show_the_same_places(kind: str, patch: i
 def test_the_teacher_sees_what_the_student_sees_four_times_larger(kind: str) -> None:
     image = as_image(ramp(*ODD))
     for crop in plan_crops(kind, [ODD], 56, 14, per_image=3, seed=1, scale=scale_of(kind)):  # type: ignore[arg-type]
-        large = cut_image(image, crop, enlarge=4)
+        large = cut_image(image, crop, (crop.size[0] * 4, crop.size[1] * 4))
         assert large.size == (crop.size[1] * 4, crop.size[0] * 4)
         reduced = pixels(large.resize((crop.size[1], crop.size[0]), Image.Resampling.BOX))
         difference = np.abs(reduced - pixels(cut_image(image, crop)))[:2]
@@ -132,7 +132,7 @@ def test_beyond_the_border_nothing_counts() -> None:
     assert (labels[:, 20:] == 255).all()
     assert cut_target(np.ones((40, 40), np.float32), crop).shape == (56, 56)
     assert cut_target(np.ones((40, 40), bool), crop, (28, 28)).sum() == 400
-    image = pixels(cut_image(Image.new("RGB", (40, 40), "white"), crop, enlarge=2, fill=(1, 2, 3)))
+    image = pixels(cut_image(Image.new("RGB", (40, 40), "white"), crop, (56, 56), fill=(1, 2, 3)))
     assert (image[:, :40, :40] == 255).all()
     assert (image[:, 40:].transpose(1, 2, 0) == [1, 2, 3]).all()
 

@@ -234,9 +234,9 @@ def test_a_device_that_is_not_there_is_named_as_the_option(extract_options, list
 
 
 def old_format(path: Path) -> None:
-    """Make a feature file into one that was written before there were digests in it."""
+    """Make a feature file into one that was written before there were digests and checksums in it."""
     with h5py.File(path, "r+") as file:
-        del file["sha256"]
+        del file["sha256"], file["checksum"], file.attrs["checksums"]
 
 
 def test_a_file_without_digests_is_continued_by_size_and_time(

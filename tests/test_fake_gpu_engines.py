@@ -20,7 +20,7 @@ from brixel_cli.core.probe_losses import (
 )
 from brixel_cli.core.probe_metrics import DepthMeter, NormalsMeter, SegmentationMeter
 from brixel_cli.core.student import Student, build_adapter
-from brixel_cli.data.feature_file import encode
+from brixel_cli.data.feature_layout import encode
 from brixel_cli.data.views import normalise_pixels, reduce_view
 from brixel_cli.engines.benchmarking.methods import make_methods
 

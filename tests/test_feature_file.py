@@ -13,15 +13,8 @@ import torch
 
 import brixel_cli
 from brixel_cli.core.files import check_disk
-from brixel_cli.data.feature_file import (
-    FORMAT,
-    FeatureDataset,
-    Layout,
-    dequantise,
-    encode,
-    single_file_names,
-    text_array,
-)
+from brixel_cli.data.feature_file import FeatureDataset, dequantise
+from brixel_cli.data.feature_layout import FORMAT, Layout, encode, single_file_names, text_array
 from brixel_cli.data.row_store import DONE, FAILED, Column, Store, bytes_needed, create_store
 from brixel_cli.errors import BrixelError
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from brixel_cli.engines.benchmarking.latency import MIN_ROUNDS, Latency, interleaved
+from brixel_cli.engines.latency import MIN_ROUNDS, Latency, interleaved
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from brixel_cli.core.metrics import FIDELITY, fidelity, fidelity_basis, recovered_gap, recovered_gaps
+from brixel_cli.core.metric_titles import gap_text
+from brixel_cli.core.metrics import (
+    FIDELITY,
+    Gap,
+    fidelity,
+    fidelity_basis,
+    gap_over_images,
+    gap_over_seeds,
+    gaps_by_domain,
+    mean_gap,
+    recovered_gap,
+)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -66,22 +77,48 @@ def test_the_recovered_gap_of_a_metric_by_hand() -> None:
     assert math.isnan(recovered_gap(0.3, 0.4, 0.5, higher_is_better=False))
 
 
-def test_recovered_gaps_by_hand() -> None:
-    baseline = {"l1": 0.8, "cosine": 0.80, "edge": 2.0, "spectral": 4.0}
-    student = {"l1": 0.6, "cosine": 0.95, "edge": 2.5, "spectral": 0.0}
-    # (0.6 - 0.8) / (0 - 0.8) = 0.25; (0.95 - 0.80) / (1 - 0.80) = 0.75; (2.5 - 2) / -2 = -0.25; (0 - 4) / -4 = 1
-    expected = {"l1": 0.25, "cosine": 0.75, "edge": -0.25, "spectral": 1.0}
-    assert recovered_gaps(baseline, student) == pytest.approx(expected)
+def test_the_gap_over_seeds_has_its_spread_by_hand() -> None:
+    # (0.5 - 0.4) / (0.6 - 0.4); each mean moves the share by 1/0.2, -0.5/0.2 and -0.5/0.2 of its own deviation.
+    gap = gap_over_seeds((0.4, 0.02), (0.5, 0.01), (0.6, 0.04))
+    assert gap.value == pytest.approx(0.5)
+    assert gap.spread == pytest.approx((0.05**2 + (0.5 * 0.1) ** 2 + (0.5 * 0.2) ** 2) ** 0.5)
+    # The gap of 0.2 is under two deviations, 2 * hypot(0.08, 0.08).
+    assert math.isnan(gap_over_seeds((0.4, 0.08), (0.5, 0.01), (0.6, 0.08)).value)
+    single = gap_over_seeds((0.4, math.nan), (0.5, math.nan), (0.6, math.nan))
+    assert single.value == pytest.approx(0.5)
+    assert math.isnan(single.spread)
+    assert math.isnan(gap_over_seeds((0.4, 0.0), (0.5, 0.0), (0.6, 0.0), higher_is_better=False).value)
 
 
-def test_the_backbone_recovers_nothing_and_the_teacher_everything() -> None:
-    baseline = {"l1": 0.8, "cosine": 0.80, "edge": 2.0, "spectral": 4.0}
-    teacher = {"l1": 0.0, "cosine": 1.0, "edge": 0.0, "spectral": 0.0}
-    assert recovered_gaps(baseline, baseline) == dict.fromkeys(FIDELITY, 0.0)
-    assert recovered_gaps(baseline, teacher) == dict.fromkeys(FIDELITY, 1.0)
+def test_the_gap_over_images_has_its_standard_error_by_hand() -> None:
+    gap = gap_over_images([0.8, 0.6], [0.9, 0.7], "cosine")
+    assert gap.value == pytest.approx(0.2 / 0.6)
+    # Gains 0.1, 0.1; a third of the gaps 0.2, 0.4 is 1/15, 2/15: off by +1/30 and -1/30, whose deviation is sqrt(2)/30.
+    assert gap.spread == pytest.approx(1 / 30 / 0.3)
+    assert gap_over_images([0.8], [0.4], "l1").value == pytest.approx(0.5)
+    assert math.isnan(gap_over_images([0.8], [0.4], "l1").spread)
+    assert math.isnan(gap_over_images([1.0, 0.0], [1.0, 0.5], "cosine").value)  # 0.5 is one standard error
+    for name, best in (("l1", 0.0), ("cosine", 1.0), ("edge", 0.0), ("spectral", 0.0)):
+        plain = [0.5, 0.4, 0.45]
+        assert gap_over_images(plain, plain, name) == Gap(0.0, 0.0)
+        assert gap_over_images(plain, [best] * 3, name).value == pytest.approx(1.0)
+        assert math.isnan(gap_over_images([best] * 3, plain, name).value)
 
 
-def test_without_a_gap_nothing_is_recovered() -> None:
-    teacher = {"l1": 0.0, "cosine": 1.0, "edge": 0.0, "spectral": 0.0}
-    student = {"l1": 0.1, "cosine": 1.0, "edge": 0.0, "spectral": 0.2}
-    assert all(math.isnan(share) for share in recovered_gaps(teacher, student).values())
+def test_domains_are_the_first_folders_and_their_mean_leaves_out_those_without_a_gap() -> None:
+    names = ["street/a.png", "rooms/x/b.png", "rooms/c.png", "flat/d.png", "street/e.png"]
+    backbone, student = [0.8, 0.5, 0.6, 1.0, 0.8], [0.9, 0.5, 0.6, 1.0, 0.9]
+    found = gaps_by_domain(names, backbone, student)
+    assert list(found) == ["street", "rooms", "flat", "mean"]
+    assert [found[name].value for name in ("street", "rooms", "mean")] == pytest.approx([0.5, 0.0, 0.25])
+    assert math.isnan(found["flat"].value)
+    assert mean_gap([Gap(0.2, 0.03), Gap(), Gap(0.4, 0.04)]) == Gap(pytest.approx(0.3), pytest.approx(0.025))
+    assert math.isnan(mean_gap([Gap()]).value)
+    assert gaps_by_domain(["a.png", "b.png"], [0.5, 0.5], [0.6, 0.6]) == {}
+    assert gaps_by_domain(["one/a.png", "one/b.png"], [0.5, 0.5], [0.6, 0.6]) == {}
+
+
+def test_a_gap_is_written_with_its_spread() -> None:
+    assert (gap_text(0.5678, 0.131), gap_text(0.5678), gap_text(None), gap_text(math.nan, 0.1)) == (
+        "57 +- 13 %", "56.8%", "-", "-",
+    )  # fmt: skip

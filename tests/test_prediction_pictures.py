@@ -73,7 +73,7 @@ def test_normals_have_the_usual_colours() -> None:
 
 def test_wrong_labels_are_red_and_void_is_never_wrong() -> None:
     truth = torch.tensor([[0, 1, 255]], dtype=torch.uint8)
-    image = paint_errors("labels", Image.new("RGB", (6, 2)), torch.tensor([[0, 2, 2]]), truth)
+    image = paint_errors("segmentation", Image.new("RGB", (6, 2)), torch.tensor([[0, 2, 2]]), truth)
     assert image.size == (3, 1)
     assert [pixel(image, 0, column) for column in range(3)] == [[150] * 3, [230, 30, 30], [150] * 3]
 
@@ -95,7 +95,7 @@ def test_a_comparison_has_a_column_for_each_source_and_fits_a_panel() -> None:
     depth = torch.rand(1, 20, 40) + 1
     normals = torch.nn.functional.normalize(torch.randn(3, 20, 40), dim=0)
     labels = torch.randint(0, 5, (20, 40), dtype=torch.uint8)
-    for quantity, truth in (("labels", labels), ("depth", depth), ("normals", normals)):
+    for quantity, truth in (("segmentation", labels), ("depth", depth), ("normals", normals)):
         titles, rows = comparison(quantity, image, truth, {"plain": truth, "student": truth.clone()})  # type: ignore[arg-type]
         assert titles == ["image, truth", "plain", "student"]
         assert [len(row) for row in rows] == [3, 3]

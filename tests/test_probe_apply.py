@@ -11,14 +11,16 @@ import pytest
 import torch
 from conftest import Listener, make_photograph
 from PIL import Image
-from probe_sets import CLASSES, make_options, noise, write_features
+from probe_sets import CLASSES, SOURCES, make_options, noise, write_features
 
 from brixel_cli.config.probe import ApplyOptions
 from brixel_cli.core.heads import load_head, save_head
 from brixel_cli.drawing.predictions import class_colours
+from brixel_cli.engines.equal_cost import EQUAL_COST
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.probing import application
 from brixel_cli.engines.probing.application import apply_head, depth_unit, encode_prediction
+from brixel_cli.engines.probing.folder import file_name
 from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
@@ -29,17 +31,18 @@ FAST = ["protocol.steps=3", "protocol.points=64"]
 def probed(root: Path, tmp_path_factory: pytest.TempPathFactory, model) -> Path:
     """Heads of backbone, student and teacher for segmentation, and of the student for depth and normals."""
     folder = tmp_path_factory.mktemp("probed")
-    for task, sources in (("segmentation", []), ("depth_normals", ["student"])):
+    for task, sources in (("segmentation", [*SOURCES, "equal-cost"]), ("depth_normals", ["student"])):
         options = make_options(root, folder / task, task, sources=sources, checkpoints=[model[0]], overrides=FAST)
         probe(options, Listener())
     return folder
 
 
 def head(probed: Path, task: str = "segmentation", source: str = "student") -> Path:
-    return probed / task / "heads" / f"{source}_seed0.safetensors"
+    label = file_name(EQUAL_COST) if source == "equal-cost" else source
+    return probed / task / "heads" / f"{label}_seed0.safetensors"
 
 
-@pytest.mark.parametrize("source", ["backbone", "student", "teacher"])
+@pytest.mark.parametrize("source", ["backbone", "equal-cost", "student", "teacher"])
 def test_masks_of_the_probed_images_are_those_of_the_probe(
     root: Path, probed: Path, tmp_path: Path, model, listener: Listener, source: str
 ) -> None:

@@ -50,9 +50,8 @@ def test_maps_are_what_the_model_says_of_each_field(
             for position in (0, len(split.crops) // 2, len(split.crops) - 1):
                 crop = split.crops[position]
                 image = Image.open(root / split.labelled.names[crop.row]).convert("RGB")
-                pixels = normalise_pixels(
-                    tvf.pil_to_tensor(cut_image(image, crop, enlarge)), student.backbone.mean, student.backbone.std
-                )
+                seen = cut_image(image, crop, (crop.size[0] * enlarge, crop.size[1] * enlarge))
+                pixels = normalise_pixels(tvf.pil_to_tensor(seen), student.backbone.mean, student.backbone.std)
                 expected = call(pixels[None]).detach()
                 torch.testing.assert_close(maps.read([position]), expected, atol=5e-3, rtol=5e-3)
                 assert tuple(expected.shape[2:]) == maps.grids[position]
@@ -274,7 +273,7 @@ def test_faulty_sources_are_refused(
     text = refused(root, tmp_path, listener, sources=[centre])
     assert "holds features of the middle of each image alone: extract them again with --fit short" in text
     text = refused(root, tmp_path, listener, sources=["teachers"])
-    assert text.startswith("--source teachers: give backbone, student, teacher, or a feature file")
+    assert text.startswith("--source teachers: give backbone, equal-cost, student, teacher, or a feature file")
     text = refused(root, tmp_path, listener, sources=["teacher", "teacher"], checkpoints=[model[0]])
     assert text == "The source teacher stands twice: name each once."
     assert "No feature file at absent.h5" in refused(root, tmp_path, listener, sources=["absent.h5"])

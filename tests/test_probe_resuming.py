@@ -17,7 +17,8 @@ from probe_sets import (
 
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.weights import load_tensors
-from brixel_cli.engines.probing import probing
+from brixel_cli.engines.equal_cost import EQUAL_COST
+from brixel_cli.engines.probing import probing, sources
 from brixel_cli.engines.probing import training as probe_training
 from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.errors import BrixelError, UsageError
@@ -164,3 +165,37 @@ def test_stored_features_are_shared_by_probes(
     other = make_options(root, tmp_path / "b", overrides=[*FAST, "protocol.lr=0.1"], **common)
     assert plan_only(other, listener).bytes_needed == 0
     probe(other, listener)
+
+
+# The backbone at equal cost
+
+
+def test_the_backbone_at_equal_cost_keeps_the_size_that_was_measured(
+    root: Path, tmp_path: Path, model, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(student, size, runtime):
+        measured.append((student.adapter.factor, size))
+        return 48, 48
+
+    monkeypatch.setattr(sources, "equal_cost_size", measure)
+    options = make_options(root, tmp_path / "out", sources=[], checkpoints=[model[0]], overrides=FAST)
+    noted = "The input of the backbone at equal cost is measured by the run; here it is the student's."
+    assert noted in plan_only(options, listener).notes
+    assert measured == []
+    first = probe(options, listener).results
+    assert list(first.summary) == ["backbone", EQUAL_COST, "student", "teacher"]
+    assert measured == [(4, (32, 32))]
+    rival, plain = first.sources[EQUAL_COST], first.sources["backbone"]
+    # Images of 48x64 px are seen at 32x48 px, 2x3 patches; half as much again, rounded to the patch, is 48x80 px.
+    assert (plain.input, rival.input, rival.grid) == ({"32x48": 4}, {"48x80": 4}, {"3x5": 4})
+    assert (rival.kind, rival.source, rival.scale, plain.scale) == ("equal_cost", "backbone", 1.5, 1.0)
+    assert set(first.recovered_gap) == {EQUAL_COST, "student"}
+    assert noted not in plan_only(options, listener).notes
+    more = probe(
+        make_options(root, tmp_path / "out", sources=[], checkpoints=[model[0]], overrides=FAST, seeds=2), listener
+    ).results
+    assert len(measured) == 1
+    assert more.runs[2].figures == next(run for run in first.runs if run.source == EQUAL_COST).figures
+    assert more.summary[EQUAL_COST].seeds == 2

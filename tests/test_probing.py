@@ -156,21 +156,23 @@ def test_recovered_gaps_by_hand() -> None:
     sources = {kind: description(kind) for kind in ("backbone", "student", "teacher")}
     values = {"backbone": (0.4, 2.0), "student": (0.5, 1.5), "teacher": (0.6, 1.0)}
     runs = [
-        make_run(name, seed, {"miou": a + (seed - 1) / 10, "rmse_m": b, "same": 1.0, "class_iou": [a, math.nan]})
+        make_run(name, seed, {"miou": a + (seed - 1) / 100, "rmse_m": b, "same": 1.0, "class_iou": [a, math.nan]})
         for name, (a, b) in values.items()
         for seed in range(3)
     ]
     summary = summarise(list(sources), runs)
     assert summary["student"].mean_of("miou") == pytest.approx(0.5)
-    assert summary["student"].spread["miou"] == pytest.approx(0.1)
+    assert summary["student"].spread["miou"] == pytest.approx(0.01)
     assert summary["student"].by_class("class_iou")[0] == pytest.approx(0.5)
     assert math.isnan(summary["student"].by_class("class_iou")[1])
     gaps = gaps_of(sources, summary)
     assert list(gaps) == ["student"]
-    assert (gaps["student"]["miou"], gaps["student"]["rmse_m"]) == (pytest.approx(0.5), pytest.approx(0.5))
-    assert math.isnan(gaps["student"]["same"])
+    assert (gaps["student"]["miou"].value, gaps["student"]["rmse_m"].value) == (pytest.approx(0.5), pytest.approx(0.5))
+    # 0.01 / 0.2 * sqrt(1 + 0.5^2 + 0.5^2)
+    assert gaps["student"]["miou"].spread == pytest.approx(0.05 * 1.5**0.5)
+    assert math.isnan(gaps["student"]["same"].value)
     worse = {**summary, "teacher": Summary(3, {"miou": 0.3, "rmse_m": 2.1}, {})}  # than the backbone: no gap
-    assert all(math.isnan(gaps_of(sources, worse)["student"][name]) for name in ("miou", "rmse_m"))
+    assert all(math.isnan(gaps_of(sources, worse)["student"][name].value) for name in ("miou", "rmse_m"))
     del summary["teacher"]
     assert gaps_of(sources, summary) == {}
 

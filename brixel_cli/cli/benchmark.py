@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, say
 from brixel_cli.config.benchmark import BenchmarkOptions
+from brixel_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from brixel_cli.engines.benchmarking.results import Results
@@ -20,6 +21,11 @@ def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool,
         BrixelError: an error that the user can fix.
     """
     # torch takes seconds to import: only now, when there is work for it.
+    if options.curve:
+        if dry_run or report:
+            raise UsageError("--curve measures, and draws a figure of its own: leave out --dry-run and --report.")
+        _run_curve(options, as_json)
+        return
     from brixel_cli.cli.report import report_of
     from brixel_cli.engines.benchmarking.benchmarking import benchmark, count_only
 
@@ -36,6 +42,18 @@ def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool,
         print_files([str(file) for file in files])
     if dry_run:
         say("dry run: counted only; nothing was run or written")
+
+
+def _run_curve(options: BenchmarkOptions, as_json: bool) -> None:
+    from brixel_cli.cli.tables import curve_tables, show
+    from brixel_cli.engines.benchmarking.curve import measure_curve
+
+    curve, files = measure_curve(options, Progress())
+    if as_json:
+        print_json({**json.loads(curve.to_json()), "files": [str(file) for file in files]})
+        return
+    show(curve_tables(curve))
+    print_files([str(file) for file in files])
 
 
 def _show(results: Results) -> None:

@@ -1,6 +1,7 @@
 """The only module that prints: results to stdout, everything else to stderr.
 
-Under torchrun only the first process speaks, except to report its own failure.
+Under torchrun only the first process speaks, except to report its own failure. Whatever is printed is made printable
+first: a file's name can neither steer the terminal nor begin a line that looks like one of ours.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from brixel_cli.core.formatting import to_json
+from brixel_cli.core.formatting import printable, printable_lines, to_json
 from brixel_cli.errors import BrixelError, UsageError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 _quiet = False
+INDENT = "  "
+"""Before the further lines of a message."""
 
 
 def is_first_process() -> bool:
@@ -51,7 +54,7 @@ def _write(line: str) -> None:
     if is_first_process():
         from tqdm import tqdm  # slow to import
 
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable_lines(line, INDENT), file=sys.stderr)
 
 
 def print_table(
@@ -76,7 +79,8 @@ def print_table(
         return
     console = Console(highlight=False)
     if title:
-        console.print(escape(title), soft_wrap=True)
+        console.print(escape(printable(title)), soft_wrap=True)
+    columns, rows = [printable(column) for column in columns], [[printable(cell) for cell in row] for row in rows]
     widths = [max(cell_len(cell) for cell in cells) for cells in zip(columns, *rows, strict=True)]
     least = min(widths[0], console.width // 3) if figures else None  # of the names, which may be folded
     parts = _parts(widths, least, console.width) if least is not None else [range(len(columns))]
@@ -121,7 +125,7 @@ def print_notes(notes: Sequence[str]) -> None:
     if is_first_process():
         console = Console(highlight=False)
         for note in notes:
-            console.print(escape(note), soft_wrap=True)
+            console.print(escape(printable(note)), soft_wrap=True)
 
 
 def print_json(result: Mapping[str, Any]) -> None:
@@ -138,7 +142,7 @@ def print_version(version: str) -> None:
 def print_files(files: Sequence[str]) -> None:
     """Name the files that a command wrote, to stdout."""
     if is_first_process():
-        sys.stdout.write("".join(f"wrote {file}\n" for file in files))
+        sys.stdout.write("".join(f"wrote {printable(file)}\n" for file in files))
 
 
 @contextmanager
@@ -149,12 +153,24 @@ def error_boundary() -> Iterator[None]:
     except BrixelError as error:
         # Every process finds the same error in the command; a failure may be one process's own.
         if is_first_process() or not isinstance(error, UsageError):
-            who = "" if is_first_process() else f"[process {os.environ['RANK']}] "
-            sys.stderr.write(f"{who}error: {error}\n")
+            _write_error(str(error))
         raise SystemExit(error.exit_code) from error
+    except OSError as error:
+        if error.filename is None or isinstance(error, ConnectionError):
+            raise
+        _write_error(
+            f"{os.fsdecode(error.filename)}: {error.strerror}. Make the file, its folders or the disk usable, or name "
+            "another path, and give the same command again; what was finished stays."
+        )
+        raise SystemExit(1) from error
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was saved stays\n")
         raise SystemExit(130) from None
+
+
+def _write_error(message: str) -> None:
+    who = "" if is_first_process() else f"[process {os.environ['RANK']}] "
+    sys.stderr.write(f"{who}error: {printable_lines(message, INDENT)}\n")
 
 
 class Progress:
@@ -175,7 +191,7 @@ class Progress:
 
         interval = 0.2 if sys.stderr.isatty() else 15.0
         with tqdm(
-            desc=title, total=total, initial=done, unit=f" {unit}", file=sys.stderr, mininterval=interval,
+            desc=printable(title), total=total, initial=done, unit=f" {unit}", file=sys.stderr, mininterval=interval,
             maxinterval=60.0, disable=_quiet or not is_first_process(), dynamic_ncols=True,
         ) as bar:  # fmt: skip
             yield bar

@@ -18,12 +18,19 @@ if TYPE_CHECKING:
 MOST_GRIDS = 20
 
 
-def run_extract(options: ExtractOptions, export: Path | None, dry_run: bool, as_json: bool) -> None:
+def run_extract(
+    options: ExtractOptions, export: Path | None, verify: Path | None, dry_run: bool, as_json: bool
+) -> None:
     """Carry out `brixel extract` with options as the user gave them; see `app.extract` for what they mean.
 
     Raises:
-        BrixelError: something the user can fix; also, at the end, that some images failed.
+        BrixelError: something the user can fix; also, at the end, that some images failed, or are damaged.
     """
+    if verify is not None:
+        if options.inputs or dry_run or export is not None:
+            raise UsageError("--verify reads a feature file: leave out --input, --export and --dry-run.")
+        _verify(verify, as_json)
+        return
     if export is not None:
         if options.inputs or dry_run:
             raise UsageError("--export writes the model, not features: leave out --input and --dry-run.")
@@ -110,6 +117,29 @@ def _show_result(done: Extracted) -> None:
     print_table(str(done.output), ["", ""], rows)
     show_failures(done.failures, "features")
     print_files([str(done.output), *(str(path) for path in done.pictures)])
+
+
+def _verify(path: Path, as_json: bool) -> None:
+    from brixel_cli.cli.tables import show_failures
+    from brixel_cli.engines.extracting.verification import verify
+
+    found = verify(path, Progress())
+    if as_json:
+        print_json(asdict(found) | {"path": str(found.path)})
+    else:
+        rows = [
+            ["images", f"{found.num_images:,}"],
+            ["  not computed yet", f"{found.num_missing:,}"],
+            ["  damaged", f"{len(found.damaged):,}"],
+        ]
+        notes = [] if found.has_checksums else ["Without checksums: only missing, cut and non-finite maps are found."]
+        print_table(str(found.path), ["", ""], rows, notes)
+        show_failures(found.damaged, "intact features")
+    if found.damaged:
+        raise BrixelError(
+            f"{len(found.damaged)} of {found.num_images} images in {path} are damaged. "
+            "Give the command that wrote it again: it computes those, and leaves the others as they are."
+        )
 
 
 def _export(options: ExtractOptions, path: Path, as_json: bool) -> None:

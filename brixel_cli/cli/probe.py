@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, print_table, say
-from brixel_cli.config.base import Device, Precision, parse_size
+from brixel_cli.config.base import Device, Precision, did_you_mean, parse_size
 from brixel_cli.config.files import load_recipe, shipped_recipes, with_overrides
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.probe import OUTPUT, ApplyOptions, ProbeOptions
 from brixel_cli.config.protocols import PROTOCOLS, Protocol, published
 from brixel_cli.config.section import Side
 from brixel_cli.core.formatting import human_bytes, human_percent
-from brixel_cli.core.metric_titles import figure_text, figure_title
+from brixel_cli.core.metric_titles import figure_text, figure_title, gap_text
 from brixel_cli.errors import BrixelError, UsageError
 
 if TYPE_CHECKING:
@@ -109,6 +108,7 @@ def run_probe(options: ProbeOptions, per_class: bool, dry_run: bool, as_json: bo
     """
     # torch takes seconds to import: only now, when there is work for it.
     from brixel_cli.engines.probing.probing import plan_only, probe
+    from brixel_cli.engines.probing.results import as_dict
 
     if dry_run:
         _show_plan(plan_only(options, Progress()), as_json)
@@ -116,7 +116,7 @@ def run_probe(options: ProbeOptions, per_class: bool, dry_run: bool, as_json: bo
     done = probe(options, Progress())
     files = [str(path) for path in done.files]
     if as_json:
-        print_json({**done.results.to_dict(), "files": files})
+        print_json({**as_dict(done.results), "files": files})
         return
     _show_results(done, per_class)
     print_files(files)
@@ -163,9 +163,7 @@ def run_apply(options: ApplyOptions, as_json: bool) -> None:
 
 def _protocol(name: str, data: str, overrides: Sequence[str]) -> Protocol:
     if name not in PROTOCOLS:
-        close = difflib.get_close_matches(name, PROTOCOLS, n=1)
-        hint = f"Did you mean {close[0]}? " if close else ""
-        raise UsageError(f"No protocol {name}. {hint}There are: {', '.join(PROTOCOLS)}.")
+        raise UsageError(f"No protocol {name}.{did_you_mean(name, PROTOCOLS)} There are: {', '.join(PROTOCOLS)}.")
     changes = [override.strip().removeprefix(PREFIX) for override in overrides if override.strip().startswith(PREFIX)]
     if any(change.partition("=")[0].strip() in ("name", "side") for change in changes):
         raise UsageError("protocol.name and protocol.side say what was published: set the size with --res.")
@@ -225,7 +223,7 @@ def _show_results(done: Probed, per_class: bool) -> None:
     if results.recovered_gap:
         notes.append(
             "Recovered gap: (source - backbone) / (teacher - backbone), of the means; "
-            "-: the teacher is no better than the backbone."
+            "+-: standard deviation, propagated. -: the teacher is not better than the backbone by two of them."
         )
     if len(results.seeds) < 3:
         notes.append("Fewer than three seeds: the spread says little.")
@@ -236,9 +234,10 @@ def _show_results(done: Probed, per_class: bool) -> None:
                  *(figure_text(name, entry.mean_of(name), entry.spread.get(name)) for name in names)]
                 for label, entry in summary.items()]  # fmt: skip
         for label, shares in results.recovered_gap.items():
+            spreads = results.gap_spread.get(label, {})
             only = len(results.recovered_gap) == 1
             rows.append([RECOVERED_TITLE if only else f"{RECOVERED_TITLE}, {label}", "",
-                         *(human_percent(shares.get(name)) for name in names)])  # fmt: skip
+                         *(gap_text(shares.get(name), spreads.get(name)) for name in names)])  # fmt: skip
         print_table(title, columns, rows)
     print_notes(notes)
     if per_class and settings.classes:

@@ -28,8 +28,8 @@ from brixel_cli.engines.benchmarking.results import Model, Results, Row
 from brixel_cli.errors import UsageError
 
 BEST = {"l1": "best 0", "cosine": "best 1", "edge": "best 0", "spectral": "best 0"}
-COLOURS = {"backbone": "grey", "bilinear": "amber", "student": "blue", "teacher": "red"}
-BASELINES = ("violet", "teal", "pink", "green")
+COLOURS = {"backbone": "grey", "bilinear": "amber", "student": "blue", "teacher": "red", "equal_cost": "green"}
+BASELINES = ("violet", "teal", "pink")
 """Colours of baselines, in their order."""
 GAP_CAPTION = "0: the bilinearly enlarged backbone map. 100: the teacher."
 
@@ -60,14 +60,6 @@ def write_report(results: Results | None, ablations: Ablations | None, pictures:
     Raises:
         UsageError: the folder cannot be made.
     """
-    try:
-        return write_page(make_report(results, ablations, pictures), folder, "report")
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UsageError(f"--report {folder} cannot be made: {error.strerror}. Name another folder.") from error
-
-
-def make_report(results: Results | None, ablations: Ablations | None, pictures: Path) -> Page:
-    """Everything that a report says, in order; see `write_report`."""
     lead, highlights = "", list[tuple[str, str]]()
     found: dict[str, Iterator[Block]] = {}
     if results:
@@ -95,7 +87,11 @@ def make_report(results: Results | None, ablations: Ablations | None, pictures: 
     }
     sections = [Section(title, blocks) for title, made in found.items() if (blocks := list(made))]
     created = "; ".join(dict.fromkeys(part.created for part in parts))
-    return Page("brixel benchmark", lead, highlights, sections, created)
+    page = Page("brixel benchmark", lead, highlights, sections, created)
+    try:
+        return write_page(page, folder, "report")
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UsageError(f"--report {folder} cannot be made: {error.strerror}. Name another folder.") from error
 
 
 def _headline(results: Results) -> tuple[str, list[tuple[str, str]]]:
@@ -125,8 +121,11 @@ def _headline(results: Results) -> tuple[str, list[tuple[str, str]]]:
         mine, plain = f"{student.fidelity.cosine:.3f}", f"{bilinear.fidelity.cosine:.3f}"
         text += (
             f" On {len(student.fidelity.images)} images its map has a mean cosine of {mine} to the teacher's; "
-            f"the backbone's own map, enlarged bilinearly, has {plain}."
+            f"the backbone's own map, enlarged bilinearly, has {plain}"
         )
+        if (rival := rows.get("equal_cost")) and rival.fidelity:
+            text += f", and at {human_size(rival.input_size)} px, for no more time, {rival.fidelity.cosine:.3f}"
+        text += "."
         highlights.append((mine, f"mean cosine to the teacher; bilinear {plain}"))
         if gap is not None:
             highlights.append((f"{gap:.0%}", "recovered gap between bilinear and teacher, in cosine"))

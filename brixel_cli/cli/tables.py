@@ -7,16 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from brixel_cli.cli.console import print_table
-from brixel_cli.core.formatting import human_bytes, human_count, human_percent, human_seconds, human_size
-from brixel_cli.core.metric_titles import FIDELITY_TITLES, figure_text, figure_title
+from brixel_cli.core.formatting import human_bytes, human_count, human_seconds, human_size
+from brixel_cli.core.metric_titles import FIDELITY_TITLES, figure_text, figure_title, gap_text
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER
 from brixel_cli.drawing.page import Table
 from brixel_cli.engines.ablating.results import Ablations, VariantResult
 from brixel_cli.engines.ablating.variants import Planned, Variant
-from brixel_cli.engines.benchmarking.latency import Latency
+from brixel_cli.engines.benchmarking.curve import BACKBONE, Curve, quality
 from brixel_cli.engines.benchmarking.probes import ProbeResult
 from brixel_cli.engines.benchmarking.results import Fidelity, Model, Results, Row
+from brixel_cli.engines.latency import Latency
 
 MOST_LISTED = 20
 """Images in the table of those that failed."""
@@ -24,6 +25,13 @@ COST_COLUMNS = ("row", "input", "grid", "frozen", "adapter", "GFLOP", "memory", 
 TIME_COLUMNS = ("row", "median", "10 %", "90 %", "images/s", "faster")
 FIDELITY_COLUMNS = ("row", "L1", "cosine", "5 %", "worst", "edge", "spectral")
 GAP_COLUMNS = ("recovered gap", *FIDELITY_TITLES.values())
+DOMAINS_TITLE = "Recovered gap in cosine, by folder of images"
+GAP_NOTE = "+-: standard error of the mean over images. -: the gap is under two of its standard errors."
+CURVE_COLUMNS = ("row", "input", "cosine", "L1", "time", "GFLOP", "recovered gap", "worth, time", "worth, FLOP")
+CURVE_NOTE = (
+    "Worth: the cost at which the plain backbone comes as close to the teacher, over the row's: above 1 the student "
+    "pays. -: the backbone's inputs do not reach so far."
+)
 PROBE_COLUMNS = ("probe", "figure", "backbone", "student", "teacher", "recovered gap")
 ABLATION_FIDELITY = ("variant", *FIDELITY_TITLES.values())
 ABLATION_COST = ("variant", "adapter", "GFLOP", "image", "update", "updates", "memory")
@@ -77,11 +85,45 @@ def fidelity_tables(results: Results, model: Model, size: tuple[int, int]) -> li
     num_images = len(compared[0][1].images)
     title = f"Fidelity to the teacher at {human_size(size)} px: {num_images} images of {model.images}"
     others = [(row, fidelity) for row, fidelity in compared if row.kind != "bilinear"]
-    gaps = [[row.label, *_percents(fidelity.recovered_gap)] for row, fidelity in others]
-    return [
+    gaps = [[row.label, *_gap_cells(fidelity.recovered_gap, fidelity.gap_spread)] for row, fidelity in others]
+    tables = [
         Table(title, FIDELITY_COLUMNS, [_fidelity_cells(row.label, fidelity) for row, fidelity in compared]),
-        Table("", GAP_COLUMNS, gaps),
+        Table("", GAP_COLUMNS, gaps, [GAP_NOTE]),
     ]
+    if domains := list(others[-1][1].domains) if others else []:
+        rows = [[row.label, *(gap_text(*fidelity.domains[name]) for name in domains)] for row, fidelity in others]
+        tables.append(Table(DOMAINS_TITLE, ("row", *domains), rows))
+    return tables
+
+
+def curve_tables(curve: Curve) -> list[Table]:
+    """The plain backbone at its inputs and the students at theirs: fidelity, cost, and what cost each is worth."""
+    rows, domains = [], []
+    for label, members in curve.lines.items():
+        for row in members:
+            assert row.fidelity is not None
+            worth = (curve.worth(row, lambda row: row.seconds), curve.worth(row, lambda row: row.gflop))
+            rows.append(
+                [
+                    label,
+                    human_size(row.input_size),
+                    f"{quality(row):.4f}",
+                    f"{row.fidelity.mean_over_domains('l1'):.4f}",
+                    human_seconds(row.seconds),
+                    "-" if row.gflop is None else f"{row.gflop:,.1f}",
+                    gap_text(row.fidelity.recovered_gap["cosine"], row.fidelity.gap_spread["cosine"]),
+                    *("-" if label == BACKBONE else _times(ratio) for ratio in worth),
+                ]
+            )
+            gaps = [gap_text(*gap) for gap in row.fidelity.domains.values()]
+            domains.append([label, human_size(row.input_size), *gaps])
+    names = list(curve.rows[0].fidelity.domains) if curve.rows[0].fidelity else []
+    title = f"{curve.backbone} towards {human_size(curve.teacher_size)} px, {curve.num_images} images"
+    tables = [
+        Table(title, CURVE_COLUMNS, rows, [CURVE_NOTE, GAP_NOTE]),
+        Table(DOMAINS_TITLE, ("row", "input", *names), domains),
+    ]
+    return tables if names else tables[:1]
 
 
 def probe_tables(results: Results, model: Model) -> list[Table]:
@@ -94,7 +136,7 @@ def probe_tables(results: Results, model: Model) -> list[Table]:
             Path(item.folder).name,
             figure_title(item.metric, item.aligned),
             *(_probe_figure(item, source, spread=False) for source in ("backbone", "student", "teacher")),
-            human_percent(item.recovered_gap),
+            gap_text(item.recovered_gap, item.gap_spread),
         ]
         for item in probes
     ]
@@ -146,7 +188,7 @@ def ablation_tables(ablations: Ablations, group: str) -> list[Table]:
     last, higher, notes = _last_column(variants)
     places = range(1, 5 + len(notes))
     rows = [[*cells, own] for cells, own in zip(faithful, last[1:] if first else last[2:], strict=True)]
-    gaps = [[item.name, *_percents(item.recovered_gap)] for item in variants if item.recovered_gap]
+    gaps = [[item.name, *_gap_cells(item.recovered_gap, {})] for item in variants if item.recovered_gap]
     tables = [
         Table(
             f"{group}: {ablations.recipe}, {equal} of {ablations.batch_size} images for each; {images}",
@@ -283,5 +325,5 @@ def _figures(fidelity: Mapping[str, float | None]) -> list[str]:
     return ["-" if value is None else f"{value:.4f}" for value in values]
 
 
-def _percents(gaps: Mapping[str, float | None]) -> list[str]:
-    return [human_percent(gaps.get(name)) for name in FIDELITY]
+def _gap_cells(gaps: Mapping[str, float | None], spreads: Mapping[str, float | None]) -> list[str]:
+    return [gap_text(gaps.get(name), spreads.get(name)) for name in FIDELITY]

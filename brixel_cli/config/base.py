@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from brixel_cli.errors import UsageError
@@ -112,3 +113,9 @@ def scheduled_rate(schedule: str, peak: float, step: int, total: int, warmup_ste
     if schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * done / length))
     return peak * (1 - done / length) if schedule == "linear" else peak
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The question whether the nearest of the known words was meant, after a space; empty where none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""

@@ -21,6 +21,7 @@ class BenchmarkOptions:
 
     Attributes:
         highres: whether the teacher is a row.
+        curve: whether the plain backbone at a series of inputs is compared with students, instead of all else.
         models: recipes, run folders, shipped students or `hf-hub:user/name`, by commas; None: the shipped student.
         sizes: student inputs in pixels, as `parse_sizes` reads them; None: those of the training.
         checkpoint: a student, as `load_student` takes it; the only model.
@@ -37,6 +38,7 @@ class BenchmarkOptions:
     """
 
     highres: bool = False
+    curve: bool = False
     models: str | None = None
     sizes: str | None = field(default=None, metadata={"option": "res"})
     checkpoint: str | None = None
@@ -66,6 +68,12 @@ class BenchmarkOptions:
             parse_sizes(self.sizes, 1)
         if self.budget:
             parse_bytes(self.budget)
+        beside = {
+            "--compare-highres": self.highres, "--budget": self.budget, "--baseline": self.baselines,
+            "--compile": self.compiled,
+        }  # fmt: skip
+        if self.curve and (given := [name for name, value in beside.items() if value]):
+            raise UsageError(f"--curve does without {', '.join(given)}.")
 
     @property
     def budget_bytes(self) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from brixel_cli.config.base import did_you_mean
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.section import Section, flatten
@@ -101,10 +102,9 @@ def find_recipe(reference: str, schema: type[Section] = Recipe) -> Path:
     shipped = shipped_recipes(schema)
     if path.parent in (Path("."), Path("recipes") / folder) and stem in shipped:
         return SHIPPED / folder / f"{stem}.yaml"
-    close = difflib.get_close_matches(stem, shipped, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
     raise UsageError(
-        f"No recipe at {reference}, and brixel ships none of that name.{hint} Shipped: {', '.join(shipped)}."
+        f"No recipe at {reference}, and brixel ships none of that name.{did_you_mean(stem, shipped)} "
+        f"Shipped: {', '.join(shipped)}."
     )
 
 

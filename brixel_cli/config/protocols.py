@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from brixel_cli.config import section
 from brixel_cli.config.base import scheduled_rate
 from brixel_cli.config.labelled import Task
 from brixel_cli.config.section import Rate, Section, Side, Weight
@@ -181,19 +182,12 @@ def published(name: str, data: str) -> Protocol:
 
 def differences(protocol: Protocol, data: str, size: Side) -> list[str]:
     """What is not as published, as `key=value`; the input's size among it."""
-    mine, theirs = _flat(protocol), _flat(published(protocol.name, data))
-    changed = [f"{key}={value}" for key, value in mine.items() if value != theirs[key]]
-    return changed + ([f"size={size}"] if protocol.side is not None and size != protocol.side else [])
+    changed = section.differences(published(protocol.name, data), protocol)
+    own_size = [f"size={size}"] if protocol.side is not None and size != protocol.side else []
+    return [f"{key}={value}" for key, (_, value) in changed.items()] + own_size
 
 
 def printed_name(protocol: Protocol, data: str, size: Side) -> str:
     """The name as it stands in tables and files: with everything that is not as published."""
     changed = differences(protocol, data, size)
     return f"{protocol.name} (changed: {', '.join(changed)})" if changed else protocol.name
-
-
-def _flat(protocol: Protocol) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in protocol.model_dump().items():
-        flat |= {f"{key}.{below}": item for below, item in value.items()} if isinstance(value, dict) else {key: value}
-    return flat

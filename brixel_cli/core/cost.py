@@ -102,3 +102,8 @@ def count_cost(call: Callable[[], Any]) -> Cost:
 def count_parameters(module: nn.Module) -> int:
     """Parameters of a module, trained or frozen."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

@@ -35,6 +35,8 @@ _PARSER = threading.Lock()
 """NumPy parses the header of a .npy file as Python, in which CPython 3.11 fails where two threads are in its parser."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system without locks answers."""
+LONGEST_NAME = 255
+"""Bytes of a name that file systems take."""
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _held: set[int] = set()
 """Open files that hold locks. A forked process closes its own, so that it cannot outlive its parent with the lock."""
@@ -71,7 +73,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         BrixelError: the file cannot be written.
     """
-    partial = path.with_name(f"{path.name}.{_HOST}.{os.getpid()}.partial")
+    end = f".{_HOST}.{os.getpid()}.partial"
+    partial = path.with_name(os.fsdecode(os.fsencode(path.name)[: LONGEST_NAME - len(end)]) + end)
     with writing(path):
         try:
             yield partial
@@ -95,7 +98,7 @@ def clear_partials(output: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically; raises as `replacing`."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

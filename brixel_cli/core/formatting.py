@@ -1,4 +1,4 @@
-"""How numbers are written: bytes for people, JSON and CSV for programs."""
+"""How numbers and texts from outside are written: for people, and as JSON and CSV for programs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,34 @@ import csv
 import io
 import json
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories: control characters, those that are invisible or turn the direction, surrogates, line ends."""
+
+
+def printable(text: str) -> str:
+    r"""A text from outside, such as a file's name, on one line and as harmless to a terminal as it looks.
+
+    What would not be seen, or could move the cursor, is written as its escape, such as \x1b or \n.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in UNSEEN else char for char in text
+    )
+
+
+def printable_lines(text: str, indent: str = "") -> str:
+    """A text of ours in which names from outside may stand: each line printable, all but the first indented."""
+    return f"\n{indent}".join(map(printable, text.split("\n")))
+
+
+def utf8(text: str) -> str:
+    """A file's name as it can be written in UTF-8; what is not of it becomes its escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def human_bytes(count: float) -> str:

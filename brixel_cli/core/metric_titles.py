@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from brixel_cli.core.formatting import human_percent
+
 FIDELITY_TITLES = {"l1": "L1", "cosine": "cosine", "edge": "edge", "spectral": "spectral"}
 """Of the metrics in `core.metrics.fidelity`."""
 TITLES = {
@@ -40,3 +42,10 @@ def figure_text(name: str, mean: float | None, spread: float | None = None) -> s
     digits = 2 if factor == 100 or name.endswith("deg") else 4
     shown = f"{mean * factor:.{digits}f}"
     return shown if spread is None or math.isnan(spread) else f"{shown} +- {spread * factor:.{digits}f}"
+
+
+def gap_text(gap: float | None, spread: float | None = None) -> str:
+    """A recovered gap, and its spread where that is known: `57 +- 13 %`; a dash where there is no gap."""
+    if gap is None or spread is None or math.isnan(gap) or math.isnan(spread):
+        return human_percent(gap)
+    return f"{gap * 100:.0f} +- {spread * 100:.0f} %"

@@ -1,9 +1,14 @@
-"""How close a feature map is to the teacher's: L1, cosine, edge and spectral error of each image; the recovered gap."""
+"""How close a feature map is to the teacher's: L1, cosine, edge and spectral error of each image; the recovered gap.
+
+The recovered gap has a spread: over seeds, or over images. There is none where the gap is under two spreads.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +19,10 @@ from brixel_cli.core.losses import Basis, cosine_error, edge_parts, fit_basis, s
 FIDELITY = ("l1", "cosine", "edge", "spectral")
 PERFECT = {"l1": 0.0, "cosine": 1.0, "edge": 0.0, "spectral": 0.0}
 """The teacher's own fidelity."""
+LEAST_SPREADS = 2.0
+"""A gap of fewer of its standard deviations is none."""
+MOST_DOMAINS = 20
+"""Images in more folders are no domains."""
 COMPONENTS = 8
 """Principal components of the target in which edges are compared."""
 
@@ -58,9 +67,83 @@ def recovered_gap(backbone: float, student: float, teacher: float, higher_is_bet
     return (student - backbone) / gap if (gap > 0 if higher_is_better else gap < 0) else math.nan
 
 
-def recovered_gaps(backbone: Mapping[str, float], student: Mapping[str, float]) -> dict[str, float]:
-    """The recovered gap of each fidelity metric."""
-    return {
-        name: recovered_gap(backbone[name], student[name], PERFECT[name], higher_is_better=name == "cosine")
-        for name in FIDELITY
+@dataclass(frozen=True)
+class Gap:
+    """A recovered gap: 1 is the teacher, 0 the backbone.
+
+    Attributes:
+        value: nan where there is no gap to recover, or none that is larger than chance.
+        spread: its standard deviation; nan where it is not known.
+    """
+
+    value: float = math.nan
+    spread: float = math.nan
+
+
+Figure = tuple[float, float]
+"""Mean and standard deviation; nan where it is not known, as of a single seed."""
+
+
+def gap_over_seeds(backbone: Figure, student: Figure, teacher: Figure, higher_is_better: bool = True) -> Gap:
+    """The recovered gap of means over seeds, with their standard deviations propagated as independent ones."""
+    gap, share = teacher[0] - backbone[0], recovered_gap(backbone[0], student[0], teacher[0], higher_is_better)
+    if math.isnan(share) or abs(gap) < LEAST_SPREADS * math.hypot(backbone[1], teacher[1]):
+        return Gap()
+    return Gap(share, math.hypot(student[1], (share - 1) * backbone[1], share * teacher[1]) / abs(gap))
+
+
+def gap_over_images(backbone: Sequence[float], student: Sequence[float], metric: str) -> Gap:
+    """The recovered gap of means over images, of a fidelity metric, with its standard error.
+
+    Args:
+        backbone: of each image, of the backbone's bilinearly enlarged map.
+        student: of the same images, of the student's map.
+        metric: one of `FIDELITY`.
+    """
+    best = PERFECT[metric]
+    gaps = [best - value for value in backbone]
+    share = recovered_gap(fmean(backbone), fmean(student), best, higher_is_better=metric == "cosine")
+    if math.isnan(share) or len(gaps) < 2:
+        return Gap(share)
+    if abs(fmean(gaps)) < LEAST_SPREADS * stdev(gaps) / math.sqrt(len(gaps)):
+        return Gap()
+    # Of a ratio of means: what each image's recovery differs from the share of its gap.
+    errors = [gain - plain - share * gap for gain, plain, gap in zip(student, backbone, gaps, strict=True)]
+    return Gap(share, stdev(errors) / math.sqrt(len(gaps)) / abs(fmean(gaps)))
+
+
+def mean_gap(gaps: Iterable[Gap]) -> Gap:
+    """The mean of those that are known, with their spreads propagated as independent ones."""
+    known = [gap for gap in gaps if not math.isnan(gap.value)]
+    if not known:
+        return Gap()
+    return Gap(fmean(gap.value for gap in known), math.hypot(*(gap.spread for gap in known)) / len(known))
+
+
+def gaps_by_domain(
+    names: Sequence[str], backbone: Sequence[float], student: Sequence[float], metric: str = "cosine"
+) -> dict[str, Gap]:
+    """The recovered gap of each domain's images, and their mean as `mean`; empty where there are fewer than two.
+
+    Args:
+        names: of the images; the first folder of a name is its domain.
+        backbone: as for `gap_over_images`.
+        student: as for `gap_over_images`.
+        metric: one of `FIDELITY`.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(domain_of(name), []).append(row)
+    if not 2 <= len(rows) <= MOST_DOMAINS:
+        return {}
+    found = {
+        domain: gap_over_images([backbone[row] for row in own], [student[row] for row in own], metric)
+        for domain, own in rows.items()
     }
+    return found | {"mean": mean_gap(found.values())}
+
+
+def domain_of(name: str) -> str:
+    """The first folder of an image's name; empty where it lies in none."""
+    first, _, rest = name.replace("\\", "/").partition("/")
+    return first if rest else ""

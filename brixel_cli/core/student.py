@@ -22,7 +22,16 @@ from brixel_cli.core.backbone import Backbone, load_backbone, same_model
 from brixel_cli.core.deformable import DeformableAdapter
 from brixel_cli.core.fusion import FusionAdapter
 from brixel_cli.core.shipped import shipped_student, shipped_students
-from brixel_cli.core.weights import ReleasedStudent, check_keys, import_released, load_pth, load_tensors, save_tensors
+from brixel_cli.core.weights import (
+    RELEASED_ADAPTER,
+    RELEASED_FACTOR,
+    ReleasedStudent,
+    check_keys,
+    import_released,
+    load_pth,
+    load_tensors,
+    save_tensors,
+)
 from brixel_cli.errors import BrixelError, WeightsError
 
 ADAPTERS: dict[str, type[Adapter]] = {"fusion": FusionAdapter, "deformable": DeformableAdapter}
@@ -209,9 +218,8 @@ def read_adapter(reference: str) -> StoredAdapter:
     path = _locate(reference)
     if path.suffix in (".pth", ".pt"):
         released = import_released(load_pth(path), str(path))
-        config = AdapterConfig(kind="deformable", residual="half_grid")
         name = RELEASED_BACKBONES.get(released.embed_dim, "")
-        card = StudentCard(name, "pretrained", "", released.embed_dim, 4, config, 0)
+        card = StudentCard(name, "pretrained", "", released.embed_dim, RELEASED_FACTOR, RELEASED_ADAPTER, 0)
         return StoredAdapter(path, released.tensors, card, released)
     tensors, metadata = load_tensors(path)
     full = {key: tensor.float() if tensor.dtype == torch.float16 else tensor for key, tensor in tensors.items()}

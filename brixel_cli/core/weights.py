@@ -5,6 +5,7 @@ Nothing here unpickles arbitrary objects: .pth files are read with torch's `weig
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from brixel_cli.config.distill import AdapterConfig
+from brixel_cli.core.deformable import DeformableAdapter
 from brixel_cli.core.files import replacing
 from brixel_cli.errors import WeightsError
 
@@ -32,9 +35,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             )
         except SafetensorError as error:  # what the disk objects to, in the library's own words
             raise OSError(str(error)) from error
+        _sort_metadata(partial)
         partial.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
         with open(partial, "r+b") as file:
             os.fsync(file.fileno())
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata, which the library writes in any order, in one: the same tensors make the same bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
 
 
 def _umask() -> int:
@@ -122,76 +136,40 @@ class ReleasedStudent:
         )
 
 
+RELEASED_ADAPTER, RELEASED_FACTOR = AdapterConfig(kind="deformable", residual="half_grid"), 4
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def _wb(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-
-
-def _batch_norm(name: str, channels: int) -> dict[str, tuple[int, ...]]:
-    return _wb(name, channels) | {
-        f"{name}.running_mean": (channels,),
-        f"{name}.running_var": (channels,),
-        f"{name}.num_batches_tracked": (),
-    }
 
 
 _DEAD_PREFIXES = (
     "adapter.spm.conv3.", "adapter.spm.conv4.", "adapter.spm.fc3.", "adapter.spm.fc4.",
     "adapter.up.", "adapter.norm2.", "adapter.norm3.", "adapter.norm4.", "adapter.guide_proj.0.",
 )  # fmt: skip
-
-
-def _live_layout(dim: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the live tensors of a released checkpoint with D = dim."""
-    spm = "adapter.spm"
-    layout: dict[str, tuple[int, ...]] = {"adapter.level_embed": (3, dim)}
-    for conv, norm, in_channels in (("stem.0", "stem.1", 3), ("stem.3", "stem.4", 64), ("stem.6", "stem.7", 64)):
-        layout |= {f"{spm}.{conv}.weight": (64, in_channels, 3, 3)} | _batch_norm(f"{spm}.{norm}", 64)
-    layout |= {f"{spm}.conv2.0.weight": (128, 64, 3, 3)} | _batch_norm(f"{spm}.conv2.1", 128)
-    layout |= _wb(f"{spm}.fc1", dim, 64, 1, 1) | _wb(f"{spm}.fc2", dim, 128, 1, 1)
-    for extractor in _EXTRACTORS:
-        for norm in ("query_norm", "feat_norm", "ffn_norm"):
-            layout |= _wb(f"{extractor}.{norm}", dim)
-        layout |= _wb(f"{extractor}.attn.sampling_offsets", 128, dim) | _wb(
-            f"{extractor}.attn.attention_weights", 64, dim
-        )
-        layout |= _wb(f"{extractor}.attn.value_proj", dim // 2, dim) | _wb(
-            f"{extractor}.attn.output_proj", dim, dim // 2
-        )
-        layout |= _wb(f"{extractor}.ffn.fc1", dim // 4, dim) | _wb(f"{extractor}.ffn.fc2", dim, dim // 4)
-        layout |= _wb(f"{extractor}.ffn.dwconv.dwconv", dim // 4, 1, 3, 3)
-    layout |= _wb("adapter.norm1", dim) | _wb("head.align_in", 64, dim, 1, 1)
-    for block in range(3):
-        trunk = f"head.trunk.{block}.block"
-        layout |= _wb(f"{trunk}.0.ln", 64) | _wb(f"{trunk}.1", 64, 1, 3, 3)
-        layout |= _wb(f"{trunk}.3", 64, 64, 1, 1) | _wb(f"{trunk}.5", 64, 64, 1, 1)
-    return layout | _wb("head.mix", 64, 16, 3, 3) | _wb("head.head_norm.ln", 64) | _wb("head.out_conv", dim, 64, 1, 1)
-
-
-_EXTRACTORS = {
-    "adapter.interactions.0.extractor": "extractors.0.0",
-    "adapter.interactions.1.extractor": "extractors.1.0",
-    "adapter.interactions.2.extractor": "extractors.2.0",
-    "adapter.interactions.3.extractor": "extractors.3.0",
-    "adapter.interactions.3.extra_extractors.0": "extractors.3.1",
-    "adapter.interactions.3.extra_extractors.1": "extractors.3.2",
+_PREFIXES = {
+    **{f"extractors.{level}.0.": f"adapter.interactions.{level}.extractor." for level in range(4)},
+    **{f"extractors.3.{extra + 1}.": f"adapter.interactions.3.extra_extractors.{extra}." for extra in range(2)},
+    **{f"{part}.": f"adapter.spm.{part}." for part in ("stem", "conv2", "fc1", "fc2")},
+    "norm.": "adapter.norm1.",
+    "level_embed": "adapter.level_embed",
+    "head.norm.": "head.head_norm.ln.",
+    "head.out.": "head.out_conv.",
 }
-
-_RENAMES = {
-    **{f"{released}.": f"{ours}." for released, ours in _EXTRACTORS.items()},
-    ".ffn.dwconv.dwconv.": ".ffn.depthwise.",
-    "adapter.spm.": "",
-    "adapter.norm1.": "norm.",
-    "adapter.level_embed": "level_embed",
-    ".block.0.ln.": ".norm.",
-    ".block.1.": ".depthwise.",
-    ".block.3.": ".expand.",
-    ".block.5.": ".project.",
-    "head.head_norm.ln.": "head.norm.",
-    "head.out_conv.": "head.out.",
+"""How names of `DeformableAdapter` begin, and how the released ones do."""
+_PARTS = {
+    ".ffn.depthwise.": ".ffn.dwconv.dwconv.",
+    ".norm.": ".block.0.ln.",
+    ".depthwise.": ".block.1.",
+    ".expand.": ".block.3.",
+    ".project.": ".block.5.",
 }
+"""The same within a name, in this order."""
+
+
+def _released_name(name: str) -> str:
+    ours = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+    name = _PREFIXES.get(ours, "") + name.removeprefix(ours)
+    for part, released in _PARTS.items():
+        name = name.replace(part, released)
+    return name
 
 
 def import_released(state: Mapping[str, Tensor], where: str = "The checkpoint") -> ReleasedStudent:
@@ -212,13 +190,14 @@ def import_released(state: Mapping[str, Tensor], where: str = "The checkpoint") 
     dim = level_embed.shape[1]
     skipped = tuple(key for key in state if key.startswith(_DEAD_PREFIXES))
     live = {key: tensor for key, tensor in state.items() if key not in skipped}
-    expected = {key: torch.empty(shape, device="meta") for key, shape in _live_layout(dim).items()}
+    with torch.device("meta"):
+        adapter = DeformableAdapter(dim, RELEASED_FACTOR, RELEASED_ADAPTER)
+    names = {name: _released_name(name) for name in adapter.state_dict()}
+    expected = {names[name]: tensor for name, tensor in adapter.state_dict().items()}
+    expected[names["level_embed"]] = torch.empty(3, dim, device="meta")
     check_keys(expected, live, f"{where} does not fit the released layout")
-    tensors = {}
-    for key, tensor in live.items():
-        for old, new in _RENAMES.items():
-            key = key.replace(old, new)
-        tensors[key] = tensor[0].clone() if key == "level_embed" else tensor
+    tensors = {name: live[released] for name, released in names.items()}
+    tensors["level_embed"] = level_embed[0].clone()
     dead_rows = 2 * dim  # of adapter.level_embed, for the strides that are left out
     return ReleasedStudent(
         tensors=tensors,

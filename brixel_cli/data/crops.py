@@ -106,17 +106,21 @@ def plan_crops(
     return crops
 
 
-def cut_image(image: Image.Image, crop: Crop, enlarge: int = 1, fill: tuple[int, int, int] = GREY) -> Image.Image:
-    """What is seen of an image, `enlarge` times the size of the crop (the teacher's factor for the teacher).
+def cut_image(
+    image: Image.Image, crop: Crop, size: tuple[int, int] | None = None, fill: tuple[int, int, int] = GREY
+) -> Image.Image:
+    """What is seen of an image, at a size (height, width) in pixels, which is larger for the teacher; None: the crop's.
 
     Cut from the original with antialiased bicubic interpolation; `fill` is put beyond its border.
     """
     (top, left), (height, width) = crop.box[:2], crop.inside
+    full = size or crop.size
+    inside = round(height * full[0] / crop.size[0]), round(width * full[1] / crop.size[1])
     down, across = image.height / crop.scaled[0], image.width / crop.scaled[1]
     box = (left * across, top * down, (left + width) * across, (top + height) * down)
-    seen = image.resize((width * enlarge, height * enlarge), Image.Resampling.BICUBIC, box=box)
+    seen = image.resize((inside[1], inside[0]), Image.Resampling.BICUBIC, box=box)
     if crop.inside != crop.size:
-        canvas = Image.new("RGB", (crop.size[1] * enlarge, crop.size[0] * enlarge), fill)
+        canvas = Image.new("RGB", (full[1], full[0]), fill)
         canvas.paste(seen)
         seen = canvas
     return ImageOps.mirror(seen) if crop.flip else seen

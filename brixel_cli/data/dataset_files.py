@@ -109,7 +109,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
         else:
             seen.add(word)
             parts.append(f"(?P<{word}>.+)")
-    return re.compile("".join(parts))
+    return re.compile("".join(parts), re.DOTALL)
 
 
 def _fixed_folder(pattern: str) -> str:

@@ -1,13 +1,10 @@
-"""The feature file that `brixel extract` writes: its schema, and two readers. Described in docs/FEATURES.md."""
+"""The feature file that `brixel extract` writes: what it has to be like, and two readers. See docs/FEATURES.md."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,180 +14,43 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brixel_cli.config.extract import Number, Storage
-from brixel_cli.core.files import make_folder, read_npy, replacing
-from brixel_cli.core.losses import Basis
-from brixel_cli.core.weights import save_tensors
-from brixel_cli.data.row_store import DONE, FAILED, Array, Column, Store, positions_within_size
+from brixel_cli.core.files import read_npy
+from brixel_cli.data.feature_layout import FORMAT, Grid, inside, map_checksum, single_file_names
+from brixel_cli.data.row_store import (
+    CHECKSUM,
+    DONE,
+    FAILED,
+    MISSING,
+    REASON,
+    STATUS,
+    Array,
+    Store,
+    reading,
+)
 from brixel_cli.errors import BrixelError
 
-FORMAT = "brixel-features-1"
 REASON_BYTES = 160
 INDEX_NAME = "index.h5"
-Grid = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which row of which dataset each image has, before anything is computed.
-
-    Args:
-        grids: (height, width) of each image's map; None for images that will have none.
-        channels: of every map.
-        dtype: `float16`, `float32`, or `int8` with a float32 scale for each location.
-        storage: `h5`, or the format of the single files; these leave the feature file without maps.
-    """
-
-    grids: tuple[Grid | None, ...]
-    channels: int
-    dtype: Number
-    storage: Storage = "h5"
-
-    @cached_property
-    def rows_of_grid(self) -> dict[Grid, list[int]]:
-        """Rows by grid, the grids in order of their first row."""
-        rows: dict[Grid, list[int]] = {}
-        for row, grid in enumerate(self.grids):
-            if grid is not None:
-                rows.setdefault(grid, []).append(row)
-        return rows
-
-    @cached_property
-    def grid_rows(self) -> npt.NDArray[np.int64]:
-        """Each image's row in the dataset of its grid; -1 for none. With one grid for all it is the image's own."""
-        if len(self.rows_of_grid) == 1:
-            within: Sequence[int] = range(len(self.grids))
-        else:
-            within = positions_within_size(self.grids)
-        return np.array([-1 if grid is None else at for grid, at in zip(self.grids, within, strict=True)], np.int64)
-
-    def dataset(self, part: str, row: int) -> tuple[str, int]:
-        """The dataset that holds a part (`features`, `scale`) of an image's map, and the map's row in it."""
-        grid = self.grids[row]
-        mixed = len(self.rows_of_grid) > 1 and grid is not None
-        return f"{part}/{grid[0]}x{grid[1]}" if grid and mixed else part, int(self.grid_rows[row])
-
-    def shapes(self, grid: Grid) -> dict[str, Column]:
-        """The datasets that one map consists of, without their place."""
-        columns = {"features": Column((self.channels, *grid), self.dtype)}
-        if self.dtype == "int8":
-            columns["scale"] = Column((1, *grid), "float32")
-        return columns
-
-    @property
-    def columns(self) -> dict[str, Column]:
-        """Datasets of the feature file that are filled row by row."""
-        columns: dict[str, Column] = {}
-        if self.storage != "h5":
-            return columns
-        rows_of_grid = self.rows_of_grid
-        for grid, rows in rows_of_grid.items():
-            for name, column in self.shapes(grid).items():
-                if len(rows_of_grid) == 1:
-                    columns[name] = Column(column.shape, column.dtype, len(self.grids), rows)
-                else:
-                    columns[f"{name}/{grid[0]}x{grid[1]}"] = Column(column.shape, column.dtype, len(rows))
-        return columns
-
-    @property
-    def bytes_needed(self) -> int:
-        """Bytes of all maps, in whatever files."""
-        return sum(
-            column.row_bytes * len(rows)
-            for grid, rows in self.rows_of_grid.items()
-            for column in self.shapes(grid).values()
-        )
-
-
-def text_array(texts: Sequence[str], length: int | None = None) -> npt.NDArray[np.bytes_]:
-    """Texts as fixed-length UTF-8; the longer ones cut, at a character, where a length in bytes is given."""
-    encoded = [text.encode("utf-8", "replace") for text in texts]
-    if length is not None:
-        encoded = [text[:length].decode("utf-8", "ignore").encode() for text in encoded]
-    return np.array(encoded, dtype=f"S{length or max((len(text) for text in encoded), default=1) or 1}")
-
-
-def single_file_names(names: Sequence[str], storage: Storage) -> list[str]:
-    """Names of the single files: the image's with another extension, or with one more where two would share it."""
-    stems = [PurePosixPath(name).with_suffix("").as_posix() for name in names]
-    folded = [stem.casefold() for stem in stems]
-    shared = {stem for stem, count in Counter(folded).items() if count > 1}
-    shared |= {name.casefold() for name in names}  # a.jpg.png must not become the a.jpg.npy of a.jpg
-    return [
-        f"{name if low in shared else stem}.{storage}" for name, stem, low in zip(names, stems, folded, strict=True)
-    ]
-
-
-def picture_names(names: Sequence[str]) -> list[str]:
-    """Names of a PNG for each image: the image's, as `single_file_names` has it."""
-    return [f"{name.removesuffix('.npy')}.png" for name in single_file_names(names, "npy")]
-
-
-def encode(
-    maps: Tensor, dtype: Number, basis: Basis | None, spare: dict[str, Tensor] | None = None
-) -> tuple[dict[str, Tensor], list[bool]]:
-    """Maps (B, D, h, w) in the form in which they are stored, and which of them hold finite numbers only.
-
-    int8 has a float32 `scale` (B, 1, h, w): the largest absolute value at a location over 127.
-
-    Args:
-        maps: of the model.
-        dtype: number format to store.
-        basis: principal components to project on; None: the maps themselves.
-        spare: an earlier result that is no longer needed, whose memory may be used again: fresh memory costs time.
-    """
-    if basis is not None:
-        maps = Basis(basis.components.to(maps.device), basis.mean.to(maps.device)).project(maps)
-    largest = torch.maximum(maps.amax(dim=(1, 2, 3)), -maps.amin(dim=(1, 2, 3)))
-    finite = largest <= (torch.finfo(torch.float16).max if dtype == "float16" else torch.finfo(torch.float32).max)
-    if dtype == "int8":
-        scale = (maps.abs().amax(dim=1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        quantised = (maps / scale).round_().clamp_(-127, 127).to(torch.int8)
-        return {"features": quantised, "scale": scale}, finite.tolist()
-    if dtype == "float16" and spare is not None and spare["features"].shape == maps.shape:
-        return {"features": spare["features"].copy_(maps)}, finite.tolist()
-    return {"features": maps.to(getattr(torch, dtype), memory_format=torch.preserve_format)}, finite.tolist()
+REPAIR = "The same brixel extract again computes what is damaged."
+_INDEX = {
+    "paths": ("S", ()),
+    STATUS: ("u", ()),
+    REASON: ("S", ()),
+    "original_size": ("i", (2,)),
+    "model_size": ("i", (2,)),
+    "grid_size": ("i", (2,)),
+    "grid_row": ("i", ()),
+}
+_LATER = {"file_size": ("i", ()), "modified": ("i", ()), "sha256": ("S", ()), CHECKSUM: ("u", ())}
+"""Kind of number and shape of a row of the datasets that have a row for each image; older files lack the second."""
+_COUNTS = dict.fromkeys(("res", "factor", "patch_size", "embed_dim", "pca"), 1 << 20) | {"threads": 1024}
+"""Counts of the description, with what none of them comes near."""
 
 
 def dequantise(values: Mapping[str, Array]) -> npt.NDArray[np.float32]:
     """A map as float32 from the datasets it was stored in."""
     features = values["features"].astype(np.float32)
     return features * values["scale"] if "scale" in values else features
-
-
-class MapWriter:
-    """Writes maps where a layout puts them: into the feature file, or into one file for each image, under its name.
-
-    Args:
-        store: the feature file, to be written to.
-        layout: with which it was made.
-    """
-
-    def __init__(self, store: Store, layout: Layout):
-        self.store, self.layout = store, layout
-        self._names = [bytes(name).decode() for name in store.array("paths")] if layout.storage != "h5" else []
-        self._files = single_file_names(self._names, layout.storage) if self._names else []
-
-    def write(self, row: int, values: Mapping[str, Array]) -> None:
-        """Store the datasets of one image's map, then mark the row as done.
-
-        Raises:
-            BrixelError: the disk refuses it.
-        """
-        if self._files:
-            path = self.store.path.parent / self._files[row]
-            make_folder(path.parent)
-            if self.layout.storage == "npy":
-                with replacing(path) as partial, open(partial, "wb") as file:
-                    np.save(file, values["features"])
-            else:
-                tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
-                description = json.dumps(self.store.description, sort_keys=True)
-                save_tensors(path, tensors, {"format": FORMAT, "path": self._names[row], "description": description})
-        else:
-            for part, value in values.items():
-                name, place = self.layout.dataset(part, row)
-                self.store.put(name, place, value)
-        self.store.mark(row, DONE)
 
 
 class FeatureFile:
@@ -217,15 +77,49 @@ class FeatureFile:
         if found != FORMAT:
             raise BrixelError(f"{self.path} is no feature file of format {FORMAT}: {found}.")
         self.description = store.description
-        self.paths: list[str] = [bytes(name).decode() for name in store.array("paths")]
-        self.status = store.status
-        self.original_size, self.model_size, self.grid_size = (
-            np.array(store.array(name)) for name in ("original_size", "model_size", "grid_size")
-        )
-        self._grid_row = np.array(store.array("grid_row"))
+        if store.damaged:
+            raise BrixelError(
+                f"{self.path}: the datasets {', '.join(store.damaged)} have changed since they were written. "
+                "The same brixel extract again restores what follows from the images; otherwise delete the file."
+            )
+        with reading(self.path):
+            _check_description(self.description)
+            _check_index(store)
+            self.paths: list[str] = [bytes(name).decode() for name in store.array("paths")]
+            self.status = store.status
+            self.original_size, self.model_size, self.grid_size = (
+                np.array(store.array(name)) for name in ("original_size", "model_size", "grid_size")
+            )
+            self._grid_row = np.array(store.array("grid_row"))
+            storage: Storage = self.description["storage"]
+            if storage == "h5":
+                self._check_maps()
+            else:
+                _check_names(self.paths)
         self._numbers = {name: row for row, name in enumerate(self.paths)}
-        storage = self.description["storage"]
         self._single = None if storage == "h5" else single_file_names(self.paths, storage)
+
+    def _check_maps(self) -> None:
+        """Raise a ValueError where the datasets of the maps are not those of the grids that the rows name."""
+        placed = self._grid_row >= 0
+        channels = self.description.get("pca") or self.description.get("embed_dim")
+        stored = self.description.get("dtype")
+        for height, width in np.unique(self.grid_size[placed], axis=0).tolist():
+            rows = placed & (self.grid_size == (height, width)).all(axis=1)
+            for part in ("features", "scale") if stored == "int8" else ("features",):
+                name = self._dataset(part, (height, width))
+                shape, dtype = self._store.kind(name)
+                planes = 1 if part == "scale" else channels
+                if shape[2:] != (height, width) or len(shape) != 4 or planes not in (None, shape[1]):
+                    raise ValueError(f"its dataset {name} has the shape {shape}")
+                number = "float32" if part == "scale" else stored
+                if number not in (None, dtype.name):
+                    raise ValueError(f"its dataset {name} holds {dtype.name}, and {number} was written")
+                if self._grid_row[rows].max() >= shape[0]:
+                    raise ValueError(f"its dataset {name} has {shape[0]} rows")
+
+    def _dataset(self, part: str, grid: Grid) -> str:
+        return part if part in self._store else f"{part}/{grid[0]}x{grid[1]}"
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -238,19 +132,55 @@ class FeatureFile:
 
     @property
     def rows(self) -> list[int]:
-        """Rows that are done."""
+        """Rows that are done.
+
+        Raises:
+            BrixelError: the status of a row is damaged.
+        """
+        odd = np.flatnonzero(self.status > FAILED)
+        if len(odd):
+            raise BrixelError(f"{self.path}: {self.paths[odd[0]]} (row {odd[0]}): {self.damage(int(odd[0]))}. {REPAIR}")
         return [int(row) for row in np.flatnonzero(self.status == DONE)]
 
     @property
     def failures(self) -> dict[str, str]:
         """Images that failed, with their reasons."""
-        reasons = self._store.array("reason")
-        return {self.paths[row]: bytes(reasons[row]).decode() for row in np.flatnonzero(self.status == FAILED)}
+        reasons = self._store.array(REASON)
+        return {
+            self.paths[row]: bytes(reasons[row]).decode(errors="replace")
+            for row in np.flatnonzero(self.status == FAILED)
+        }
 
     @property
     def single_files(self) -> list[Path]:
-        """The file of each image, row for row, whether it is there yet or not; none where one file holds all maps."""
-        return [self.path.parent / name for name in self._single or []]
+        """The file of each image, row for row, whether it is there yet or not; none where one file holds all maps.
+
+        Raises:
+            BrixelError: one of them lies outside of the folder, behind a link.
+        """
+        return [inside(self.path.parent, name) for name in self._single or []]
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether damage of its maps can be noticed; older files have no checksums."""
+        return CHECKSUM in self._store
+
+    def damage(self, row: int) -> str:
+        """What is wrong with a row, after reading all of it; empty for a row that is whole, missing or failed."""
+        status = int(self.status[row])
+        if status not in (MISSING, DONE, FAILED):
+            return f"its status is {status}, not 0, 1 or 2"
+        if status == FAILED:
+            return "" if self._store.array(REASON)[row] else "it failed for no reason"
+        if status == MISSING:
+            return "" if self._grid_row[row] >= 0 else "it is neither failed nor has a map"
+        try:
+            values = self.stored(row)
+        except BrixelError as error:
+            return str(error)
+        if self.has_checksums and map_checksum(values) != self._store.array(CHECKSUM)[row]:
+            return "its map has changed since it was written"
+        return "" if all(np.isfinite(value).all() for value in values.values()) else "its map is not finite"
 
     @property
     def pca(self) -> tuple[Array, Array] | None:
@@ -271,17 +201,17 @@ class FeatureFile:
         """
         row = self._numbers[key] if isinstance(key, str) else range(len(self))[key]
         if self.status[row] != DONE:
-            reason = self.failures.get(self.paths[row], "not computed yet; run the same brixel extract again")
+            missing = "not computed yet; run the same brixel extract again"
+            reason = self.failures.get(self.paths[row]) or self.damage(row) or missing
             raise BrixelError(f"{self.path} has no features of {self.paths[row]}: {reason}.")
+        height, width = (int(side) for side in self.grid_size[row])
         if self._single is not None:
-            return _read_single(self.path.parent / self._single[row])
-        grid = "x".join(str(int(side)) for side in self.grid_size[row])
-        names = {kind: kind if kind in self._store else f"{kind}/{grid}" for kind in ("features", "scale")}
-        return {
-            kind: np.array(self._store.array(name)[self._grid_row[row]])
-            for kind, name in names.items()
-            if name in self._store
-        }
+            return _read_single(self.path.parent / self._single[row], (height, width))
+        place = int(self._grid_row[row])
+        if place < 0:
+            raise BrixelError(f"{self.path}: {self.paths[row]} is done, but has no map. {REPAIR}")
+        names = {part: self._dataset(part, (height, width)) for part in ("features", "scale")}
+        return {part: self._store.read(name, [place])[0] for part, name in names.items() if name in self._store}
 
     def __getitem__(self, key: int | str) -> npt.NDArray[np.float32]:
         """An image's map (D, h, w), float32; arguments and errors as for `stored`."""
@@ -307,11 +237,43 @@ class FeatureDataset(Dataset[tuple[Tensor, str]]):
         return torch.from_numpy(self.file[row]), self.file.paths[row]
 
 
-def _read_single(path: Path) -> dict[str, Array]:
+def _read_single(path: Path, grid: Grid) -> dict[str, Array]:
     try:
         if path.suffix == ".npy":
-            return {"features": read_npy(path)}
-        with safe_open(path, framework="np") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            values = {"features": read_npy(path)}
+        else:
+            with safe_open(path, framework="np") as file:
+                values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if values["features"].shape[1:] != grid:
+            raise ValueError(f"its map has the shape {values['features'].shape}")
+        return values
     except Exception as error:  # NumPy and safetensors raise several kinds on damaged files
-        raise BrixelError(f"{path} cannot be read: {error}. Delete it and the index, and extract again.") from error
+        raise BrixelError(f"{path} cannot be read: {error}. {REPAIR}") from error
+
+
+def _check_description(description: Mapping[str, Any]) -> None:
+    """Raise a ValueError for values that no extraction writes."""
+    known = {"storage": get_args(Storage), "dtype": (None, *get_args(Number))}
+    for key, allowed in known.items():
+        if description.get(key) not in allowed:
+            raise ValueError(f"its {key} is {description.get(key)!r}")
+    for key, most in _COUNTS.items():
+        value = description.get(key)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise ValueError(f"its {key} is {value!r}")
+
+
+def _check_index(store: Store) -> None:
+    """Raise a ValueError where a dataset with a row for each image is missing, or has another type or shape."""
+    for name, (kind, shape) in (_INDEX | {name: of for name, of in _LATER.items() if name in store}).items():
+        found, dtype = store.kind(name)
+        if found != (len(store), *shape) or dtype.kind != kind:
+            raise ValueError(f"its dataset {name} has the shape {found} of {dtype}")
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raise a ValueError where the name of an image would lead out of the folder of single files."""
+    for name in names:
+        path = PurePosixPath(name)
+        if not path.name or path.is_absolute() or ".." in path.parts or "\0" in name:
+            raise ValueError(f"the name {name!r} leads out of its folder")

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import threading
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from brixel_cli.core.formatting import printable, utf8
+from brixel_cli.core.metrics import MOST_DOMAINS, domain_of
 from brixel_cli.errors import BrixelError
 
 EXTENSIONS = (
@@ -163,6 +166,11 @@ def open_image(path: Path, still: bool = False) -> Iterator[Image.Image]:
         raise BrixelError(f"{_reason(error, path)}: {path}") from error
 
 
+def name_below(folder: Path, path: Path) -> str:
+    """A file's path below a folder as UTF-8, which our own files are; bytes that are not become their escapes."""
+    return utf8(path.relative_to(folder).as_posix())
+
+
 def is_folder(path: Path) -> bool:
     """Whether there is a folder at a path.
 
@@ -196,6 +204,20 @@ def _may_be_file(path: Path) -> bool:
         return True
 
 
+def share_out(images: Sequence[ImageFile], most: int) -> list[ImageFile]:
+    """The first ones, `most` at most: of images in folders of several domains, as many of each as there are."""
+    counts: Counter[str] = Counter()
+    places = {}
+    for image in images:
+        domain = domain_of(image.name)
+        places[image] = counts[domain]
+        counts[domain] += 1
+    if not 2 <= len(counts) <= MOST_DOMAINS:
+        return list(images[:most])
+    chosen = set(sorted(images, key=lambda image: places[image])[:most])
+    return [image for image in images if image in chosen]
+
+
 def scan_folder(folder: Path, min_side: int) -> tuple[list[ImageFile], list[Skipped]]:
     """List the images below a folder, sorted by name, by their headers alone; those that will not do apart.
 
@@ -211,16 +233,16 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[ImageFile], list[Skip
     found: list[ImageFile] = []
     skipped: list[Skipped] = []
     for path in files_below(folder):
-        relative = path.relative_to(folder)
+        name = name_below(folder, path)
         try:
             height, width = read_size(path)
         except BrixelError as error:
-            skipped.append(Skipped(str(relative), str(error).removesuffix(f": {path}")))
+            skipped.append(Skipped(name, str(error).removesuffix(f": {path}")))
             continue
         if min(height, width) < min_side:
-            skipped.append(Skipped(str(relative), f"too small: {width}x{height}, shorter side under {min_side}"))
+            skipped.append(Skipped(name, f"too small: {width}x{height}, shorter side under {min_side}"))
         else:
-            found.append(ImageFile(path, str(relative), height, width))
+            found.append(ImageFile(path, name, height, width))
     if not found:
         others = sum(_may_be_file(path) for path in folder.rglob("*")) - len(skipped)
         reasons = f"\n{describe_skipped(skipped, 5)}" if skipped else ""
@@ -234,7 +256,7 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[ImageFile], list[Skip
 
 def describe_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
     """The skipped files with their reasons, a line each."""
-    lines = [f"  {item.name}: {item.reason}" for item in skipped[:limit]]
+    lines = [printable(f"  {item.name}: {item.reason}") for item in skipped[:limit]]
     return "\n".join(lines + ([f"  and {len(skipped) - limit} more"] if len(skipped) > limit else []))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from brixel_cli.data.images import EXTENSIONS, file_stat, files_below, is_folder, load_image, read_size
+from brixel_cli.data.images import EXTENSIONS, file_stat, files_below, is_folder, load_image, name_below, read_size
 from brixel_cli.data.video import VIDEO_EXTENSIONS, Video
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -204,11 +204,6 @@ def _root(references: Sequence[str], paths: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([path.parent for path in paths]))
 
 
-def _name(path: Path, root: Path) -> str:
-    # A file name need not be UTF-8; the name in our file must.
-    return path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
-
-
 def _scan(path: Path, root: Path) -> Item | None:
     if path.suffix.lower() in VIDEO_EXTENSIONS:
         return None
@@ -220,7 +215,7 @@ def _scan(path: Path, root: Path) -> Item | None:
         height, width = read_size(path, still=True)
     except BrixelError as error:
         reason = reason_of(error, path)
-    return Item(path, _name(path, root), height, width, reason, size, modified)
+    return Item(path, name_below(root, path), height, width, reason, size, modified)
 
 
 def reason_of(error: BrixelError, path: Path) -> str:
@@ -229,7 +224,7 @@ def reason_of(error: BrixelError, path: Path) -> str:
 
 
 def _frames(path: Path, root: Path, every: int, videos: dict[Path, Video]) -> list[Item]:
-    name = _name(path, root)
+    name = name_below(root, path)
     try:
         status = file_stat(path)
         videos[path] = video = Video(path)

@@ -3,15 +3,21 @@
 All datasets are contiguous and of fixed shape, allocated before the first row is written, and the file's metadata is
 never touched again: it opens with plain h5py at every moment, a kill costs at most the row in flight, and several
 processes can fill disjoint rows. A row counts when its entry in `status` is 1.
+
+A file may come from anywhere. Its datasets are mapped only where they lie in it as numbers or text of fixed length;
+compressed or chunked ones are read through h5py, and such a file is never written to.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import weakref
+import zlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +29,18 @@ import numpy.typing as npt
 from brixel_cli.core.files import check_disk, make_folder, replacing, writing
 from brixel_cli.errors import BrixelError
 
-STATUS = "status"
+STATUS, REASON, CHECKSUM = "status", "reason", "checksum"
+"""Datasets that change after the file was created, besides its columns."""
 MISSING, DONE, FAILED = 0, 1, 2
 ATTRIBUTES = "description"
+CHECKSUMS = "checksums"
+"""Attribute: checksums of the description and of the datasets that never change, by name."""
+RESERVE = 1 << 20
+"""Bytes that the structure of a file takes at most, besides its datasets."""
+MOST_UNPACKED = 1 << 31
+"""Bytes of a dataset that is compressed and read at once; a small file could ask for any number."""
+FOLD_WORDS = 1021
+"""8-byte words that `checksum` adds up; a prime, so that a page of the disk in another's place is noticed."""
 Array = npt.NDArray[Any]
 
 
@@ -81,17 +96,25 @@ def create_store(
     contents = {STATUS: np.zeros(num_rows, np.uint8), **(filled or {})}
     needed = bytes_needed(num_rows, columns) + sum(array.nbytes for name, array in contents.items() if name != STATUS)
     check_disk(path.parent, needed, f"{path.name}")
+    text = json.dumps(description, sort_keys=True)
+    fixed = {name: checksum(array) for name, array in contents.items() if name not in (STATUS, REASON, CHECKSUM)}
+    sums = json.dumps({ATTRIBUTES: zlib.crc32(text.encode()), **fixed}, sort_keys=True)
     with replacing(path) as partial:
-        with h5py.File(partial, "w") as file:
-            for key, value in {ATTRIBUTES: json.dumps(description, sort_keys=True), **(attributes or {})}.items():
-                file.attrs[key] = value
-            for name, array in contents.items():
-                text = array.dtype.kind == "S"
-                dtype = h5py.string_dtype("utf-8", array.dtype.itemsize) if text else array.dtype
-                file.create_dataset(name, data=array.astype(dtype), dtype=dtype)
-            for name, column in columns.items():
-                _allocate(file, name, column, num_rows)
-            spans = [span for name, column in columns.items() for span in _live_spans(file[name], column)]
+        # HDF5 may crash on a full disk: whether there is room for what it writes itself, plain zeros tell.
+        partial.write_bytes(bytes(sum(array.nbytes for array in contents.values()) + len(text) + RESERVE))
+        try:
+            with h5py.File(partial, "w") as file:
+                for key, value in {ATTRIBUTES: text, CHECKSUMS: sums, **(attributes or {})}.items():
+                    file.attrs[key] = value
+                for name, array in contents.items():
+                    is_text = array.dtype.kind == "S"
+                    dtype = h5py.string_dtype("utf-8", array.dtype.itemsize) if is_text else array.dtype
+                    file.create_dataset(name, data=array.astype(dtype), dtype=dtype, track_times=False)
+                for name, column in columns.items():
+                    _allocate(file, name, column, num_rows)
+                spans = [span for name, column in columns.items() for span in _live_spans(file[name], column)]
+        except RuntimeError as error:  # what the disk objects to, in the library's own words
+            raise OSError(str(error)) from error
         with open(partial, "r+b") as raw:
             if hasattr(os, "posix_fallocate"):
                 for offset, length in spans:
@@ -110,6 +133,7 @@ def _allocate(file: Any, name: str, column: Column, num_rows: int) -> None:
     layout.set_layout(h5py.h5d.CONTIGUOUS)
     layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    layout.set_obj_track_times(False)  # files of the same rows are the same bytes
     group, _, leaf = name.rpartition("/")
     parent = file.require_group(group) if group else file
     space = h5py.h5s.create_simple((num_rows if column.num_rows is None else column.num_rows, *column.shape))
@@ -126,6 +150,21 @@ def _live_spans(dataset: Any, column: Column) -> list[tuple[int, int]]:
     return [(start + int(run[0]) * column.row_bytes, len(run) * column.row_bytes) for run in runs if len(run)]
 
 
+def checksum(*arrays: Array) -> int:
+    """CRC-32 over the bytes of arrays, of which all whole blocks of 1,021 8-byte words are added up to one before.
+
+    The sum is computed as fast as memory is read, a CRC of all bytes would slow down writing. A change within 8,168
+    bytes is always noticed.
+    """
+    value = 0
+    for array in arrays:
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        whole = len(data) - len(data) % (8 * FOLD_WORDS)
+        folded = np.add.reduce(data[:whole].view("<u8").reshape(-1, FOLD_WORDS), axis=0)
+        value = zlib.crc32(data[whole:].data, zlib.crc32(folded.data, value))
+    return value
+
+
 def _opened(path: Path) -> Any:
     """The file, read-only and unlocked, so that it can be filled meanwhile."""
     try:
@@ -134,6 +173,20 @@ def _opened(path: Path) -> Any:
         if "locking flag" not in str(error):
             raise
         return h5py.File(path, "r")  # this process has it open already, with h5py's default
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file leads to into a BrixelError that says what to do."""
+    try:
+        yield
+    except BrixelError:
+        raise
+    except Exception as error:  # HDF5, NumPy and JSON have a kind of their own for every damage
+        raise BrixelError(
+            f"{path} is not a feature file of brixel, or is damaged: {error}. "
+            "Name another file, or delete this one and make it again."
+        ) from error
 
 
 def positions_within_size(sizes: Sequence[Hashable]) -> list[int]:
@@ -157,39 +210,79 @@ def batches_of_one_size(rows: Sequence[int], size: Callable[[int], Hashable], at
 class Store:
     """A file made by `create_store`, opened for reading or for filling rows.
 
-    Rows are written with positioned writes: they cost no memory of ours, and outlive the process once written.
+    Rows are read from one map of the file, and written with positioned writes: they cost no memory of ours, and outlive
+    the process once written.
+
+    Attributes:
+        path: of the file.
+        attributes: of the file, as text.
+        description: what the file holds.
+        damaged: the datasets that never change, and have other bytes than when the file was created.
 
     Args:
         path: of the file.
-        writable: whether rows will be written.
+        writable: whether rows will be written: of all datasets, or of those named and `status`.
 
     Raises:
-        BrixelError: the file is missing, damaged, or not one of ours.
+        BrixelError: the file is missing, damaged, not one of ours, or, to be written, not contiguous.
     """
 
-    def __init__(self, path: Path, writable: bool = False):
-        places: dict[str, tuple[int | None, tuple[int, ...], np.dtype[Any]]] = {}
-
-        def visit(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset):
-                places[name] = item.id.get_offset(), item.shape, item.dtype
-
-        try:
-            with _opened(path) as file:
-                self.attributes = {key: str(value) for key, value in file.attrs.items()}
-                self.description: dict[str, Any] = json.loads(self.attributes[ATTRIBUTES])
-                file.visititems(visit)
-        except (OSError, KeyError, ValueError) as error:
-            raise BrixelError(f"{path} is not a feature file of brixel, or is damaged: {error}") from error
+    def __init__(self, path: Path, writable: bool | Collection[str] = False):
         self.path = path
-        self._places = places
-        self._rows: dict[str, Array] = {
-            name: np.empty(shape, dtype) if offset is None else np.memmap(path, dtype, "r", offset, shape)
-            for name, (offset, shape, dtype) in places.items()
-        }
-        self._file = os.open(path, os.O_WRONLY) if writable else -1
+        self._places: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]] = {}
+        self._rows: dict[str, Any] = {}  # by name a view into the map, or, where that cannot be, h5py's dataset
+        with reading(path), ExitStack() as stack:
+            file = stack.enter_context(_opened(path))
+            self.attributes = {key: str(value) for key, value in file.attrs.items()}
+            self.description: dict[str, Any] = json.loads(self.attributes[ATTRIBUTES])
+            if not isinstance(self.description, dict):
+                raise ValueError("its description is no JSON object")
+            with path.open("rb") as raw:
+                self._map = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+            file.visititems(self._find)
+            status = self._rows.get(STATUS)
+            if status is None or status.dtype != np.uint8 or len(status.shape) != 1:
+                raise ValueError("it has no status of its rows")
+            self.damaged = self._compared(json.loads(self.attributes.get(CHECKSUMS, "{}")))
+            if len(self._places) < len(self._rows):
+                stack.pop_all()  # stays open, as long as its datasets are
+        self._file = -1
         if writable:
+            names = self._rows if writable is True else {STATUS, *writable}
+            apart = sorted(set(names) & set(self._rows) - set(self._places))
+            if apart:
+                raise BrixelError(
+                    f"{path} can be read, but not written to, as it is compressed, chunked or kept in several files "
+                    f"({', '.join(apart[:3])}). Name another output, or unpack it: h5repack -f NONE -l CONTI OLD NEW"
+                )
+            with writing(path):
+                self._file = os.open(path, os.O_WRONLY)
             weakref.finalize(self, os.close, self._file)
+
+    def _find(self, name: str, item: Any) -> None:
+        """Take up a dataset of the file: map it where its bytes lie in the file just as NumPy has them."""
+        if not isinstance(item, h5py.Dataset):
+            return
+        outside = [Path(part[0]) for part in item.external or []]
+        folder = self.path.resolve().parent
+        if item.is_virtual or not all(other.resolve().is_relative_to(folder) for other in outside):
+            raise ValueError(f"its dataset {name} lies in other files")
+        shape, dtype, offset = item.shape, item.dtype, item.id.get_offset()
+        if shape is not None and not dtype.hasobject and 0 in shape:
+            self._places[name], self._rows[name] = (0, shape, dtype), np.empty(shape, dtype)
+        elif offset is None or shape is None or dtype.hasobject or outside or not _is_plain(item):
+            self._rows[name] = item
+        else:
+            if offset + item.nbytes > len(self._map):
+                raise ValueError(f"its dataset {name} ends beyond the end of the file")
+            self._places[name] = offset, shape, dtype
+            self._rows[name] = np.ndarray(shape, dtype, self._map, offset)
+
+    def _compared(self, expected: Mapping[str, int]) -> list[str]:
+        if expected and zlib.crc32(self.attributes[ATTRIBUTES].encode()) != expected[ATTRIBUTES]:
+            raise ValueError("its description has changed since it was written")
+        names = [name for name in expected if name != ATTRIBUTES]
+        return [name for name in names if name not in self._rows or checksum(self.array(name)) != expected[name]]
 
     def __len__(self) -> int:
         return len(self._rows[STATUS])
@@ -200,22 +293,43 @@ class Store:
     @property
     def status(self) -> npt.NDArray[np.uint8]:
         """Status of every row, copied: 0 missing, 1 done, 2 failed."""
-        return np.array(self._rows[STATUS])
+        return np.array(self.array(STATUS))
 
     @property
     def missing(self) -> npt.NDArray[np.int64]:
         """Numbers of the rows that are not done."""
-        return np.flatnonzero(self._rows[STATUS] != DONE)
+        return np.flatnonzero(self.array(STATUS) != DONE)
+
+    def kind(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and number format of a dataset; errors as `array`."""
+        found = self._dataset(name)
+        return found.shape or (), found.dtype
 
     def array(self, name: str) -> Array:
-        """A whole dataset, not copied; read-only."""
+        """A whole dataset, not copied where it is mapped; read-only.
+
+        Raises:
+            BrixelError: there is no such dataset, or it cannot be read.
+        """
+        found = self._dataset(name)
+        if isinstance(found, np.ndarray):
+            return found
+        with reading(self.path):
+            if found.nbytes > MOST_UNPACKED:
+                raise ValueError(f"its dataset {name} would take {found.nbytes} bytes")
+            return np.asarray(found[()])
+
+    def _dataset(self, name: str) -> Any:
+        with reading(self.path):
+            if name not in self._rows:
+                raise ValueError(f"it has no dataset {name}")
         return self._rows[name]
 
     def put(self, name: str, row: int, value: Array) -> None:
         """Write one row of one dataset.
 
         Raises:
-            ValueError: the value has not the shape of a row, or the store was opened read-only.
+            ValueError: there is no such row, the value has not its shape, or the store was opened read-only.
             BrixelError: the disk refuses it.
         """
         if self._file < 0:
@@ -223,12 +337,22 @@ class Store:
         offset, shape, dtype = self._places[name]
         if value.shape != shape[1:]:
             raise ValueError(f"{name}: a row has shape {shape[1:]}, not {value.shape}")
+        if not 0 <= row < shape[0]:
+            raise ValueError(f"{name} has {shape[0]} rows, and no row {row}")
         data = np.ascontiguousarray(value, dtype=dtype).reshape(-1).view(np.uint8).data
-        place = (offset or 0) + row * len(data)
+        place = offset + row * len(data)
         with writing(self.path):
             while data:
                 written = os.pwrite(self._file, data, place)
                 data, place = data[written:], place + written
+
+    def restore(self, name: str, values: Array) -> bool:
+        """Write a damaged dataset again where these are its values, as its checksum tells; whether they are."""
+        if checksum(values) != json.loads(self.attributes[CHECKSUMS])[name]:
+            return False
+        for row, value in enumerate(values):
+            self.put(name, row, value)
+        return True
 
     def mark(self, row: int, status: int) -> None:
         """Set the status of a row, after its values."""
@@ -241,9 +365,19 @@ class Store:
         self.mark(row, DONE)
 
     def flush(self) -> None:
-        """Wait until all that was written is on the disk."""
-        os.fsync(self._file)
+        """Wait until all that was written is on the disk; errors as `put`."""
+        with writing(self.path):
+            os.fsync(self._file)
 
     def read(self, name: str, rows: Sequence[int]) -> Array:
-        """Rows of a dataset, copied, in the order asked for."""
-        return np.asarray(self._rows[name][list(rows)])
+        """Rows of a dataset, copied, in the order asked for; errors as `array`."""
+        found = self._dataset(name)
+        with reading(self.path):
+            if isinstance(found, np.ndarray):
+                return np.asarray(found[list(rows)])
+            return np.stack([found[row] for row in rows])
+
+
+def _is_plain(item: Any) -> bool:
+    """Whether the bytes of a dataset are just those that NumPy has for its type."""
+    return item.dtype.kind == "S" or bool(h5py.h5t.py_create(item.dtype).equal(item.id.get_type()))

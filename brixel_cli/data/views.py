@@ -113,9 +113,13 @@ def normalise_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]
 
 def reduce_view(teacher_views: Tensor, factor: int) -> Tensor:
     """The student's views (B, 3, H / factor, W / factor): antialiased bicubic reduction of the teacher's, float32."""
-    height, width = teacher_views.shape[-2] // factor, teacher_views.shape[-1] // factor
-    with torch.autocast(teacher_views.device.type, enabled=False):  # on CPU it has no bfloat16 kernel
-        return F.interpolate(teacher_views.float(), size=(height, width), mode="bicubic", antialias=True)
+    return resize_view(teacher_views, (teacher_views.shape[-2] // factor, teacher_views.shape[-1] // factor))
+
+
+def resize_view(views: Tensor, size: tuple[int, int]) -> Tensor:
+    """Views (B, 3, H, W) at a size (height, width) in pixels: antialiased bicubic, float32."""
+    with torch.autocast(views.device.type, enabled=False):  # on CPU it has no bfloat16 kernel
+        return F.interpolate(views.float(), size=size, mode="bicubic", antialias=True)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
     joined: bool = True,
+    beside: tuple[str, Sequence[Line]] | None = None,
 ) -> str:
     """Lines over a common axis, with a legend above.
 
@@ -115,11 +117,12 @@ def line_chart(
         log_x: whether the horizontal axis is logarithmic.
         log_y: whether the vertical axis is logarithmic.
         joined: whether points are joined by lines; else they are only marked, and labelled in place.
+        beside: the horizontal axis and the lines of a second panel with the same vertical axis, or None.
     """
     scales = [name for name, is_log in (("x", log_x), ("y", log_y)) if is_log]
     columns = max(42 // (max(len(line.label) for line in lines) + 4), 1)
 
-    def draw(axes: Axes) -> None:
+    def draw(lines: Sequence[Line], x_title: str, axes: Axes) -> None:
         for line in lines:
             xs, ys = zip(*line.points, strict=True)
             style: dict[str, Any] = {"marker": "o", "markersize": 6, "markeredgecolor": CARD}
@@ -133,7 +136,8 @@ def line_chart(
         if joined:
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, borderaxespad=0.2)
 
-    return _draw(title, 2.9 + 0.25 * math.ceil(len(lines) / columns), draw)
+    panels = [partial(draw, lines, x_title)] + ([partial(draw, beside[1], beside[0])] if beside else [])
+    return _draw(title, 2.9 + 0.25 * math.ceil(len(lines) / columns), *panels)
 
 
 def themed(svg: str) -> str:
@@ -143,19 +147,19 @@ def themed(svg: str) -> str:
     return svg
 
 
-def _draw(title: str, height: float, draw: Callable[[Axes], None]) -> str:
-    """An SVG of axes of `height` inches below a title: the same for the same input, without ids that clash."""
+def _draw(title: str, height: float, *panels: Callable[[Axes], None]) -> str:
+    """An SVG of panels of `height` inches below a title: the same for the same input, without ids that clash."""
     import matplotlib  # slow to import: only where a chart is drawn
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     lines, buffer = textwrap.wrap(title, 46), io.StringIO()
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": title}):
-        figure = Figure(figsize=(WIDTH, height + 0.25 * len(lines)), layout="constrained")
+        figure = Figure(figsize=(WIDTH * len(panels), height + 0.25 * len(lines)), layout="constrained")
         figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=13, fontweight="bold")
-        axes = figure.add_subplot()
-        draw(axes)
-        for axis in (axes.xaxis, axes.yaxis):
+        for number, draw in enumerate(panels, start=1):
+            draw(figure.add_subplot(1, len(panels), number))
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
             if axis.get_scale() == "log":
                 low, high = axis.get_view_interval()
                 axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high / low > 4 else range(1, 10)))

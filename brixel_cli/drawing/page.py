@@ -8,13 +8,14 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape as html_escape
 from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
 
 from brixel_cli.core.files import replacing, write_text
+from brixel_cli.core.formatting import printable, printable_lines
 from brixel_cli.drawing.charts import themed
 
 STYLE = Path(__file__).with_name("style.css")
@@ -104,6 +105,11 @@ class Page:
     footer: str
 
 
+def escape(text: str) -> str:
+    """A text from outside as HTML."""
+    return html_escape(printable(text))
+
+
 def write_page(page: Page, folder: Path, name: str) -> list[Path]:
     """Write NAME.html, NAME.md and the pictures of the latter, in the folder `figures`; returns the two pages."""
     files = [folder / f"{name}.html", folder / f"{name}.md"]
@@ -119,7 +125,7 @@ def write_page(page: Page, folder: Path, name: str) -> list[Path]:
 def write_figure(block: Block, folder: Path) -> None:
     """Write the file of a chart or a picture into a folder; other blocks have none."""
     if isinstance(block, Chart):
-        write_text(folder / _figure_name(block), block.svg)
+        write_text(folder / _figure_name(block), printable_lines(block.svg))
     elif isinstance(block, Photo):
         with replacing(folder / _figure_name(block)) as partial:
             shutil.copyfile(block.path, partial)
@@ -187,12 +193,12 @@ def _html_block(block: Block) -> str:
         case Text(text):
             return f'<p class="note">{escape(text)}</p>'
         case Commands(lines):
-            return f"<pre>{escape(chr(10).join(lines))}</pre>"
+            return f"<pre>{chr(10).join(map(escape, lines))}</pre>"
         case Chart(_, svg, caption):
-            return f"<figure>{themed(svg)}<figcaption>{escape(caption)}</figcaption></figure>"
+            return f"<figure>{themed(printable_lines(svg))}<figcaption>{escape(caption)}</figcaption></figure>"
         case Photo(_, path, caption):
             buffer = io.BytesIO()
-            with Image.open(path) as image:
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
                 image.convert("RGB").save(buffer, format="WEBP", quality=WEBP_QUALITY)
             source = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
             caption = escape(caption)
@@ -231,7 +237,7 @@ def markdown_block(block: Block, figures: str = FIGURES) -> list[str]:
         case Text(text):
             return [_plain(text)]
         case Commands(lines):
-            return ["```", *lines, "```"]
+            return ["```", *map(printable, lines), "```"]
         case Chart() | Photo():
             caption = _plain(block.caption)
             return [f"![{caption or block.name}]({figures}/{_figure_name(block)})", "", caption]
@@ -248,4 +254,4 @@ def markdown_block(block: Block, figures: str = FIGURES) -> list[str]:
 
 def _plain(text: str) -> str:
     """Text in which nothing is read as Markdown or HTML."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text.replace("\n", " "))
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", printable(text.replace("\n", " ")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +13,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from brixel_cli.config.labelled import IGNORE
+from brixel_cli.core.heads import Quantity
 
-Quantity = Literal["labels", "depth", "normals"]
 WRONG = (230, 30, 30)
 WORST_ANGLE = 60.0
 """Degrees that are drawn as the largest error of normals."""
@@ -68,7 +67,7 @@ def paint_errors(quantity: Quantity, image: Image.Image, prediction: Tensor, tru
     and more. Normals: the angle between them, black to yellow at 60 degrees and more. Pixels that count nowhere are
     grey on depth and normals.
     """
-    if quantity == "labels":
+    if quantity == "segmentation":
         height, width = truth.shape
         grey = ImageOps.grayscale(image).resize((width, height), Image.Resampling.BILINEAR)
         pixels = np.repeat((np.asarray(grey, np.float32) * 0.4 + 150)[..., None], 3, axis=2).astype(np.uint8)
@@ -100,7 +99,7 @@ def comparison(
     low, high = depth_range(truth) if quantity == "depth" else (0.0, 1.0)
 
     def paint(map_: Tensor) -> Image.Image:
-        if quantity == "labels":
+        if quantity == "segmentation":
             return paint_labels(map_)
         return paint_depth(map_, low, high) if quantity == "depth" else paint_normals(map_)
 

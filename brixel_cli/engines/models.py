@@ -25,6 +25,7 @@ from brixel_cli.core.backbone import Backbone, load_backbone, same_model
 from brixel_cli.core.identity import tensors_sha256
 from brixel_cli.core.shipped import DEFAULT_STUDENT, shipped_students
 from brixel_cli.core.student import FILE_NAME, StoredAdapter, Student, StudentCard, build_adapter, read_adapter
+from brixel_cli.data.resizing import snap
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, is_out_of_memory, library_versions, release_cached
@@ -58,6 +59,7 @@ class ModelSpec:
         stored: the student's trained adapter; None for the other sources, and for fresh weights.
         chosen_by: the student by whose card the backbone's weights were chosen, which must be those; None: by the user.
         trained_size: the student's input (height, width) in pixels in its training; None: not known.
+        scale: of a plain backbone at equal cost: its input over the student's, before rounding to the patch.
     """
 
     source: Source
@@ -73,11 +75,18 @@ class ModelSpec:
     stored: StoredAdapter | None = None
     chosen_by: StoredAdapter | None = None
     trained_size: tuple[int, int] | None = None
+    scale: float = 1.0
 
     @property
     def enlarge(self) -> int:
         """Side of the model's input over the student's."""
         return self.factor if self.source == "teacher" else 1
+
+    def input_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The model's input where the student's has this size; both (height, width) in pixels."""
+        if self.scale != 1:
+            return snap(size[0] * self.scale, self.patch_size), snap(size[1] * self.scale, self.patch_size)
+        return size[0] * self.enlarge, size[1] * self.enlarge
 
     def grid(self, model_size: tuple[int, int]) -> tuple[int, int]:
         """The grid of the map of a model's input of this size in pixels; both (height, width)."""

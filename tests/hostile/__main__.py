@@ -31,7 +31,7 @@ from hostile import input_cases, sandbox, stored_cases
 from hostile.cases import FORGED, Case, Maker
 from hostile.world import World
 
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f]|\\\\x[0-9a-f]{2}")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\ud800-\udfff]")
 PRECIOUS = ("txt", "npy", "safetensors", "h5", "png", "yaml", "txt.npy")
 
 KINDS: Mapping[str, Maker] = {
@@ -134,7 +134,7 @@ def _faults(ended: sandbox.Ended) -> Iterator[str]:
         yield f"control character printed: {printed[max(found.start() - 60, 0) : found.end() + 20]!r}"
     if re.search(f"[\n\r]{FORGED}", printed):
         yield f"a forged line: {printed[:300]!r}"
-    if "weights_only" in printed:
+    if "weights_only=False" in printed:
         yield f"advice to run the file's code: {tail}"
 
 
@@ -196,7 +196,7 @@ def run(names: Iterator[str], seconds: float, keep: bool = False) -> list[Outcom
 
 
 def _say(*lines: str) -> None:
-    sys.stderr.write("\n  ".join(lines) + "\n")
+    sys.stderr.write("\n  ".join(lines).encode("utf-8", "backslashreplace").decode() + "\n")
     sys.stderr.flush()
 
 

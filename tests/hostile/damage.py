@@ -179,10 +179,8 @@ def hdf5_values(rng: Random, path: Path) -> str:
                 file[name] = np.array(old)
                 return f"{name}[{row}] = {old[row][:40]!r}, in a wider dataset"
         else:
-            value = (
-                rng.choice([0, 1, 2, 3, 17, 127, -1]) if data.dtype.itemsize == 1 else rng.choice([0, -1, 1, 5, 2**30])
-            )
-            value = np.array(value).astype(data.dtype)
+            numbers = (0, 1, 2, 3, 17, 127, -1) if data.dtype.itemsize == 1 else (0, -1, 1, 5, 2**30)
+            value = np.array(rng.choice(numbers)).astype(data.dtype)
         data[row] = value
         return f"{name}[{row}] = {value!r}"[:120]
 
@@ -195,7 +193,7 @@ def hdf5_dataset(rng: Random, path: Path) -> str:
         values = file[name][:]
         fixed = values.astype("S") if values.dtype.kind == "O" else values
         how = rng.choice(("deleted", "group", "chunked", "compressed", "external", "virtual", "objects", "float64", "rows", "flat",
-                          "link", "external link", "swapped", "huge", "big endian", "compact", "empty", "bool", "resizable"))  # fmt: skip
+                          "link", "external link", "swapped", "huge", "big endian", "empty", "bool", "resizable"))  # fmt: skip
         del file[name]
         if how == "group":
             file.create_group(name)
@@ -207,12 +205,10 @@ def hdf5_dataset(rng: Random, path: Path) -> str:
         elif how == "external":
             stored = path.parent / "external.bin"
             stored.write_bytes(fixed.tobytes())
-            file.create_dataset(
-                name, shape=fixed.shape, dtype=fixed.dtype, external=[(str(stored), 0, fixed.nbytes or 1)]
-            )
+            pieces = [(str(stored), 0, fixed.nbytes or 1)]
+            file.create_dataset(name, shape=fixed.shape, dtype=fixed.dtype, external=pieces)
         elif how == "virtual" and fixed.size:
-            layout = h5py.VirtualLayout(fixed.shape, fixed.dtype)
-            file.create_virtual_dataset(name, layout)
+            file.create_virtual_dataset(name, h5py.VirtualLayout(fixed.shape, fixed.dtype))
         elif how == "objects":
             file.create_dataset(name, data=[str(n) * 5 for n in range(max(len(fixed), 1))], dtype=h5py.string_dtype())
         elif how == "rows":
@@ -228,17 +224,11 @@ def hdf5_dataset(rng: Random, path: Path) -> str:
             file.create_dataset(
                 name, shape=space, dtype=fixed.dtype, chunks=tuple(min(side, 64) or 1 for side in space)
             )
-        elif how == "compact":
-            layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            layout.set_layout(h5py.h5d.COMPACT)
-            space = h5py.h5s.create_simple((len(fixed),))
-            h5py.h5d.create(file.id, name.replace("/", "_").encode(), h5py.h5t.NATIVE_UINT8, space, layout)
         elif how == "empty":
             file[name] = h5py.Empty(fixed.dtype)
         elif how != "deleted":
-            kind = {"float64": "f8", "bool": "?", "swapped": "u2", "big endian": fixed.dtype.newbyteorder(">")}.get(
-                how, "f4"
-            )
+            kinds = {"float64": "f8", "bool": "?", "swapped": "u2", "big endian": fixed.dtype.newbyteorder(">")}
+            kind = kinds.get(how, "f4")
             file[name] = fixed if fixed.dtype.kind == "S" else fixed.astype(kind)
         return f"{name}: {how}"
 
@@ -340,8 +330,7 @@ def safetensors_tensor(rng: Random, path: Path) -> str:
 
 SAFETENSORS: Sequence[Damage] = (
     safetensors_header,
-    safetensors_metadata,
-    safetensors_metadata,
+    *[safetensors_metadata] * 2,
     safetensors_tensor,
     in_head,
     any_bytes,

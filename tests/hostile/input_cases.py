@@ -234,7 +234,7 @@ def file_name(world: World, rng: Random, place: Path) -> Case:
     folder.mkdir()
     odd = (f"a\n{FORGED}.png", "\x1b[31mred\x07.png", "\x9b2J.png", "-rf.png", "--overwrite.png", " .png", "a" * 251 + ".png", "é" * 125 + ".png",
            "%s%n{}{0}.png", "[bold]x.png", "index.h5.png", "con.png", "a.png.png", "a.npy.png", "~.png", "$HOME.png", "a b\tc.png", "\u202egnp.png",
-           "a\r" + FORGED + ".png", "..png", "...png", "A.PNG", "a.png", "[a-z].png", "*.png", "\u2028x.png", "#1.png", "0.jpg.png")  # fmt: skip
+           "a\r" + FORGED + ".png",   "A.PNG", "a.png", "[a-z].png", "*.png", "\u2028x.png", "#1.png", "0.jpg.png")  # fmt: skip
     names = rng.sample(odd, 4)
     sources = {}
     for number, name in enumerate(names):
@@ -369,9 +369,9 @@ def option(world: World, rng: Random, place: Path) -> Case:
     work.chmod(0o777)
     limits = Limits(nobody=True, seconds=90, memory=6 * GIB)
     return Case(
-        f"{arguments[-1][:60]!r}",
+        f"{arguments[0]} ... {arguments[-2]} {arguments[-1][:60]!r}",
         arguments,
-        output=("work", "runs", "x", "y", "a\nb", "\x1b[2Jx", "é" * 128),
+        output=("work", "runs", *(path for path in paths if "/" not in path and path.strip("."))),
         limits=limits,
     )
 

@@ -61,7 +61,10 @@ class Killed(World):
             folder.parent.name: contents_of_run(folder.parent)
             for folder in (output / "ablations").glob("*/results.json")
         }
-        return {"variants": [[v["name"], v["fidelity"], v["curve"]] for v in variants], "runs": runs}
+        return {
+            "variants": [[v[key] for key in ("name", "curve", "bilinear", "recovered_gap")] for v in variants],
+            "runs": runs,
+        }
 
 
 @dataclass

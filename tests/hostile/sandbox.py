@@ -1,10 +1,12 @@
 """Commands of brixel in forked processes with limits, so that a crash, a hang or a bomb ends one case only.
 
-The process that forks has imported everything and computes nothing: a child starts in a tenth of a second.
+The process that forks has imported everything and computes nothing: a child starts in a tenth of a second. It must not
+set torch's number of threads either, as a pool of threads does not outlive a fork: OMP_NUM_THREADS does.
 """
 
 from __future__ import annotations
 
+import concurrent.futures.process  # noqa: F401  # a child without the rights of root may not read it
 import fcntl
 import json
 import os
@@ -23,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py  # noqa: F401
-import torch
 
 import brixel_cli.cli.ablation
 import brixel_cli.cli.distill
@@ -38,7 +39,6 @@ import brixel_cli.engines.probing.probing
 import brixel_cli.engines.probing.report  # noqa: F401
 from brixel_cli.app import app
 
-torch.set_num_threads(1)
 NOBODY = 65534
 TRACEBACK = 70
 """Exit code of an exception that no command has caught."""
@@ -144,7 +144,7 @@ class Child:
         self._read()
         for reading, _ in self._pipes:
             os.close(reading)
-        texts = [b"".join(parts).decode("utf-8", "backslashreplace") for parts in self._printed]
+        texts = [b"".join(parts).decode("utf-8", "surrogateescape") for parts in self._printed]
         return Ended(code, *texts, time.monotonic() - self.began)
 
     def _read(self) -> None:
@@ -156,14 +156,18 @@ class Child:
 
 def _limit(limits: Limits) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + limits.memory
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     seconds = int(limits.seconds) + 5
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    for kind, most in (
+        (resource.RLIMIT_AS, pages * resource.getpagesize() + limits.memory),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CPU, seconds),
+    ):
+        allowed = resource.getrlimit(kind)[1]  # within a child the limit cannot be raised
+        most = most if allowed == resource.RLIM_INFINITY else min(most, allowed)
+        resource.setrlimit(kind, (most, most))
     if limits.file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size, limits.file_size))
-    if limits.nobody:
+    if limits.nobody and os.getuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)

@@ -1,27 +1,22 @@
 """Measure what `brixel extract` promises: python tests/measure/extraction_bars.py BAR --checkpoint RUN --photos DIR ...
 
-Bars: throughput, memory, kills, damaged, int8, writing, processes. Each prints one line of JSON.
+Bars: throughput, memory, int8, writing, processes. Each prints one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
-from PIL import Image
 
 
 def command(options: argparse.Namespace, folder: Path, output: Path, *more: str) -> list[str]:
@@ -113,101 +108,6 @@ def memory(options: argparse.Namespace, scratch: Path) -> dict:
     return {"images": options.count, "peak_mib": peaks, "ratio": peaks[1] / peaks[0]}
 
 
-def kills(options: argparse.Namespace, scratch: Path) -> dict:
-    """Kill at random moments, resume; compare with a run that was left alone."""
-    folder = many(options.photos, scratch / "photos", options.count)
-    whole, output = scratch / "whole.h5", scratch / "killed.h5"
-    run(options, folder, whole)
-    output.unlink(missing_ok=True)
-    rng, after_each = random.Random(0), []
-    arguments = [sys.executable, "-m", "brixel_cli", *command(options, folder, output)]
-
-    def num_done() -> int:
-        if not output.exists():
-            return 0
-        with h5py.File(output) as file:
-            return int(np.sum(file["status"][:] == 1))
-
-    for _ in range(options.kills):
-        enough = num_done() + rng.uniform(0, options.count / options.kills)  # half of the run is left at the end
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while num_done() < enough and process.poll() is None:
-            time.sleep(rng.uniform(0, 0.02))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        after_each.append(num_done())
-    final = subprocess.run(arguments, capture_output=True, check=False)
-    return {
-        "kills": len(after_each),
-        "done_after_each": after_each,
-        "code": final.returncode,
-        "identical": rows_of(whole) == rows_of(output),
-    }
-
-
-def damaged(options: argparse.Namespace, scratch: Path) -> dict:
-    """50 good photographs among 1,000 damaged and odd files."""
-    folder = many(options.photos, scratch / "photos", 50)
-    good = run(options, folder, scratch / "good.h5", "--batch-size", "1")
-    whole = [Image.open(path).convert("RGB").resize((160, 120)) for path in sorted(folder.iterdir())[:10]]
-    rng = random.Random(0)
-    modes = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F", "HSV", "LAB"]
-    for number in range(1000):
-        name, image, buffer = f"x{number:04}", whole[number % 10], io.BytesIO()
-        kind = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")[number % 6]
-        image.save(buffer, kind)
-        data = bytearray(buffer.getvalue())
-        extension = rng.choice([kind.lower(), kind.lower(), "jpg"])
-        if number % 20 == 0:
-            data = bytearray()
-        elif number % 20 == 1:
-            data, extension = bytearray(b"this is no image at all"), "jpg"
-        elif number % 20 == 2:
-            extension = "png"
-            side = io.BytesIO()
-            Image.new("RGB", (1, 1)).save(side, "PNG")
-            data = bytearray(side.getvalue())
-        elif number % 20 == 3:
-            extension = "gif"
-            moving = io.BytesIO()
-            image.save(moving, "GIF", save_all=True, append_images=[whole[(number + 1) % 10]])
-            data = bytearray(moving.getvalue())
-        elif number % 20 == 4:
-            mode, extension = modes[number // 20 % len(modes)], "tif"
-            try:
-                odd = (
-                    Image.new("I;16", (64, 64))
-                    if mode == "I;16"
-                    else Image.new("LAB", (64, 64))
-                    if mode == "LAB"
-                    else image.convert(mode)
-                )
-                stored = io.BytesIO()
-                odd.save(stored, "TIFF")
-                data = bytearray(stored.getvalue())
-            except (OSError, ValueError, KeyError):
-                pass
-        elif number % 2:
-            data = data[: rng.randrange(len(data))]
-        else:
-            for _ in range(rng.randrange(1, 200)):
-                data[rng.randrange(len(data))] = rng.randrange(256)
-        (folder / f"{name}.{extension}").write_bytes(data)
-    result = run(options, folder, scratch / "f.h5", "--batch-size", "1")
-    expected, found = rows_of(scratch / "good.h5"), rows_of(scratch / "f.h5")
-    return {
-        "files": result["images"],
-        "readable": result["computed"],
-        "failed_with_reason": sum(bool(reason) for reason in result["failures"].values()),
-        "good_rows_identical": sum(found.get(name) == row for name, row in expected.items()),
-        "good": good["computed"],
-        "peak_mib": result["peak_mib"],
-        "peak_mib_of_the_good_alone": good["peak_mib"],
-        "code": result["code"],
-        "traceback": "Traceback" in result["stderr"],
-    }
-
-
 def int8(options: argparse.Namespace, scratch: Path) -> dict:
     """Cosine of int8 against float32 features, at every location."""
     from brixel_cli import FeatureFile
@@ -289,8 +189,8 @@ def processes(options: argparse.Namespace, scratch: Path) -> dict:
     return {"images": options.count, "identical": rows_of(scratch / "one.h5") == rows_of(scratch / "two.h5")}
 
 
-BARS = {bar.__name__: bar for bar in (throughput, memory, kills, damaged, int8, writing, processes)}
-COUNTS = {"throughput": 500, "memory": 200, "kills": 300, "int8": 50, "writing": 100, "processes": 20}
+BARS = {bar.__name__: bar for bar in (throughput, memory, int8, writing, processes)}
+COUNTS = {"throughput": 500, "memory": 200, "int8": 50, "writing": 100, "processes": 20}
 
 
 def main() -> None:
@@ -301,7 +201,6 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/brixel_bars"))
     parser.add_argument("--res", type=int, default=448)
     parser.add_argument("--count", type=int)
-    parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--source", default="student")
     parser.add_argument("--checkpoint")
     parser.add_argument("--backbone")

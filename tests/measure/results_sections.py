@@ -19,7 +19,7 @@ from brixel_cli.config.distill import Recipe
 from brixel_cli.core.files import replacing
 from brixel_cli.core.formatting import human_count, human_percent, human_size
 from brixel_cli.core.heads import QUANTITIES
-from brixel_cli.core.metric_titles import figure_text, figure_title
+from brixel_cli.core.metric_titles import figure_text, figure_title, gap_text
 from brixel_cli.drawing.charts import Line, line_chart
 from brixel_cli.drawing.page import Block, Chart, Commands, Photo, Table, Text
 from brixel_cli.engines.ablating.results import Ablations
@@ -195,7 +195,9 @@ def generalisation(results: Results, recipes: Sequence[Recipe]) -> list[Block]:
             cells = [human_size(size), "square" if size[0] == size[1] else "not square"]
             for name in FAITHFUL:
                 cells += [f"{getattr(item, name):.4f}" if item else "-" for item in (bilinear, student)]
-                cells.append(human_percent(student.recovered_gap.get(name)) if student else "-")
+                cells.append(
+                    gap_text(student.recovered_gap.get(name), student.gap_spread.get(name)) if student else "-"
+                )
             rows.append(cells)
         notes = [note for note in results.notes if note.startswith(f"{model.name} ")]  # of rows that were not run
         columns = ["input", "shape", *(f"{metric}, {what}" for metric in FAITHFUL.values() for what in SIZE_COLUMNS)]
@@ -222,7 +224,7 @@ def probe_rows(results: ProbeResults) -> list[list[str]]:
     """A row for each of the figures that the page shows of a probe's results."""
     settings, summary = results.settings, results.summary
     sources = [summary.get(name, ABSENT) for name in SOURCES]
-    recovered = results.recovered_gap.get("student", {})
+    recovered, spreads = (gaps.get("student", {}) for gaps in (results.recovered_gap, results.gap_spread))
     images = " / ".join(f"{used.images:,}" for used in settings.data.values())
     seeds = "/".join(dict.fromkeys(str(source.seeds) for source in summary.values()))
     rows = []
@@ -230,7 +232,7 @@ def probe_rows(results: ProbeResults) -> list[list[str]]:
         figures = [figure_text(metric, source.mean_of(metric), source.spread.get(metric)) for source in sources]
         title = figure_title(metric, settings.protocol_settings.align)
         facts = [seeds, settings.protocol, side(settings.size), images]
-        rows.append([settings.recipe, title, *figures, human_percent(recovered.get(metric)), *facts])
+        rows.append([settings.recipe, title, *figures, gap_text(recovered.get(metric), spreads.get(metric)), *facts])
     return rows
 
 

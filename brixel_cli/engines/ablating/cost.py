@@ -18,10 +18,10 @@ from brixel_cli.core.formatting import to_json
 from brixel_cli.core.identity import json_digest
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.environment import processor_name
-from brixel_cli.engines.benchmarking.latency import Latency, interleaved
 from brixel_cli.engines.distilling.batches import Batch
 from brixel_cli.engines.distilling.plan import random_batch, random_update
 from brixel_cli.engines.distilling.trainer import make_adapter
+from brixel_cli.engines.latency import Latency, interleaved
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.engines.benchmarking.environment import Environment
-from brixel_cli.engines.benchmarking.latency import Latency
 from brixel_cli.engines.benchmarking.probes import ProbeResult
 from brixel_cli.engines.benchmarking.results import RecoveredGaps, read_json
+from brixel_cli.engines.latency import Latency
 
 FORMAT: Literal["brixel-ablations-1"] = "brixel-ablations-1"
 FILE_NAME = "ablations.json"

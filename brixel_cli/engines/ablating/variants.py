@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from brixel_cli.config.base import did_you_mean
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_variants
 from brixel_cli.engines.distilling.plan import TrainingCounts
@@ -159,10 +159,10 @@ def find_groups(references: Sequence[str]) -> dict[str, list[Variant]]:
         elif reference in GROUPS:
             groups[name] = [Variant(*item) for item in GROUPS[reference].items()]
         else:
-            close = difflib.get_close_matches(reference, GROUPS, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            known = ", ".join(GROUPS)
-            raise UsageError(f"--ablate knows no {reference}.{hint} It takes {known}, or a YAML file of your variants.")
+            raise UsageError(
+                f"--ablate knows no {reference}.{did_you_mean(reference, GROUPS)} It takes {', '.join(GROUPS)}, "
+                "or a YAML file of your variants."
+            )
     return groups
 
 

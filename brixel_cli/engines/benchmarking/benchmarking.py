@@ -12,11 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from brixel_cli.config.base import parse_sizes
 from brixel_cli.config.benchmark import BenchmarkOptions
-from brixel_cli.core.backbone import check_size
 from brixel_cli.core.files import locked, make_folder, write_text
-from brixel_cli.core.formatting import human_bytes
+from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.cost import (
     can_measure,
@@ -28,14 +26,14 @@ from brixel_cli.engines.benchmarking.cost import (
 )
 from brixel_cli.engines.benchmarking.environment import describe_environment
 from brixel_cli.engines.benchmarking.fidelity import draw_examples, measure_fidelity
-from brixel_cli.engines.benchmarking.latency import interleaved
-from brixel_cli.engines.benchmarking.methods import Method, in_precision, load_baseline, make_methods
+from brixel_cli.engines.benchmarking.methods import Method, enlarged, in_precision, load_baseline, make_methods
 from brixel_cli.engines.benchmarking.models import (
     Candidate,
     ImageSet,
     find_candidates,
     find_images_of,
     load_or_randomise,
+    sizes_of,
 )
 from brixel_cli.engines.benchmarking.probes import probes_of
 from brixel_cli.engines.benchmarking.results import (
@@ -50,6 +48,8 @@ from brixel_cli.engines.benchmarking.results import (
     Size,
     read_results,
 )
+from brixel_cli.engines.equal_cost import EQUAL_COST, choose_rival, find_rivals
+from brixel_cli.engines.latency import interleaved
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import (
     Runtime,
@@ -86,7 +86,7 @@ def benchmark(options: BenchmarkOptions, reporter: Reporter) -> tuple[Results, l
     """
     with locked(options.output):
         work = _Benchmark(options, reporter)
-        sizes = {candidate.name: work.sizes(candidate) for candidate in work.candidates}
+        sizes = {candidate.name: sizes_of(candidate, options) for candidate in work.candidates}
         groups = {name: [(size, work.count(name, size)) for size in found] for name, found in sizes.items()}
         make_folder(options.output)
         for candidate in work.candidates:
@@ -101,7 +101,7 @@ def count_only(options: BenchmarkOptions, reporter: Reporter) -> Results:
     """The rows as a benchmark would measure them, with what can be counted; nothing is run or written."""
     work = _Benchmark(options, reporter)
     for candidate in work.candidates:
-        for size in work.sizes(candidate):
+        for size in sizes_of(candidate, options):
             work.rows += work.count(candidate.name, size)
         work.models.append(candidate.describe(None))
     work.answer_budget()
@@ -178,15 +178,6 @@ class _Benchmark:
         write_text(self.options.output / TABLE_NAME, results.to_csv())
         return results
 
-    def sizes(self, candidate: Candidate) -> list[Size]:
-        """The student inputs of a model."""
-        patch = candidate.spec.patch_size
-        own = [candidate.trained_size or (16 * patch, 16 * patch)]
-        sizes = parse_sizes(self.options.sizes, patch) if self.options.sizes else own
-        for size in sizes:
-            check_size(*size, patch)
-        return sizes
-
     def count(self, name: str, size: Size) -> list[Row]:
         """The counted rows of a model at a size."""
         candidate = next(candidate for candidate in self.candidates if candidate.name == name)
@@ -221,7 +212,11 @@ class _Benchmark:
             return False
         rows = self.earlier.rows_at(model, size)
         lacked_memory = [row for row in rows if row.note.startswith((TOO_LARGE, TOO_LARGE_TO_LOAD))]
-        if len(rows) != num_rows or any(self._fits(row) for row in lacked_memory):  # there may be more memory by now
+        kinds = {row.kind: row for row in rows}
+        has_rival = self.options.highres and "student" in kinds and kinds["student"].latency is not None
+        if len(rows) != num_rows + has_rival or has_rival != ("equal_cost" in kinds):
+            return False
+        if any(self._fits(row) for row in lacked_memory):  # there may be more memory by now
             return False
         self.reporter.say(f"{model.name} at {size[0]}x{size[1]} px: measured before; --overwrite measures anew")
         self.rows += rows
@@ -252,10 +247,27 @@ class _Benchmark:
                 run.append(method)
                 speed = speed or seconds / (row.gflop or 1)
         labels = [method.label for method in run]
-        timed = [in_precision(method, self.runtime, self.options.compiled) for method in made if method.label in labels]
+        has_rival = self.options.highres and "student" in labels
+        sizes = find_rivals(student, size, self.runtime, batch_size) if has_rival else []
+        rivals = {own: replace(enlarged(student, own, size), label=f"{EQUAL_COST} {human_size(own)}") for own in sizes}
+        timed = [
+            in_precision(method, self.runtime, self.options.compiled)
+            for method in (*(method for method in made if method.label in labels), *rivals.values())
+        ]
+        images |= {method.label: method.input(batch_size, self.device) for method in rivals.values()}
         calls = {method.label: partial(method.call, images[method.label]) for method in timed}
-        for label, latency in interleaved(calls, self.device, self.options.seconds, self.options.compiled).items():
-            rows[label] = replace(rows[label], latency=latency)
+        times = interleaved(calls, self.device, self.options.seconds, self.options.compiled)
+        for label in labels:
+            rows[label] = replace(rows[label], latency=times[label])
+        if rivals:
+            of_size = {own: times[method.label] for own, method in rivals.items()}
+            own = choose_rival(sizes, of_size, times["student"].median)
+            rival = in_precision(enlarged(student, own, size), self.runtime)
+            counted_row = count_row(candidate.name, rival, student.backbone, size, batch_size)
+            rows[rival.label] = replace(counted_row, latency=of_size[own])
+            images[rival.label] = images[rivals[own].label]
+            run.append(rival)
+            methods.insert(-2, rival)  # before student and teacher
         for method in run:
             call = partial(method.call, images[method.label])
             rows[method.label] = self._with_memory(candidate, rows[method.label], call)
@@ -304,7 +316,7 @@ class _Benchmark:
         if self.device.type == "cuda":
             peak = peak_on_gpu(call, self.device)
         else:
-            found = peak_in_fresh_process(candidate, row.size, row.label, self.options)
+            found = peak_in_fresh_process(candidate, row, self.options)
             if found is None:
                 self.reporter.warn(
                     f"{row.model}, {row.label}: the process that measures its memory was killed: counted"

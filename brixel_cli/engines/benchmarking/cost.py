@@ -15,7 +15,7 @@ import torch
 from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.cost import Cost, count_cost, count_parameters, fake_tensors, hollow
-from brixel_cli.engines.benchmarking.methods import Method, in_precision, load_baseline, make_methods
+from brixel_cli.engines.benchmarking.methods import Method, enlarged, in_precision, load_baseline, make_methods
 from brixel_cli.engines.benchmarking.models import Candidate
 from brixel_cli.engines.benchmarking.results import BudgetRow, Row, Size
 from brixel_cli.engines.runtime import Runtime, map_every_tensor, return_free_memory
@@ -114,7 +114,7 @@ def can_measure(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and _CLEAR.exists())
 
 
-def peak_in_fresh_process(candidate: Candidate, size: Size, label: str, options: BenchmarkOptions) -> PeakMemory | None:
+def peak_in_fresh_process(candidate: Candidate, row: Row, options: BenchmarkOptions) -> PeakMemory | None:
     """Peak resident memory of one row on the CPU, in a process that does nothing else.
 
     The process loads the model with random weights (their values make no difference to memory) and makes a first
@@ -126,7 +126,7 @@ def peak_in_fresh_process(candidate: Candidate, size: Size, label: str, options:
         The figures; None where the process was killed, as for want of memory.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        work = (candidate.randomised(), size, label, options, torch.get_num_threads())
+        work = (candidate.randomised(), row, options, torch.get_num_threads())
         try:
             return pool.submit(_measure, *work).result()
         except BrokenProcessPool:
@@ -134,14 +134,14 @@ def peak_in_fresh_process(candidate: Candidate, size: Size, label: str, options:
 
 
 @torch.inference_mode()
-def _measure(candidate: Candidate, size: Size, label: str, options: BenchmarkOptions, threads: int) -> PeakMemory:
+def _measure(candidate: Candidate, row: Row, options: BenchmarkOptions, threads: int) -> PeakMemory:
     torch.set_num_threads(threads)
     map_every_tensor()
     student = candidate.load("cpu")
     baselines = [load_baseline(reference) for reference in options.baselines]
-    methods = make_methods(student, size, True, baselines)
+    methods = [*make_methods(student, row.size, True, baselines), enlarged(student, row.input_size, row.size)]
     method = in_precision(
-        next(method for method in methods if method.label == label), Runtime("cpu", options.precision)
+        next(method for method in methods if method.label == row.label), Runtime("cpu", options.precision)
     )
     images = method.input(options.batch_size)
     return_free_memory()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brixel_cli.core.backbone import Backbone
-from brixel_cli.core.files import save_picture
+from brixel_cli.core.files import make_folder, save_picture
 from brixel_cli.core.losses import Basis
-from brixel_cli.core.metrics import FIDELITY, fidelity, fidelity_basis, recovered_gaps
-from brixel_cli.data.views import Views, normalise_pixels, reduce_view
+from brixel_cli.core.metrics import FIDELITY, fidelity, fidelity_basis, gap_over_images, gaps_by_domain
+from brixel_cli.data.views import Views, normalise_pixels, resize_view
 from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
 from brixel_cli.engines.benchmarking.methods import Method
+from brixel_cli.engines.benchmarking.probes import known
 from brixel_cli.engines.benchmarking.results import Fidelity, ImageFidelity, Picture, Size
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError
@@ -42,12 +42,14 @@ class _Measured:
         self.images.append(ImageFidelity(name, cosine_p5=low, **values))
         self.cosines.append(cosine)
 
-    def result(self, baseline: dict[str, float]) -> Fidelity:
-        """Over all images, beside the bilinear map's means."""
+    def result(self, bilinear: _Measured) -> Fidelity:
+        """Over all images, beside the bilinear map's."""
         means = self.means()
         cosines = torch.cat(self.cosines)
         cosines = cosines[:: len(cosines) // MOST_LOCATIONS + 1]
-        gaps = recovered_gaps(baseline, means)
+        gaps = {name: gap_over_images(bilinear.values(name), self.values(name), name) for name in FIDELITY}
+        names = [image.name for image in self.images]
+        domains = gaps_by_domain(names, bilinear.values("cosine"), self.values("cosine"))
         return Fidelity(
             l1=means["l1"],
             cosine=means["cosine"],
@@ -55,13 +57,19 @@ class _Measured:
             cosine_worst=min(image.cosine for image in self.images),
             edge=means["edge"],
             spectral=means["spectral"],
-            recovered_gap={name: None if math.isnan(gap) else gap for name, gap in gaps.items()},
+            recovered_gap={name: known(gap.value) for name, gap in gaps.items()},
             images=tuple(self.images),
+            gap_spread={name: known(gap.spread) for name, gap in gaps.items()},
+            domains={name: (known(gap.value), known(gap.spread)) for name, gap in domains.items()},
         )
 
     def means(self) -> dict[str, float]:
         """Over images, by metric."""
-        return {name: sum(getattr(image, name) for image in self.images) / len(self.images) for name in FIDELITY}
+        return {name: sum(self.values(name)) / len(self.images) for name in FIDELITY}
+
+    def values(self, metric: str) -> list[float]:
+        """Of each image."""
+        return [getattr(image, metric) for image in self.images]
 
 
 @torch.inference_mode()
@@ -71,7 +79,7 @@ def measure_fidelity(
     """Compare every row whose map has the teacher's grid with the teacher's map of the same images.
 
     Args:
-        methods: rows of one model and size; among them `bilinear`.
+        methods: rows that are compared with one teacher; the first of kind `bilinear` is where recovered gaps begin.
         views: teacher views, one for each image; damaged images are left out, with a warning.
         backbone: the teacher.
         reporter: hears of progress.
@@ -93,14 +101,14 @@ def measure_fidelity(
             if view.skipped:
                 reporter.warn(f"left out: {view.skipped[0].name}: {view.skipped[0].reason}")
                 continue
-            images, target = _images_and_target(view.pixels, views, backbone)
+            large, target = _image_and_target(view.pixels, backbone)
             basis = fidelity_basis(target)
             for row in compared:
-                measured[row.label].add(view.name, row.call(images)[0], target, basis)
-    if not measured["bilinear"].images:
+                prediction = row.call(resize_view(large, row.input_size))[0]
+                measured[row.label].add(view.name, prediction, target, basis)
+    if not measured[bilinear.label].images:
         raise BrixelError(f"None of the {len(views)} images for the fidelity can be read.")
-    baseline = measured["bilinear"].means()
-    return {label: row.result(baseline) for label, row in measured.items()}
+    return {label: row.result(measured[bilinear.label]) for label, row in measured.items()}
 
 
 @torch.inference_mode()
@@ -127,12 +135,15 @@ def draw_examples(
     numbers = {image.name: number for number, image in enumerate(views.images)}
     shown = [row for row in methods if row.kind not in ("bilinear", "teacher")]
     pictures = []
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "pictures")
     chosen = sorted({0, min(1, len(ranked) - 1), len(ranked) // 2, len(ranked) - 1})
     for rank, image in ((place + 1, ranked[place]) for place in chosen):
-        images, target = _images_and_target(views[0, numbers[image.name]].pixels, views, backbone)
-        maps = [row.call(images)[0] for row in shown]
-        tiles = [denormalise(images[0], backbone.mean, backbone.std), *pca_colours([*maps, target], reference=target)]
+        large, target = _image_and_target(views[0, numbers[image.name]].pixels, backbone)
+        maps = [row.call(resize_view(large, row.input_size))[0] for row in shown]
+        tiles = [
+            denormalise(resize_view(large, size)[0], backbone.mean, backbone.std),
+            *pca_colours([*maps, target], reference=target),
+        ]
         titles = [f"input {size[0]}x{size[1]} px", *(row.label for row in shown), "teacher"]
         path = folder / "pictures" / f"{model}_{size[0]}x{size[1]}_rank{rank}.png"
         save_picture(panel(titles, [tiles]), path)
@@ -140,7 +151,7 @@ def draw_examples(
     return pictures
 
 
-def _images_and_target(pixels: Tensor, views: Views, backbone: Backbone) -> tuple[Tensor, Tensor]:
-    """The student's view (1, 3, S, S) and the teacher's map (D, H, W) of a teacher view (3, 4S, 4S), uint8."""
+def _image_and_target(pixels: Tensor, backbone: Backbone) -> tuple[Tensor, Tensor]:
+    """A teacher view (3, H, W), uint8, normalised as (1, 3, H, W), and the teacher's map (D, h, w) of it."""
     large = normalise_pixels(pixels[None].to(next(backbone.parameters()).device), backbone.mean, backbone.std)
-    return reduce_view(large, views.config.factor), backbone.last_map(large)[0]
+    return large, backbone.last_map(large)[0]

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brixel_cli.core.adapter import resize
-from brixel_cli.core.cost import count_parameters
+from brixel_cli.core.cost import count_bytes, count_parameters
 from brixel_cli.core.identity import file_sha256
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.results import Kind, Size
+from brixel_cli.engines.equal_cost import EQUAL_COST, enlarged_map
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -138,10 +138,7 @@ def make_methods(student: Student, size: Size, highres: bool, baselines: Sequenc
     grid = (size[0] // backbone.patch_size, size[1] // backbone.patch_size)
     fine = (grid[0] * factor, grid[1] * factor)
     large = (size[0] * factor, size[1] * factor)
-    frozen, adapter = _num_bytes(backbone), _num_bytes(student.adapter)
-
-    def bilinear(images: Tensor) -> Tensor:
-        return resize(backbone.last_map(images), fine)
+    frozen, adapter = count_bytes(backbone), count_bytes(student.adapter)
 
     def from_elsewhere(baseline: Baseline) -> Method:
         def call(images: Tensor) -> Tensor:
@@ -151,13 +148,20 @@ def make_methods(student: Student, size: Size, highres: bool, baselines: Sequenc
 
     methods = [
         Method("backbone", "backbone", size, grid, backbone.last_map, 0, frozen),
-        Method("bilinear", "bilinear", size, fine, bilinear, 0, frozen),
+        Method("bilinear", "bilinear", size, fine, enlarged_map(student, size), 0, frozen),
         *(from_elsewhere(baseline) for baseline in baselines),
         Method("student", "student", size, fine, student, count_parameters(student.adapter), frozen + adapter),
     ]
     if highres:
         methods.append(Method("teacher", "teacher", large, fine, backbone.last_map, 0, frozen))
     return methods
+
+
+def enlarged(student: Student, input_size: Size, size: Size) -> Method:
+    """The plain backbone at an input of its own, its map enlarged bilinearly to the grid of the student's at `size`."""
+    backbone, factor = student.backbone, student.adapter.factor
+    grid = (size[0] // backbone.patch_size * factor, size[1] // backbone.patch_size * factor)
+    return Method("equal_cost", EQUAL_COST, input_size, grid, enlarged_map(student, size), 0, count_bytes(backbone))
 
 
 def in_precision(method: Method, runtime: Runtime, compiled: bool = False) -> Method:
@@ -169,7 +173,3 @@ def in_precision(method: Method, runtime: Runtime, compiled: bool = False) -> Me
             return inner(images).float()
 
     return replace(method, call=call)
-
-
-def _num_bytes(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

@@ -9,11 +9,11 @@ from brixel_cli.config.base import parse_sizes
 from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.config.distill import Recipe, ViewConfig
 from brixel_cli.config.files import find_recipe, load_recipe
-from brixel_cli.core.backbone import Backbone
+from brixel_cli.core.backbone import Backbone, check_size
 from brixel_cli.core.identity import joint_digest, tensors_sha256
 from brixel_cli.core.shipped import shipped_students
 from brixel_cli.core.student import FILE_NAME, HUB, Student
-from brixel_cli.data.images import ImageFile, scan_folder
+from brixel_cli.data.images import ImageFile, scan_folder, share_out
 from brixel_cli.data.views import Views
 from brixel_cli.engines.benchmarking.results import Model, Size
 from brixel_cli.engines.distilling.training_images import find_images
@@ -178,6 +178,16 @@ def load_or_randomise(
         return candidate.randomised(), candidate.randomised().load(device)
 
 
+def sizes_of(candidate: Candidate, options: BenchmarkOptions) -> list[Size]:
+    """The student inputs of a model (height, width) in pixels; without --res, that of its training."""
+    patch = candidate.spec.patch_size
+    own = [candidate.trained_size or (16 * patch, 16 * patch)]
+    sizes = parse_sizes(options.sizes, patch) if options.sizes else own
+    for size in sizes:
+        check_size(*size, patch)
+    return sizes
+
+
 def find_images_of(candidate: Candidate, options: BenchmarkOptions, reporter: Reporter) -> ImageSet | None:
     """The images of --images, or the held-out ones of the candidate's run; None where fidelity makes no sense.
 
@@ -187,7 +197,7 @@ def find_images_of(candidate: Candidate, options: BenchmarkOptions, reporter: Re
     if candidate.random:
         return None
     if options.images is not None:
-        return ImageSet(str(options.images), scan_folder(options.images, 1)[0][: options.max_images])
+        return ImageSet(str(options.images), share_out(scan_folder(options.images, 1)[0], options.max_images))
     if candidate.spec.stored is None:
         return None
     if candidate.recipe is None:

@@ -39,6 +39,7 @@ class ProbeResult:
         seeds: number of heads that were trained on the student, or on the backbone where only that was probed.
         figures: by source, of `backbone`, `student` and `teacher` those that were probed.
         recovered_gap: (student - backbone) / (teacher - backbone); None where it is not known, or there is no gap.
+        gap_spread: its standard deviation; None where it is not known, as of a single seed.
     """
 
     folder: str
@@ -49,6 +50,7 @@ class ProbeResult:
     seeds: int
     figures: dict[str, Figure]
     recovered_gap: Annotated[float | None, Field(validation_alias=AliasChoices("recovered_gap", "gap_closed"))] = None
+    gap_spread: float | None = None
 
 
 def read_probe(folder: Path, student: str = "student") -> list[ProbeResult]:
@@ -81,12 +83,12 @@ def _main_figures(folder: Path, results: ProbeResults, student: str) -> list[Pro
     settings, summary = results.settings, results.summary
     kinds: dict[str, str] = {label: results.sources[label].kind for label in summary}
     labels = {kind: label for label, kind in kinds.items() if kind in ("backbone", "teacher") or label == student}
-    gaps = results.recovered_gap.get(student, {})
+    gaps, spreads = results.recovered_gap.get(student, {}), results.gap_spread.get(student, {})
     found = []
     for quantity in QUANTITIES[settings.task]:
         metric = LEADING[quantity]
         figures = {
-            kind: Figure(_known(summary[label].mean_of(metric)), _known(summary[label].spread[metric]))
+            kind: Figure(known(summary[label].mean_of(metric)), known(summary[label].spread[metric]))
             for kind, label in labels.items()
         }
         found.append(
@@ -98,11 +100,13 @@ def _main_figures(folder: Path, results: ProbeResults, student: str) -> list[Pro
                 aligned=settings.protocol_settings.align,
                 seeds=summary[labels.get("student") or labels["backbone"]].seeds,
                 figures=figures,
-                recovered_gap=_known(gaps.get(metric, math.nan)),
+                recovered_gap=known(gaps.get(metric, math.nan)),
+                gap_spread=known(spreads.get(metric, math.nan)),
             )
         )
     return found
 
 
-def _known(figure: float) -> float | None:
+def known(figure: float) -> float | None:
+    """The figure, or None for nan, as results on disk have it."""
     return None if math.isnan(figure) else figure

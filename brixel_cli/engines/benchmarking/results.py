@@ -6,15 +6,16 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from brixel_cli.core.formatting import csv_text, to_json
-from brixel_cli.core.metrics import FIDELITY
+from brixel_cli.core.metrics import FIDELITY, domain_of
 from brixel_cli.engines.benchmarking.environment import Environment
-from brixel_cli.engines.benchmarking.latency import Latency
 from brixel_cli.engines.benchmarking.probes import ProbeResult
+from brixel_cli.engines.latency import Latency
 from brixel_cli.errors import BrixelError
 
 FORMAT = "brixel-benchmark-1"
@@ -22,7 +23,7 @@ FILE_NAME = "results.json"
 TABLE_NAME = "results.csv"
 Kept = TypeVar("Kept")
 
-Kind = Literal["backbone", "bilinear", "student", "baseline", "teacher"]
+Kind = Literal["backbone", "bilinear", "equal_cost", "student", "baseline", "teacher"]
 How = Literal["measured", "counted"]
 Size = tuple[int, int]
 """Height and width."""
@@ -116,6 +117,9 @@ class Fidelity:
         cosine_worst: of the image with the lowest mean cosine.
         recovered_gap: by metric, (row - bilinear) / (teacher - bilinear): 1 is the teacher; None where there is no gap.
         images: image by image.
+        gap_spread: standard errors of the recovered gaps.
+        domains: recovered gap in cosine, with its standard error, of the images of each first folder of their names,
+            and the mean of these as `mean`; empty where there are fewer than two folders.
     """
 
     l1: float
@@ -126,6 +130,15 @@ class Fidelity:
     spectral: float
     recovered_gap: RecoveredGaps
     images: tuple[ImageFidelity, ...]
+    gap_spread: dict[str, float | None] = field(default_factory=dict)
+    domains: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+
+    def mean_over_domains(self, metric: str) -> float:
+        """Of a metric of the images: the mean over domains of their means; over images where there are no domains."""
+        groups: dict[str, list[float]] = {}
+        for image in self.images:
+            groups.setdefault(domain_of(image.name) if self.domains else "", []).append(getattr(image, metric))
+        return fmean(fmean(group) for group in groups.values())
 
     @property
     def worst_images(self) -> list[ImageFidelity]:
@@ -142,7 +155,8 @@ class Row:
         kind: what it is.
         label: what it is called: its kind, or the baseline's own name.
         size: student input S (height, width) in pixels, the same for all rows that are compared.
-        input_size: image (height, width) that the row's network sees: S, for the teacher `factor` times that.
+        input_size: image (height, width) that the row's network sees: S; for the teacher `factor` times that, for the
+            backbone at equal cost the largest at which it takes no longer than the student.
         grid: of its map (height, width).
         frozen_parameters, adapter_parameters: numbers; a baseline's own are not known, and left at 0.
         gflop: of one image; a multiply-add is 2, attention counted. None where it cannot be counted.

@@ -13,7 +13,7 @@ import torch
 from brixel_cli.config.distill import Recipe, SpectralConfig
 from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, load_backbone
-from brixel_cli.core.cost import Cost, count_cost, count_parameters, fake_tensors, hollow
+from brixel_cli.core.cost import Cost, count_bytes, count_cost, count_parameters, fake_tensors, hollow
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.linear_fit import LinearFit
 from brixel_cli.core.losses import Basis, DistillationLoss, fit_basis
@@ -270,7 +270,6 @@ def count_training(recipe: Recipe, runtime: Runtime, reporter: Reporter | None =
     """
     meta = load_backbone(recipe.backbone.name, "random", recipe.backbone.dtype, device="meta")
     check_view_sizes(recipe, meta.patch_size)
-    frozen_bytes = sum(parameter.numel() * parameter.element_size() for parameter in meta.parameters())
     adapter = make_adapter(recipe, meta, reporter).to("meta")
     num_live = count_parameters(adapter)
     with fake_tensors(), torch.autocast("cpu", dtype=runtime.dtype, enabled=runtime.dtype != torch.float32):
@@ -282,7 +281,7 @@ def count_training(recipe: Recipe, runtime: Runtime, reporter: Reporter | None =
         teacher=_together(teachers),
         backbone=_together(trunks),
         adapter=_together(passes),
-        frozen_bytes=frozen_bytes,
+        frozen_bytes=count_bytes(meta),
         state_bytes=num_live * 4 * (5 if recipe.optim.average else 4),  # weights, gradients, two moments, average
         batch_bytes=max(batches),
         num_frozen=count_parameters(meta),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from brixel_cli.core.adapter import Adapter, resize
 from brixel_cli.core.backbone import Backbone
-from brixel_cli.core.metrics import FIDELITY, fidelity, fidelity_basis, recovered_gaps
+from brixel_cli.core.metrics import FIDELITY, fidelity, fidelity_basis, gap_over_images
 from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
 from brixel_cli.engines.distilling.batches import Batches
 from brixel_cli.engines.runtime import Runtime
@@ -110,5 +110,8 @@ def validate(
         {name: sum(pair[which][name] for pair in measured) / len(measured) for name in FIDELITY} for which in (0, 1)
     )
     picture = panel(["student's input", "backbone", "student", "teacher"], rows or [[Image.new("RGB", (1, 1))] * 4])
-    gaps = recovered_gaps(backbone_mean, student_mean)
+    gaps = {
+        name: gap_over_images([pair[0][name] for pair in measured], [pair[1][name] for pair in measured], name).value
+        for name in FIDELITY
+    }
     return HeldOut(step, len(measured), backbone_mean, student_mean, gaps), picture

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from brixel_cli.config.extract import ExtractOptions
-from brixel_cli.core.files import locked
+from brixel_cli.core.files import locked, writing
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
-from brixel_cli.data.feature_file import FORMAT, FeatureFile, MapWriter, encode, text_array
+from brixel_cli.data.feature_file import FeatureFile
+from brixel_cli.data.feature_layout import FORMAT, MapWriter, encode
 from brixel_cli.data.inputs import describe_videos, reason_of
-from brixel_cli.data.row_store import DONE, FAILED, MISSING, Array, Store, create_store
+from brixel_cli.data.row_store import CHECKSUM, DONE, FAILED, MISSING, REASON, Array, Store, create_store
 from brixel_cli.engines.extracting.plan import (
     CONTACT_SHEET,
     ExtractPlan,
@@ -29,7 +30,9 @@ from brixel_cli.engines.extracting.plan import (
     describe,
     make_plan,
     preview_folder,
+    reason_text,
 )
+from brixel_cli.engines.extracting.verification import discard_damaged, restore_index
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, call_seconds, share_memory_pools
@@ -107,7 +110,7 @@ def rehearse(plan: ExtractPlan, reporter: Reporter) -> Estimate:
         if plan.store_path.exists() and not options.overwrite:
             store = Store(plan.store_path)
             check_same(plan, model, store, reporter)
-            missing = {row for row in range(len(store)) if store.status[row] == MISSING}
+            missing = set(np.flatnonzero(store.status == MISSING).tolist())
         else:
             missing = {row for row, size in enumerate(plan.model_sizes) if size is not None}
         rows_of_size = {size: [r for r in rows if r in missing] for size, rows in _rows_of_size(plan).items()}
@@ -158,7 +161,11 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
     runtime.first_only(plan.check_disk)
     model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
     runtime.first_only(lambda: _open_output(plan, model, reporter))
-    store = Store(plan.store_path, writable=True)
+    store = Store(plan.store_path, writable=[CHECKSUM, REASON, *plan.layout.columns])
+    settled = [row for row, state in enumerate(store.status) if state != MISSING or plan.reasons[row]]
+    runtime.wait()
+    discard_damaged(plan, store, settled[runtime.rank :: runtime.world_size], reporter)
+    runtime.wait()
     status = store.status
     runtime.wait()  # every process has read the same status before the first row is filled
     chunks = [chunk for chunk in plan_chunks(plan, store) if any(status[row] == MISSING for row in chunk)]
@@ -209,6 +216,7 @@ def _open_output(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter)
     if plan.options.overwrite or not plan.store_path.exists():
         _create(plan, model, reporter)
     else:
+        restore_index(plan, reporter)
         check_same(plan, model, Store(plan.store_path), reporter)
 
 
@@ -273,7 +281,8 @@ def _clear_output(plan: ExtractPlan) -> None:
     """Remove what `--overwrite` replaces: our own feature file, single files and contact sheet, nothing else."""
     if plan.store_path.exists():
         for file in FeatureFile(plan.store_path).single_files:
-            file.unlink(missing_ok=True)
+            with writing(file):
+                file.unlink(missing_ok=True)
         plan.store_path.unlink()
     (preview_folder(plan.output) / CONTACT_SHEET).unlink(missing_ok=True)
 
@@ -310,8 +319,7 @@ def _planes(features: Tensor) -> Array:
 
 
 def _fail(plan: ExtractPlan, store: Store, row: int, reason: str) -> None:
-    width = store.array("reason").dtype.itemsize
-    store.put("reason", row, text_array([reason], width)[0])
+    store.put(REASON, row, reason_text(store, reason))
     store.mark(row, FAILED)
     if plan.options.strict:
         raise BrixelError(

@@ -17,10 +17,11 @@ from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.identity import files_sha256
-from brixel_cli.data.feature_file import FORMAT, INDEX_NAME, REASON_BYTES, FeatureFile, Layout, text_array
+from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile
+from brixel_cli.data.feature_layout import FORMAT, Layout, text_array
 from brixel_cli.data.inputs import Inputs, default_output, find_inputs
 from brixel_cli.data.resizing import Resizing
-from brixel_cli.data.row_store import FAILED, MISSING, Array, Store
+from brixel_cli.data.row_store import CHECKSUM, FAILED, MISSING, REASON, Array, Store
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
@@ -102,7 +103,7 @@ class ExtractPlan:
         if path.exists() and not self.options.overwrite:
             if self.options.storage == "h5":
                 return
-            needed = round(self.layout.bytes_needed * float(np.mean(FeatureFile(path).status == MISSING)))
+            needed = round(self.layout.bytes_needed * float(np.mean(Store(path).status == MISSING)))
         elif path.exists():
             try:
                 FeatureFile(path)
@@ -128,7 +129,8 @@ class ExtractPlan:
         return {
             "paths": text_array([item.name for item in items]),
             "status": np.array([FAILED if reason else MISSING for reason in self.reasons], np.uint8),
-            "reason": text_array(self.reasons, REASON_BYTES),
+            REASON: text_array(self.reasons, REASON_BYTES),
+            CHECKSUM: np.zeros(len(items), np.uint32),
             "original_size": np.array([(item.height, item.width) for item in items], np.int32),
             "model_size": np.array([size or zero for size in self.model_sizes], np.int32),
             "grid_size": np.array([grid or zero for grid in self.layout.grids], np.int32),
@@ -239,10 +241,12 @@ def check_same(plan: ExtractPlan, model: FeatureExtractor, store: Store, reporte
 
     Raises:
         UsageError: the file differs from what is asked for.
+        BrixelError: it is damaged.
     """
     found = store.attributes.get("format", "unmarked")
     if found != FORMAT:
         raise UsageError(f"{store.path} is of format {found}, not {FORMAT}. Name another file with --output.")
+    FeatureFile(store.path)  # refuses what is damaged
     new = describe(plan, model)
     old = {key: store.description.get(key) for key in new}
     changed = differences(old, new, ignored=(*ADVISORY, *OF_STUDENT))
@@ -257,11 +261,30 @@ def check_same(plan: ExtractPlan, model: FeatureExtractor, store: Store, reporte
     advisory = {key: description for key, description in new.items() if key in ("device", "versions")}
     for line in difference_lines(differences({key: old[key] for key in advisory}, advisory)):
         reporter.warn(f"{plan.output} was begun with another {line}: the last bits of new rows may differ.")
-    asked, kept = plan.options.batch_size, store.description["batch_sizes"]
+    asked, kept = plan.options.batch_size, _kept_batch_sizes(plan, store)
     if asked is not None and any(asked != size for size in kept.values()):
         reporter.say(
             f"batches stay composed as the file was begun, {max(kept.values())} images at most, {asked} at once"
         )
+
+
+def _kept_batch_sizes(plan: ExtractPlan, store: Store) -> dict[str, int]:
+    found = store.description.get("batch_sizes")
+    kept = found if isinstance(found, dict) else {}
+    sizes = {f"{size[0]}x{size[1]}" for size in plan.model_sizes if size is not None}
+    counts = [store.description.get("threads"), *(kept.get(size) for size in sizes)]
+    if not all(type(count) is int and count > 0 for count in counts):
+        raise BrixelError(
+            f"{store.path} is damaged: its description has no threads, or no batch sizes for "
+            f"{', '.join(sorted(sizes))}. Begin anew with --overwrite."
+        )
+    return {size: kept[size] for size in sizes}
+
+
+def reason_text(store: Store, reason: str) -> Array:
+    """A reason as the feature file stores it."""
+    row: Array = text_array([reason], store.array(REASON).dtype.itemsize)[0]
+    return row
 
 
 def _image_differences(plan: ExtractPlan, store: Store, reporter: Reporter, fitted_alike: bool) -> list[str]:

@@ -11,7 +11,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from brixel_cli.core.files import make_folder, save_picture
 from brixel_cli.core.pca import RunningPca
-from brixel_cli.data.feature_file import FeatureFile, picture_names
+from brixel_cli.data.feature_file import FeatureFile
+from brixel_cli.data.feature_layout import picture_names
 from brixel_cli.drawing.feature_maps import Palette, contact_sheet, side_by_side
 from brixel_cli.engines.extracting.plan import CONTACT_SHEET, ExtractPlan, preview_folder
 from brixel_cli.engines.reporting import Reporter

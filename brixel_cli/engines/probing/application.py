@@ -22,7 +22,7 @@ from brixel_cli.core.formatting import to_json
 from brixel_cli.core.heads import Head, load_head
 from brixel_cli.core.identity import file_sha256, tensors_sha256
 from brixel_cli.data.crops import Crop, CropKind, cut_image, plan_crops
-from brixel_cli.data.feature_file import picture_names
+from brixel_cli.data.feature_layout import picture_names
 from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, reason_of
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import Array
@@ -168,7 +168,7 @@ def _model_spec(options: ApplyOptions, said: HeadDescription) -> tuple[ModelSpec
         backbone=described["backbone"],
         weights=options.backbone_weights or described["backbone_weights"],
     )
-    return dataclasses.replace(spec, factor=described["factor"]), size
+    return dataclasses.replace(spec, factor=described["factor"], scale=described.get("scale", 1.0)), size
 
 
 def _model_of(said: HeadDescription) -> dict[str, Any]:
@@ -245,7 +245,7 @@ def _loaded(
             return reason_of(error, item.path).removesuffix("; --fit centre takes it")  # here nothing does
         shape = image.height, image.width
         crops = plan_crops(kind, [shape], side, spec.patch_size, stride=rules.stride, scale=scale)
-        return _Loaded(image, crops, [np.asarray(cut_image(image, crop, spec.enlarge)) for crop in crops])
+        return _Loaded(image, crops, [np.asarray(cut_image(image, crop, spec.input_size(crop.size))) for crop in crops])
 
     workers = 1 if inputs.videos else num_workers()
     numbers = [[number] for number in range(len(inputs.items))]
@@ -282,7 +282,7 @@ def write_predictions(
     for quantity, (file, preview) in encoded.items():
         for folder, picture in ((quantity, file), (f"{quantity}_preview", preview)):
             path = output / folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             save_picture(picture, path)
 
 

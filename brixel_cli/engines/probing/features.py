@@ -14,11 +14,11 @@ from brixel_cli.core.files import clear_partials
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.data.crops import Crop, cut_image, cut_map, cut_target
-from brixel_cli.data.feature_file import Grid, MapWriter, encode
+from brixel_cli.data.feature_layout import Grid, MapWriter, encode
 from brixel_cli.data.images import load_image
 from brixel_cli.data.labelled import LabelledSet, Sample, all_errors
 from brixel_cli.data.row_store import DONE, Array, Store, create_store, positions_within_size
-from brixel_cli.engines.models import FeatureExtractor
+from brixel_cli.engines.models import FeatureExtractor, ModelSpec
 from brixel_cli.engines.probing.plan import (
     ProbePlan,
     Size,
@@ -197,20 +197,20 @@ def _fill_maps(source_plan: SourcePlan, runtime: Runtime, reporter: Reporter) ->
     for split, store in zip(splits, stores, strict=True):
         missing = [int(row) for row in store.missing]
         with reporter.bar(f"{source.label}, {split.split}", len(store), len(store) - len(missing), "crop") as bar:
-            for chunk, maps in _computed(model, split, missing, source.enlarge):
+            for chunk, maps in _computed(model, split, missing):
                 _write(split, store, chunk, maps)
                 bar.update(len(chunk))
         store.flush()
 
 
 def _computed(
-    model: FeatureExtractor, split: SplitPlan, missing: Sequence[int], enlarge: int
+    model: FeatureExtractor, split: SplitPlan, missing: Sequence[int]
 ) -> Iterator[tuple[Sequence[int], Array]]:
     """Maps of the missing crops, batch by batch of one size."""
     rows_of_size: dict[Size, list[int]] = {}
     for position in missing:
-        size = split.crops[position].size
-        rows_of_size.setdefault((size[0] * enlarge, size[1] * enlarge), []).append(position)
+        size = model.spec.input_size(split.crops[position].size)
+        rows_of_size.setdefault(size, []).append(position)
     batch_sizes = model.batch_sizes({size: len(rows) for size, rows in rows_of_size.items()}, None) if missing else {}
     chunks = [
         rows[at : at + batch_sizes[size]]
@@ -218,7 +218,7 @@ def _computed(
         for at in range(0, len(rows), batch_sizes[size])
     ]
     polite = model.runtime.device.type == "cpu"
-    load = _image_loader(split.labelled, split.crops, enlarge)
+    load = _image_loader(split.labelled, split.crops, model.spec)
     for chunk, pixels in read_ahead(chunks, load, num_workers(), polite):
         maps = model.maps(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous())
         tensors, finite = encode(maps, "float16", None)
@@ -228,11 +228,11 @@ def _computed(
         yield chunk, tensors["features"].cpu().numpy()
 
 
-def _image_loader(labelled: LabelledSet, crops: Sequence[Crop], enlarge: int) -> Callable[[int], Array]:
+def _image_loader(labelled: LabelledSet, crops: Sequence[Crop], spec: ModelSpec) -> Callable[[int], Array]:
     def load(position: int) -> Array:
         crop = crops[position]
         image = load_image(labelled.root / labelled.names[crop.row])
-        return np.asarray(cut_image(image, crop, enlarge))
+        return np.asarray(cut_image(image, crop, spec.input_size(crop.size)))
 
     return load
 

@@ -20,7 +20,7 @@ from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.core.identity import json_digest
 from brixel_cli.data.crops import Crop, cut_target, plan_crops
-from brixel_cli.data.feature_file import Grid, Layout
+from brixel_cli.data.feature_layout import Grid, Layout
 from brixel_cli.data.labelled import LabelledSet
 from brixel_cli.data.row_store import Column, bytes_needed
 from brixel_cli.engines.probing.sources import FileSource, ModelSource, Source
@@ -128,6 +128,8 @@ class ProbePlan:
         """What is to be known of a plan for which the backbone's weights were not read."""
         models = [item.source for item in self.sources if isinstance(item.source, ModelSource)]
         notes = []
+        if any(model.kind == "equal_cost" and model.spec.scale == 1 for model in models):
+            notes.append("The input of the backbone at equal cost is measured by the run; here it is the student's.")
         if any(not model.backbone_sha256 for model in models):
             notes.append("The backbone's weights were not read: stored features count as missing here.")
         known = ("pretrained", "random")

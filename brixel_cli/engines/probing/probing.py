@@ -15,6 +15,7 @@ import torch
 from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.files import locked
+from brixel_cli.core.formatting import human_size
 from brixel_cli.core.heads import HeadSpec, save_head
 from brixel_cli.data.labelled import LabelledSet, all_errors
 from brixel_cli.engines.probing.evaluation import evaluate_head
@@ -33,6 +34,7 @@ from brixel_cli.engines.probing.results import (
     SourceDescription,
     SplitUsed,
     Versions,
+    as_dict,
     gaps_of,
     summarise,
 )
@@ -124,7 +126,7 @@ def plan_probe(options: ProbeOptions, runtime: Runtime, reporter: Reporter, dry_
     with reporter.bar("check files", len(train.files()) + len(evaluate.files()), unit="file") as bar:
         for labelled in splits:
             labelled.read_contents(bar.update)
-    sources = resolve_sources(options, reporter, read_weights=not dry_run)
+    sources = resolve_sources(options, runtime, reporter, read_weights=not dry_run)
     return make_plan(options, sources, train, evaluate, runtime.precision)
 
 
@@ -206,7 +208,7 @@ def _settings(plan: ProbePlan, runtime: Runtime) -> Settings:
 def _describe(item: SourcePlan) -> SourceDescription:
     source, crops = item.source, item.evaluate.crops
     if isinstance(source, ModelSource):
-        inputs = Counter(f"{f.size[0] * source.enlarge}x{f.size[1] * source.enlarge}" for f in crops)
+        inputs = Counter(human_size(source.spec.input_size(crop.size)) for crop in crops)
         grids = Counter("x".join(map(str, source.grid(crop.size))) for crop in crops)
         return ModelDescription(kind=source.kind, input=dict(inputs), grid=dict(grids), **source.identity())
     grids = Counter("x".join(map(str, grid)) for grid in open_maps(item, item.evaluate).grids)
@@ -216,7 +218,7 @@ def _describe(item: SourcePlan) -> SourceDescription:
 def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str, Any]:
     options, rules = plan.options, plan.options.protocol.evaluate
     assert rules.kind != "random"  # the protocol has refused it
-    return HeadDescription(
+    description = HeadDescription(
         recipe=options.recipe,
         protocol=options.protocol_name,
         evaluate=CropsUsed(rules.kind, options.protocol.stride(options.size), (rules.scale[0], rules.scale[1])),
@@ -226,7 +228,8 @@ def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str,
         source=_describe(item),
         versions=_versions(),
         backbone_signature=item.source.backbone_signature if isinstance(item.source, ModelSource) else [],
-    ).to_dict()
+    )
+    return as_dict(description)
 
 
 def _versions() -> Versions:
@@ -241,6 +244,7 @@ def _results(
     options: ProbeOptions, settings: Settings, sources: dict[str, SourceDescription], runs: Sequence[Run]
 ) -> ProbeResults:
     summary = summarise(list(sources), runs)
+    gaps = gaps_of(sources, summary)
     return ProbeResults(
         settings=settings,
         recipe=options.recipe,
@@ -248,8 +252,9 @@ def _results(
         seeds=sorted({run.seed for run in runs}),
         versions=_versions(),
         summary=summary,
-        recovered_gap=gaps_of(sources, summary),
+        recovered_gap={label: {name: gap.value for name, gap in some.items()} for label, some in gaps.items()},
         runs=list(runs),
+        gap_spread={label: {name: gap.spread for name, gap in some.items()} for label, some in gaps.items()},
     )
 
 

@@ -16,16 +16,12 @@ from brixel_cli.data.crops import cut_image
 from brixel_cli.data.images import load_image
 from brixel_cli.drawing.curves import draw_curves
 from brixel_cli.drawing.feature_maps import panel
-from brixel_cli.drawing.predictions import Quantity as Pictured
 from brixel_cli.drawing.predictions import comparison
 from brixel_cli.engines.probing.evaluation import predict
 from brixel_cli.engines.probing.features import Targets, open_maps
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
-from brixel_cli.engines.probing.sources import kind_of
 from brixel_cli.engines.runtime import Runtime
-
-_PICTURED: dict[str, Pictured] = {"segmentation": "labels", "depth": "depth", "normals": "normals"}
 
 
 def write_curves(folder: ProbeFolder, labels: Sequence[str], seeds: Sequence[int]) -> Path:
@@ -53,7 +49,7 @@ def write_pictures(folder: ProbeFolder, plan: ProbePlan, runtime: Runtime) -> li
                 item.source.label: _prediction(folder, item, number, targets.sizes[row], runtime)[quantity]
                 for item in plan.sources
             }
-            titles, rows = comparison(_PICTURED[quantity], _image(reference, row), truth, predictions)
+            titles, rows = comparison(quantity, _image(reference, row), truth, predictions)
             value = ranking[number][metric]
             path = folder.pictures / f"{quantity}_{place}.png"
             titles[0] = f"{place}: {metric} {value:.3f}"
@@ -77,7 +73,8 @@ def _image(item: SourcePlan, row: int) -> Image.Image:
     height, width = split.target_sizes[row]
     if not split.slides:
         crop = split.crops[row]
-        image = cut_image(image, crop, max(round(height / crop.size[0]), 1))
+        times = max(round(height / crop.size[0]), 1)
+        image = cut_image(image, crop, (crop.size[0] * times, crop.size[1] * times))
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -97,6 +94,6 @@ def reference_source(plan: ProbePlan) -> SourcePlan:
     """The source whose figures rank the images: the teacher, else the first student, else the first source."""
     for kind in ("teacher", "student"):
         for item in plan.sources:
-            if kind_of(item.source) == kind:
+            if item.source.kind == kind:
                 return item
     return plan.sources[0]

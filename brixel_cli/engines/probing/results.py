@@ -15,7 +15,7 @@ from brixel_cli.config.labelled import ProbeRecipe, Split, SplitConfig, Task
 from brixel_cli.config.protocols import Protocol
 from brixel_cli.config.section import Side
 from brixel_cli.core.formatting import to_json
-from brixel_cli.core.metrics import recovered_gap
+from brixel_cli.core.metrics import Gap, gap_over_seeds
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
 
 FORMAT = "brixel-probe-1"
@@ -32,7 +32,7 @@ class ModelDescription:
     """A source that computed its features here.
 
     Attributes:
-        kind, source: which model it is.
+        kind, source: which source it is, and which model.
         backbone, backbone_weights, backbone_sha256: timm name of the backbone, and its weights.
         checkpoint, student_sha256, student_step: of the student; None for the other sources.
         factor: output grid over token grid of the student; the teacher's input over the student's.
@@ -40,9 +40,10 @@ class ModelDescription:
         channels: of the feature maps.
         input: number of evaluated crops of each input size, as `HEIGHTxWIDTH`.
         grid: the same by the size of the feature map.
+        scale: of the backbone at equal cost: its input over the student's, as measured; else 1.
     """
 
-    kind: Literal["backbone", "student", "teacher"]
+    kind: Literal["backbone", "equal_cost", "student", "teacher"]
     source: Literal["backbone", "student", "teacher"]
     backbone: str
     backbone_weights: str
@@ -55,6 +56,7 @@ class ModelDescription:
     channels: int
     input: dict[str, int]
     grid: dict[str, int]
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,10 @@ class Summary:
         value = self.mean.get(metric, math.nan)
         return math.nan if isinstance(value, list) else value
 
+    def figure(self, metric: str) -> tuple[float, float]:
+        """Mean and standard deviation of a metric of the whole set; nan where they are not known."""
+        return self.mean_of(metric), self.spread.get(metric, math.nan)
+
     def by_class(self, metric: str) -> list[float]:
         """The means of a metric that is measured class by class; empty where it was not."""
         value = self.mean.get(metric, [])
@@ -162,7 +168,8 @@ class ProbeResults:
         seeds: that were trained.
         versions: of the libraries at the end.
         summary: by label.
-        recovered_gap: of the mean of each metric, by label; see `core.metrics.recovered_gap`.
+        recovered_gap: of the mean of each metric, by label; see `core.metrics.gap_over_seeds`.
+        gap_spread: its standard deviation; nan where it is not known.
         runs: a row for each source and seed.
         format: of the file.
     """
@@ -177,15 +184,12 @@ class ProbeResults:
         dict[str, dict[str, Number]], Field(validation_alias=AliasChoices("recovered_gap", "share_of_gap_closed"))
     ]
     runs: list[Run]
+    gap_spread: dict[str, dict[str, Number]] = field(default_factory=dict)
     format: str = FORMAT
-
-    def to_dict(self) -> dict[str, Any]:
-        """As results.json has it; nan is still a number."""
-        return as_dict(self)
 
     def to_json(self) -> str:
         """As results.json has it; nan becomes null."""
-        return to_json(self.to_dict(), indent=1) + "\n"
+        return to_json(as_dict(self), indent=1) + "\n"
 
     @staticmethod
     def from_json(text: str | bytes) -> ProbeResults:
@@ -233,10 +237,6 @@ class HeadDescription:
     versions: Versions
     backbone_signature: list[float] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As the head's file has it."""
-        return as_dict(self)
-
     @staticmethod
     def from_dict(said: Mapping[str, Any]) -> HeadDescription:
         """Read back what this or an earlier version wrote.
@@ -282,7 +282,7 @@ def summarise(labels: Sequence[str], runs: Sequence[Run]) -> dict[str, Summary]:
     return summary
 
 
-def gaps_of(sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary]) -> dict[str, dict[str, float]]:
+def gaps_of(sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary]) -> dict[str, dict[str, Gap]]:
     """The recovered gap of each metric's mean, for every source besides backbone and teacher; empty without them."""
     by_kind = {sources[label].kind: means for label, means in summary.items()}
     if not {"backbone", "teacher"} <= set(by_kind):
@@ -290,17 +290,17 @@ def gaps_of(sources: Mapping[str, SourceDescription], summary: Mapping[str, Summ
     backbone, teacher = by_kind["backbone"], by_kind["teacher"]
     return {
         label: {
-            name: recovered_gap(
-                backbone.mean_of(name),
-                value,
-                teacher.mean_of(name),
+            name: gap_over_seeds(
+                backbone.figure(name),
+                entry.figure(name),
+                teacher.figure(name),
                 higher_is_better=name.removesuffix("_image_mean") in HIGHER_IS_BETTER,
             )
             for name, value in entry.mean.items()
             if not isinstance(value, list) and name in backbone.mean and name in teacher.mean
         }
         for label, entry in summary.items()
-        if sources[label].kind in ("student", "file")
+        if sources[label].kind in ("equal_cost", "student", "file")
     }
 
 

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from brixel_cli.config.base import height_width
 from brixel_cli.config.extract import Source as ModelKind
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.backbone import load_backbone
+from brixel_cli.core.formatting import human_size
 from brixel_cli.core.identity import tensors_sha256
-from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile, Grid
+from brixel_cli.core.student import Student
+from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile
+from brixel_cli.data.feature_layout import Grid
+from brixel_cli.data.resizing import snap
+from brixel_cli.engines.equal_cost import EQUAL_COST, equal_cost_size
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
+from brixel_cli.engines.probing.folder import ProbeFolder
+from brixel_cli.engines.probing.results import ModelDescription
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
 
-MODELS: dict[str, ModelKind] = {"backbone": "backbone", "student": "student", "teacher": "teacher"}
+MODELS: dict[str, ModelKind] = {
+    "backbone": "backbone",
+    "equal-cost": "backbone",
+    "student": "student",
+    "teacher": "teacher",
+}
+"""The sources that compute here, in the order of the tables, and which model each is."""
+Kind = Literal["backbone", "equal_cost", "student", "teacher"]
 FILE_PREFIX = "file:"
 
 
@@ -29,14 +43,14 @@ class ModelSource:
 
     Attributes:
         label: names it in tables and files.
-        kind: which of the models it is.
+        kind: which of the sources it is.
         spec: of the model before its weights are loaded.
         backbone_sha256: of the backbone's weights; empty where they were not to be read, and are not known.
         backbone_signature: of the same weights; see `Backbone.signature`.
     """
 
     label: str
-    kind: ModelKind
+    kind: Kind
     spec: ModelSpec
     backbone_sha256: str
     backbone_signature: list[float]
@@ -46,20 +60,15 @@ class ModelSource:
         """Of the backbone, in pixels."""
         return self.spec.patch_size
 
-    @property
-    def enlarge(self) -> int:
-        """Side of its input over the student's."""
-        return self.spec.enlarge
-
     def grid(self, size: tuple[int, int]) -> Grid:
         """The grid of its map where the student's input has this size."""
-        return self.spec.grid((size[0] * self.enlarge, size[1] * self.enlarge))
+        return self.spec.grid(self.spec.input_size(size))
 
     def identity(self) -> dict[str, Any]:
         """All that its features depend on, besides the images: model and weights."""
         stored = self.spec.stored
         return {
-            "source": self.kind,
+            "source": self.spec.source,
             "backbone": self.spec.backbone,
             "backbone_weights": self.spec.weights,
             "backbone_sha256": self.backbone_sha256,
@@ -69,6 +78,7 @@ class ModelSource:
             "factor": self.spec.factor,
             "patch_size": self.spec.patch_size,
             "channels": self.spec.embed_dim,
+            **({"scale": self.spec.scale} if self.kind == "equal_cost" else {}),
         }
 
     def load(self, runtime: Runtime, reporter: Reporter) -> FeatureExtractor:
@@ -87,6 +97,7 @@ class FileSource:
 
     label: str
     path: Path
+    kind: ClassVar[Literal["file"]] = "file"
 
     @cached_property
     def file(self) -> FeatureFile:
@@ -108,14 +119,17 @@ class FileSource:
 Source = ModelSource | FileSource
 
 
-def resolve_sources(options: ProbeOptions, reporter: Reporter, read_weights: bool = True) -> list[Source]:
+def resolve_sources(
+    options: ProbeOptions, runtime: Runtime, reporter: Reporter, read_weights: bool = True
+) -> list[Source]:
     """The sources that were asked for, in that order.
 
     Args:
         options: of the probe.
+        runtime: where the cost of backbone and student is measured.
         reporter: hears which student is taken where none is named.
-        read_weights: whether the backbone's weights are read, once, for their SHA-256; else a student's description
-            says it, or nothing.
+        read_weights: whether the backbone's weights are read, once, for their SHA-256, and cost is measured; else a
+            student's description says it, or nothing.
 
     Raises:
         UsageError: a source is unknown or stands twice, or no model is named.
@@ -123,7 +137,8 @@ def resolve_sources(options: ProbeOptions, reporter: Reporter, read_weights: boo
     """
     names = list(options.sources) or list(MODELS)
     checkpoints = list(options.checkpoints)
-    if not checkpoints and ("student" in names or (not options.backbone and any(name in MODELS for name in names))):
+    adapted, computed = {"student", "equal-cost"} & set(names), set(MODELS) & set(names)
+    if not checkpoints and (adapted or (computed and not options.backbone)):
         checkpoints = [default_student(options.backbone, reporter, min(height_width(options.size)))]
     identities: dict[tuple[str, str], tuple[str, list[float]]] = {}
     sources: list[Source] = []
@@ -136,7 +151,10 @@ def resolve_sources(options: ProbeOptions, reporter: Reporter, read_weights: boo
             ]
         elif name in MODELS:
             first = checkpoints[0] if checkpoints else None
-            sources.append(_model(MODELS[name], name, first, options, identities, read_weights))
+            source = _model(MODELS[name], name, first, options, identities, read_weights)
+            if first is not None and name == "equal-cost":
+                source = _at_equal_cost(source, first, options, runtime, reporter, read_weights)
+            sources.append(source)
         else:
             sources.append(_file(name))
     labels = [source.label for source in sources]
@@ -163,12 +181,35 @@ def _model(
     return ModelSource(label, kind, spec, sha256, signature)
 
 
+def _at_equal_cost(
+    backbone: ModelSource, checkpoint: str, options: ProbeOptions, runtime: Runtime, reporter: Reporter, measure: bool
+) -> ModelSource:
+    """The backbone at the largest input that takes no longer than the student; as measured before, in a probe's folder.
+
+    Its map is not enlarged: a linear head and bilinear enlargement to the student's grid may change places.
+    """
+    spec, folder = backbone.spec, ProbeFolder(options.output)
+    earlier = folder.read().sources.get(EQUAL_COST) if folder.results.exists() and not options.overwrite else None
+    scale = earlier.scale if isinstance(earlier, ModelDescription) else 1.0
+    if measure and earlier is None:
+        height, width = (snap(side, spec.patch_size) for side in height_width(options.size))
+        student = model_spec("student", checkpoint=checkpoint, backbone=spec.backbone, weights=spec.weights)
+        loaded = student.load(str(runtime.device))
+        assert isinstance(loaded, Student)
+        found = equal_cost_size(loaded, (height, width), runtime)
+        scale = min(found) / min(height, width)
+        reporter.say(
+            f"{EQUAL_COST}: at {human_size(found)} px it takes no longer than the student at {height}x{width} px"
+        )
+    return replace(backbone, label=EQUAL_COST, kind="equal_cost", spec=replace(spec, scale=scale))
+
+
 def _file(name: str) -> FileSource:
     path = Path(name.removeprefix(FILE_PREFIX)).expanduser()
     if not name.startswith(FILE_PREFIX) and path.suffix != ".h5" and not (path / INDEX_NAME).is_file():
         raise UsageError(
-            f"--source {name}: give backbone, student, teacher, or a feature file that brixel extract has written "
-            "(.h5, or file:PATH)."
+            f"--source {name}: give backbone, equal-cost, student, teacher, or a feature file that brixel extract has "
+            "written (.h5, or file:PATH)."
         )
     source = FileSource(f"file {path.name}", path)
     said = source.file.description
@@ -188,8 +229,3 @@ def _labels(checkpoints: Sequence[str]) -> list[str]:
         (n for n in range(1, max(map(len, parts)) + 1) if len({part[-n:] for part in parts}) == len(parts)), 1
     )
     return [f"student {'/'.join(part[-length:])}" for part in parts]
-
-
-def kind_of(source: Source) -> Literal["student", "backbone", "teacher", "file"]:
-    """What a source is."""
-    return source.kind if isinstance(source, ModelSource) else "file"

@@ -24,7 +24,7 @@ from brixel_cli.core.probe_losses import (
     scale_invariant_log,
     sig_loss,
 )
-from brixel_cli.data.feature_file import Grid
+from brixel_cli.data.feature_layout import Grid
 from brixel_cli.data.views import seed_of
 from brixel_cli.engines.probing.features import Maps, Targets
 from brixel_cli.engines.runtime import keep_freed_memory

@@ -1,0 +1,216 @@
+"""Where the feature map of each image goes, and how it is stored: as a row of a feature file, or as a single file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from brixel_cli.config.extract import Number, Storage
+from brixel_cli.core.files import LONGEST_NAME, make_folder, replacing
+from brixel_cli.core.identity import text_digest
+from brixel_cli.core.losses import Basis
+from brixel_cli.core.weights import save_tensors
+from brixel_cli.data.row_store import CHECKSUM, DONE, Array, Column, Store, checksum, positions_within_size
+from brixel_cli.errors import BrixelError
+
+FORMAT = "brixel-features-1"
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which row of which dataset each image has, before anything is computed.
+
+    Args:
+        grids: (height, width) of each image's map; None for images that will have none.
+        channels: of every map.
+        dtype: `float16`, `float32`, or `int8` with a float32 scale for each location.
+        storage: `h5`, or the format of the single files; these leave the feature file without maps.
+    """
+
+    grids: tuple[Grid | None, ...]
+    channels: int
+    dtype: Number
+    storage: Storage = "h5"
+
+    @cached_property
+    def rows_of_grid(self) -> dict[Grid, list[int]]:
+        """Rows by grid, the grids in order of their first row."""
+        rows: dict[Grid, list[int]] = {}
+        for row, grid in enumerate(self.grids):
+            if grid is not None:
+                rows.setdefault(grid, []).append(row)
+        return rows
+
+    @cached_property
+    def grid_rows(self) -> npt.NDArray[np.int64]:
+        """Each image's row in the dataset of its grid; -1 for none. With one grid for all it is the image's own."""
+        if len(self.rows_of_grid) == 1:
+            within: Sequence[int] = range(len(self.grids))
+        else:
+            within = positions_within_size(self.grids)
+        return np.array([-1 if grid is None else at for grid, at in zip(self.grids, within, strict=True)], np.int64)
+
+    def dataset(self, part: str, row: int) -> tuple[str, int]:
+        """The dataset that holds a part (`features`, `scale`) of an image's map, and the map's row in it."""
+        grid = self.grids[row]
+        mixed = len(self.rows_of_grid) > 1 and grid is not None
+        return f"{part}/{grid[0]}x{grid[1]}" if grid and mixed else part, int(self.grid_rows[row])
+
+    def shapes(self, grid: Grid) -> dict[str, Column]:
+        """The datasets that one map consists of, without their place."""
+        columns = {"features": Column((self.channels, *grid), self.dtype)}
+        if self.dtype == "int8":
+            columns["scale"] = Column((1, *grid), "float32")
+        return columns
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """Datasets of the feature file that are filled row by row."""
+        columns: dict[str, Column] = {}
+        if self.storage != "h5":
+            return columns
+        rows_of_grid = self.rows_of_grid
+        for grid, rows in rows_of_grid.items():
+            for name, column in self.shapes(grid).items():
+                if len(rows_of_grid) == 1:
+                    columns[name] = Column(column.shape, column.dtype, len(self.grids), rows)
+                else:
+                    columns[f"{name}/{grid[0]}x{grid[1]}"] = Column(column.shape, column.dtype, len(rows))
+        return columns
+
+    @property
+    def bytes_needed(self) -> int:
+        """Bytes of all maps, in whatever files."""
+        return sum(
+            column.row_bytes * len(rows)
+            for grid, rows in self.rows_of_grid.items()
+            for column in self.shapes(grid).values()
+        )
+
+
+def text_array(texts: Sequence[str], length: int | None = None) -> npt.NDArray[np.bytes_]:
+    """Texts as fixed-length UTF-8; the longer ones cut, at a character, where a length in bytes is given."""
+    encoded = [text.encode("utf-8", "replace") for text in texts]
+    if length is not None:
+        encoded = [text[:length].decode("utf-8", "ignore").encode() for text in encoded]
+    return np.array(encoded, dtype=f"S{length or max((len(text) for text in encoded), default=1) or 1}")
+
+
+def single_file_names(names: Sequence[str], storage: Storage) -> list[str]:
+    """Names of the single files: the image's with another extension, or with one more where two would share it.
+
+    One that is too long for a file system is cut, and ends with the first digits of the SHA-256 of the image's name.
+    """
+    stems = [PurePosixPath(name).with_suffix("").as_posix() for name in names]
+    folded = [stem.casefold() for stem in stems]
+    shared = {stem for stem, count in Counter(folded).items() if count > 1}
+    shared |= {name.casefold() for name in names}  # a.jpg.png must not become the a.jpg.npy of a.jpg
+    return [
+        _shortened(f"{name if low in shared else stem}.{storage}", name)
+        for name, stem, low in zip(names, stems, folded, strict=True)
+    ]
+
+
+def _shortened(file: str, name: str) -> str:
+    folder, slash, last = file.rpartition("/")
+    if len(last.encode()) <= LONGEST_NAME:
+        return file
+    end = f"~{text_digest(name)[:16]}{PurePosixPath(last).suffix}"
+    start = last.encode()[: LONGEST_NAME - len(end)].decode("utf-8", "ignore")
+    return f"{folder}{slash}{start}{end}"
+
+
+def picture_names(names: Sequence[str]) -> list[str]:
+    """Names of a PNG for each image: the image's, as `single_file_names` has it."""
+    return [f"{name.removesuffix('.npy')}.png" for name in single_file_names(names, "npy")]
+
+
+def encode(
+    maps: Tensor, dtype: Number, basis: Basis | None, spare: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], list[bool]]:
+    """Maps (B, D, h, w) in the form in which they are stored, and which of them hold finite numbers only.
+
+    int8 has a float32 `scale` (B, 1, h, w): the largest absolute value at a location over 127.
+
+    Args:
+        maps: of the model.
+        dtype: number format to store.
+        basis: principal components to project on; None: the maps themselves.
+        spare: an earlier result that is no longer needed, whose memory may be used again: fresh memory costs time.
+    """
+    if basis is not None:
+        maps = Basis(basis.components.to(maps.device), basis.mean.to(maps.device)).project(maps)
+    largest = torch.maximum(maps.amax(dim=(1, 2, 3)), -maps.amin(dim=(1, 2, 3)))
+    finite = largest <= (torch.finfo(torch.float16).max if dtype == "float16" else torch.finfo(torch.float32).max)
+    if dtype == "int8":
+        scale = (maps.abs().amax(dim=1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        quantised = (maps / scale).round_().clamp_(-127, 127).to(torch.int8)
+        return {"features": quantised, "scale": scale}, finite.tolist()
+    if dtype == "float16" and spare is not None and spare["features"].shape == maps.shape:
+        return {"features": spare["features"].copy_(maps)}, finite.tolist()
+    return {"features": maps.to(getattr(torch, dtype), memory_format=torch.preserve_format)}, finite.tolist()
+
+
+def map_checksum(values: Mapping[str, Array]) -> int:
+    """Checksum of a map as it is stored."""
+    return checksum(*(values[part] for part in sorted(values)))
+
+
+class MapWriter:
+    """Writes maps where a layout puts them: into the feature file, or into one file for each image, under its name.
+
+    Args:
+        store: the feature file, to be written to.
+        layout: with which it was made.
+    """
+
+    def __init__(self, store: Store, layout: Layout):
+        self.store, self.layout = store, layout
+        self._names = [bytes(name).decode() for name in store.array("paths")] if layout.storage != "h5" else []
+        self._files = single_file_names(self._names, layout.storage) if self._names else []
+
+    def write(self, row: int, values: Mapping[str, Array]) -> None:
+        """Store the datasets of one image's map, then mark the row as done.
+
+        Raises:
+            BrixelError: the disk refuses it.
+        """
+        if self._files:
+            path = inside(self.store.path.parent, self._files[row])
+            make_folder(path.parent)
+            if self.layout.storage == "npy":
+                with replacing(path) as partial, open(partial, "wb") as file:
+                    np.save(file, values["features"])
+            else:
+                tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
+                description = json.dumps(self.store.description, sort_keys=True)
+                save_tensors(path, tensors, {"format": FORMAT, "path": self._names[row], "description": description})
+        else:
+            for part, value in values.items():
+                name, place = self.layout.dataset(part, row)
+                self.store.put(name, place, value)
+        if CHECKSUM in self.store:
+            self.store.put(CHECKSUM, row, np.array(map_checksum(values), np.uint32))
+        self.store.mark(row, DONE)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file to be written or removed below a folder.
+
+    Raises:
+        BrixelError: a link on the way leads out of it.
+    """
+    path = folder / name
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise BrixelError(f"{path} lies behind a link that leads out of {folder}. Remove it, or name another --output.")
+    return path

@@ -1,0 +1,85 @@
+"""Reading all that an extraction wrote again: which rows are damaged, and how those of the index are restored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from brixel_cli.data.feature_file import FeatureFile
+from brixel_cli.data.row_store import FAILED, MISSING, REASON, Store
+from brixel_cli.engines.extracting.plan import ExtractPlan, reason_text
+from brixel_cli.engines.reporting import Reporter
+from brixel_cli.engines.streams import num_workers, read_ahead
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What is left of a feature file.
+
+    Attributes:
+        path: of the feature file.
+        num_images: its rows.
+        num_missing: rows that are not computed yet.
+        has_checksums: whether every change can be noticed; else only that a map is there, of its size, and finite.
+        damaged: what is wrong, by name of the image.
+    """
+
+    path: Path
+    num_images: int
+    num_missing: int
+    has_checksums: bool
+    damaged: dict[str, str]
+
+
+def verify(path: Path, reporter: Reporter) -> Verified:
+    """Read every row of a feature file, or every file of a folder of single files; nothing is written.
+
+    Raises:
+        BrixelError: the file is missing, or so damaged that no row of it can be told.
+    """
+    features = FeatureFile(path)
+    damaged = damaged_rows(features, range(len(features)), reporter)
+    return Verified(
+        features.path,
+        len(features),
+        int((features.status == MISSING).sum()),
+        features.has_checksums,
+        {features.paths[row]: reason for row, reason in damaged.items()},
+    )
+
+
+def damaged_rows(features: FeatureFile, rows: Sequence[int], reporter: Reporter) -> dict[int, str]:
+    """What is wrong with each damaged row among these; all that is done is read."""
+    found = {}
+    with reporter.bar("checking", len(rows), unit="image") as bar:
+        for (row,), (damage,) in read_ahead([[row] for row in rows], features.damage, num_workers(), polite=False):
+            if damage:
+                found[row] = damage
+            bar.update(1)
+    return found
+
+
+def restore_index(plan: ExtractPlan, reporter: Reporter) -> None:
+    """Write damaged datasets of the index again where the plan has the same values, as their checksums tell."""
+    damaged = Store(plan.store_path).damaged
+    if damaged:
+        store, known = Store(plan.store_path, writable=damaged), plan.filled(plan.digests(reporter))
+        restored = [name for name in damaged if name in known and store.restore(name, known[name])]
+        store.flush()
+        if restored:
+            reporter.warn(f"{plan.store_path}: the damaged datasets {', '.join(restored)} were restored")
+
+
+def discard_damaged(plan: ExtractPlan, store: Store, rows: Sequence[int], reporter: Reporter) -> None:
+    """Have damaged rows among these computed again by marking them as missing, or, without an image, as failed."""
+    damaged = damaged_rows(FeatureFile(plan.store_path), rows, reporter)
+    for row in damaged:
+        if plan.reasons[row]:
+            store.put(REASON, row, reason_text(store, plan.reasons[row]))
+        store.mark(row, FAILED if plan.reasons[row] else MISSING)
+    if damaged:
+        row, reason = next(iter(damaged.items()))
+        reporter.warn(
+            f"{plan.output}: {len(damaged)} damaged images are computed again; {plan.inputs.items[row].name}: {reason}"
+        )

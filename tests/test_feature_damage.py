@@ -1,0 +1,441 @@
+"""Feature files that come from anywhere: crafted, compressed, damaged, cut. None does harm; each says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import Listener, every_row
+from test_feature_file import SHAPE, make_file
+from typer.testing import CliRunner
+
+import brixel_cli
+from brixel_cli.app import app
+from brixel_cli.core.weights import load_tensors, save_tensors
+from brixel_cli.data.feature_layout import Layout, MapWriter, map_checksum, single_file_names
+from brixel_cli.data.row_store import CHECKSUMS, Column, Store, checksum, create_store
+from brixel_cli.engines.extracting.extraction import extract
+from brixel_cli.engines.models import FeatureExtractor
+from brixel_cli.errors import BrixelError, UsageError
+
+
+def rewrite(path: Path, **changed) -> None:
+    """Put other values into datasets or attributes of a file, without its checksums, as a forger would."""
+    with h5py.File(path, "r+") as file:
+        file.attrs.pop(CHECKSUMS, None)
+        for name, value in changed.items():
+            if name in file:
+                del file[name]
+                file[name] = value
+            else:
+                file.attrs[name] = value
+
+
+def described(path: Path, **changed) -> None:
+    """Change keys of a file's description."""
+    with h5py.File(path) as file:
+        description = json.loads(file.attrs["description"])
+    rewrite(path, description=json.dumps(description | changed))
+
+
+def flip(path: Path, name: str, byte: int = 0) -> None:
+    """Flip a bit of a dataset, as a failing disk does."""
+    with h5py.File(path) as file:
+        at = file[name].id.get_offset() + byte
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def packed(path: Path, target: Path) -> None:
+    """Copy a file as `h5repack -f GZIP=4` does."""
+    with h5py.File(path) as old, h5py.File(target, "w") as new:
+        new.attrs.update(old.attrs)
+        for name in list(old):
+            new.create_dataset(name, data=old[name][()], dtype=old[name].dtype, chunks=True, compression="gzip")
+
+
+@pytest.mark.parametrize("name", ["../victim", "/ABSOLUTE/victim", "a/../../victim", "..", "", "a\0b.png"])
+def test_names_that_lead_out_of_the_folder_are_refused(extract_options, tmp_path: Path, listener: Listener, name: str):
+    victim = tmp_path / "victim.npy"
+    np.save(victim, np.zeros((64, 16, 16), np.float16))
+    output = tmp_path / "maps"
+    extract(extract_options(output=output, storage="npy"), listener)
+    names = np.array([name.replace("/ABSOLUTE", str(tmp_path)).encode(), *[b"a long enough name.png" * 9] * 7])
+    rewrite(output / "index.h5", paths=names)
+    with pytest.raises(BrixelError, match="leads out of its folder"):
+        brixel_cli.FeatureFile(output)
+    with pytest.raises(UsageError, match=r"leads out of its folder(.|\n)*--overwrite replaces feature files only"):
+        extract(extract_options(output=output, storage="npy", overwrite=True), listener)
+    assert victim.exists()
+
+
+def test_a_storage_that_is_none_is_refused(extract_options, tmp_path: Path, listener: Listener):
+    output = tmp_path / "maps"
+    extract(extract_options(output=output, storage="npy"), listener)
+    described(output / "index.h5", storage="py")
+    (output / "0.py").write_text("precious")
+    with pytest.raises(BrixelError, match="its storage is 'py'"):
+        brixel_cli.FeatureFile(output)
+    with pytest.raises(UsageError, match="its storage is 'py'"):
+        extract(extract_options(output=output, storage="npy", overwrite=True), listener)
+    assert (output / "0.py").exists()
+
+
+def test_overwrite_removes_nothing_behind_a_link(extract_options, photographs: Path, tmp_path: Path, listener):
+    shutil.copytree(photographs, tmp_path / "in" / "sub")
+    chosen = extract_options(inputs=[str(tmp_path / "in")], output=tmp_path / "maps", storage="npy", overwrite=True)
+    extract(chosen, listener)
+    shutil.move(tmp_path / "maps" / "sub", tmp_path / "elsewhere")
+    (tmp_path / "maps" / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BrixelError, match="lies behind a link that leads out of"):
+        extract(chosen, listener)
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 8
+
+
+def test_a_compressed_file_is_read_and_never_written(extract_options, tmp_path: Path, listener: Listener):
+    done = extract(extract_options(), listener)
+    expected = every_row(done.output)
+    rewrite(done.output, status=np.array([1, 0] + [1] * 6, np.uint8))
+    packed(done.output, tmp_path / "packed.h5")
+    features = brixel_cli.FeatureFile(tmp_path / "packed.h5")
+    found = every_row(tmp_path / "packed.h5")
+    assert found == {name: row for name, row in expected.items() if name != "1.png"}
+    assert len(features) == 8
+    before = (tmp_path / "packed.h5").read_bytes()
+    with pytest.raises(BrixelError, match=r"not written to, as it is compressed, .* \(checksum, features, reason\)"):
+        extract(extract_options(output=tmp_path / "packed.h5"), listener)
+    assert (tmp_path / "packed.h5").read_bytes() == before
+
+
+def test_datasets_kept_in_other_files(tmp_path: Path):
+    store = make_file(tmp_path / "f.h5", Layout(((2, 3),) * 2, 4, "float16"))
+    store.mark(0, 1)
+    values = np.arange(48, dtype=np.float16).reshape(2, *SHAPE)
+    outside = tmp_path / "deep" / "f.h5"
+    outside.parent.mkdir()
+    for path, raw in ((tmp_path / "f.h5", tmp_path / "raw"), (outside, tmp_path / "raw")):
+        if path == outside:
+            shutil.copy(tmp_path / "f.h5", path)
+        values.tofile(raw)
+        with h5py.File(path, "r+") as file:
+            del file["features"]
+            file.create_dataset("features", values.shape, "float16", external=[(str(raw), 0, values.nbytes)])
+    assert np.array_equal(brixel_cli.FeatureFile(tmp_path / "f.h5")[0], values[0])
+    with pytest.raises(BrixelError, match="not written to"):
+        Store(tmp_path / "f.h5", writable=True)
+    with pytest.raises(BrixelError, match="its dataset features lies in other files"):
+        brixel_cli.FeatureFile(outside)
+
+
+def test_text_of_variable_length_is_no_pointer(tmp_path: Path):
+    path = tmp_path / "f.h5"
+    make_file(path, Layout(((2, 3),) * 2, 4, "float16")).mark(0, 1)
+    with h5py.File(path, "r+") as file:
+        file["notes"] = ["one", "two"]  # somebody's own
+    assert len(brixel_cli.FeatureFile(path)) == 2
+    for name in ("reason", "paths"):
+        shutil.copy(path, tmp_path / "g.h5")
+        rewrite(tmp_path / "g.h5", **{name: ["one", "two"]})
+        with pytest.raises(BrixelError, match=f"its dataset {name} has the shape .* of object"):
+            brixel_cli.FeatureFile(tmp_path / "g.h5")
+
+
+def test_datasets_lie_inside_the_file_and_fit_the_rows(tmp_path: Path):
+    path = tmp_path / "f.h5"
+    make_file(path, Layout(((2, 3),) * 3, 4, "float16")).mark(0, 1)
+    whole = path.read_bytes()
+    with h5py.File(path) as file:
+        at = file["features"].id.get_offset()
+    offset = at.to_bytes(8, "little")
+    assert whole.count(offset) == 1
+    path.write_bytes(whole.replace(offset, (len(whole) - 8).to_bytes(8, "little")))
+    with pytest.raises(BrixelError, match="is damaged: "):
+        brixel_cli.FeatureFile(path)
+    path.write_bytes(whole)
+    for name, values in {
+        "status": np.zeros(3, np.float32),
+        "grid_row": np.array([0, 1, 3]),
+        "grid_size": np.full((3, 2), 2, np.int32),
+        "original_size": np.zeros((2, 2), np.int32),
+        "features": np.zeros((3, 5), np.float16),
+        "model_size": np.zeros((3, 2), np.float32),
+    }.items():
+        path.write_bytes(whole)
+        rewrite(path, **{name: values})
+        with pytest.raises(BrixelError, match=r"status of its rows|its dataset \w+ has"):
+            brixel_cli.FeatureFile(path)
+
+
+def test_many_grids_take_one_descriptor(tmp_path: Path):
+    grids = tuple((height, width) for height in range(1, 16) for width in range(1, 16))
+    store = make_file(tmp_path / "f.h5", Layout(grids, 2, "int8"))
+    writer = MapWriter(store, Layout(grids, 2, "int8"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, limits[1]))
+    try:
+        for row, grid in enumerate(grids):
+            writer.write(row, {"features": np.ones((2, *grid), np.int8), "scale": np.ones((1, *grid), np.float32)})
+        features = brixel_cli.FeatureFile(tmp_path / "f.h5")
+        assert [features[row].shape for row in features.rows] == [(2, *grid) for grid in grids]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_checksum_by_hand():
+    import zlib
+
+    words = np.arange(2 * 1021 + 3, dtype="<u8")
+    folded = words[:1021] + words[1021 : 2 * 1021]
+    assert checksum(words) == zlib.crc32(words[2 * 1021 :].tobytes(), zlib.crc32(folded.tobytes()))
+    page = np.random.default_rng(0).integers(0, 255, 64 * 4096, np.uint8).reshape(64, 4096)
+    assert checksum(page) != checksum(page[::-1])
+    assert map_checksum({"scale": words, "features": page}) == checksum(page, words)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_flipped_bit_is_found_and_that_row_alone_computed_again(
+    extract_options, listener: Listener, monkeypatch: pytest.MonkeyPatch, dtype: str
+):
+    done = extract(extract_options(dtype=dtype, batch_size=1), listener)
+    expected = every_row(done.output)
+    whole = done.output.read_bytes()
+    assert CliRunner().invoke(app, ["extract", "--verify", str(done.output)]).exit_code == 0
+    with h5py.File(done.output) as file:
+        sizes = {name: file[name][0].nbytes for name in ("features", "scale") if name in file}
+    part = "scale" if "scale" in sizes else "features"
+    flip(done.output, "features", 2 * sizes["features"] + 77)
+    flip(done.output, part, 5 * sizes[part])
+    found = CliRunner().invoke(app, ["extract", "--verify", str(done.output), "--json"])
+    assert found.exit_code == 1
+    damaged = dict.fromkeys(("2.png", "5.png"), "its map has changed since it was written")
+    assert json.loads(found.stdout)["damaged"] == damaged
+    assert f"2 of 8 images in {done.output} are damaged. Give the command that wrote it again" in found.stderr
+    seen = []
+    maps = FeatureExtractor.maps
+    monkeypatch.setattr(FeatureExtractor, "maps", lambda self, pixels: seen.append(len(pixels)) or maps(self, pixels))
+    again = extract(extract_options(dtype=dtype), listener)
+    assert (again.num_computed, seen) == (2, [1, 1])
+    assert any("2 damaged images are computed again; 2.png: its map has changed" in said for said in listener.warned)
+    assert every_row(done.output) == expected
+    assert done.output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("storage", ["npy", "safetensors"])
+def test_single_files_that_are_gone_cut_or_changed_are_made_again(
+    extract_options, tmp_path: Path, listener: Listener, storage
+):
+    output = tmp_path / "maps"
+    extract(extract_options(output=output, storage=storage), listener)
+    expected = {path.name: path.read_bytes() for path in output.iterdir()}
+    (output / f"1.{storage}").unlink()
+    (output / f"2.{storage}").write_bytes(expected[f"2.{storage}"][:-9])
+    (output / f"3.{storage}").write_bytes(expected[f"3.{storage}"][:-1] + b"\x11")
+    (output / f"4.{storage}").write_bytes(b"")
+    shutil.copy(output / f"6.{storage}", output / f"5.{storage}")
+    found = CliRunner().invoke(app, ["extract", "--verify", str(output), "--json"])
+    assert found.exit_code == 1
+    assert set(json.loads(found.stdout)["damaged"]) == {f"{number}.png" for number in range(1, 6)}
+    assert extract(extract_options(output=output, storage=storage), listener).num_computed == 5
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == expected
+    assert CliRunner().invoke(app, ["extract", "--verify", str(output)]).exit_code == 0
+
+
+def test_a_status_that_is_none_is_an_error_that_names_the_row(extract_options, listener: Listener):
+    done = extract(extract_options(), listener)
+    expected = every_row(done.output)
+    for state, reason in ((7, r"its status is 7, not 0, 1 or 2"), (2, "it failed for no reason")):
+        with h5py.File(done.output, "r+") as file:
+            file["status"][3] = state
+        if state == 7:
+            for read in (lambda features: features.rows, lambda features: features["3.png"]):
+                with pytest.raises(BrixelError, match=rf"3.png.*: {reason}"):
+                    read(brixel_cli.FeatureFile(done.output))
+        found = CliRunner().invoke(app, ["extract", "--verify", str(done.output), "--json"])
+        assert json.loads(found.stdout)["damaged"] == {"3.png": reason}
+        assert extract(extract_options(), listener).num_computed == 1
+        assert every_row(done.output) == expected
+
+
+def test_an_image_that_cannot_be_used_is_failed_again(extract_options, mixed: Path, listener: Listener):
+    (mixed / "bad.png").write_text("text")
+    done = extract(extract_options(inputs=[str(mixed)]), listener)
+    failures = brixel_cli.FeatureFile(done.output).failures
+    for state in (0, 1, 9):
+        with h5py.File(done.output, "r+") as file:
+            file["status"][10] = state
+        found = CliRunner().invoke(app, ["extract", "--verify", str(done.output), "--json"])
+        assert list(json.loads(found.stdout)["damaged"]) == ["bad.png"]
+        assert extract(extract_options(inputs=[str(mixed)]), listener).failures == failures
+
+
+def test_the_index_is_restored_from_the_images(extract_options, listener: Listener):
+    done = extract(extract_options(), listener)
+    whole = done.output.read_bytes()
+    for name in ("paths", "grid_size", "sha256", "original_size"):
+        flip(done.output, name, 2)
+        with pytest.raises(BrixelError, match=f"the datasets {name} have changed since they were written"):
+            brixel_cli.FeatureFile(done.output)
+        assert CliRunner().invoke(app, ["extract", "--verify", str(done.output)]).exit_code == 1
+        assert extract(extract_options(), listener).num_computed == 0
+        assert done.output.read_bytes() == whole
+    data = bytearray(whole)
+    data[whole.index(b'"embed_dim": 64') + 14] ^= 1
+    done.output.write_bytes(data)
+    with pytest.raises(BrixelError, match="its description has changed since it was written"):
+        brixel_cli.FeatureFile(done.output)
+
+
+def test_a_file_without_checksums_is_checked_as_far_as_can_be(extract_options, tmp_path: Path, listener: Listener):
+    done = extract(extract_options(), listener)
+    expected = every_row(done.output)
+    with h5py.File(done.output, "r+") as file:
+        del file["checksum"], file.attrs[CHECKSUMS]
+        file["features"][4, 0, 0, 0] = np.nan
+    found = CliRunner().invoke(app, ["extract", "--verify", str(done.output), "--json"])
+    assert json.loads(found.stdout)["damaged"] == {"4.png": "its map is not finite"}
+    shown = CliRunner().invoke(app, ["extract", "--verify", str(done.output)])
+    assert "Without checksums" in shown.stdout
+    assert extract(extract_options(), listener).num_computed == 1
+    assert every_row(done.output) == expected
+
+
+@pytest.mark.parametrize("storage", ["npy", "safetensors"])
+def test_a_name_that_is_too_long_is_cut(extract_options, photographs: Path, tmp_path: Path, listener, storage):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    long = ["x" * 250 + ".png", "x" * 250 + ".jpg", "é" * 124 + ".png"]
+    for name in long:
+        shutil.copy(photographs / "1.png", folder / name)
+    chosen = extract_options(inputs=[str(folder)], output=tmp_path / "maps", storage=storage)
+    done = extract(chosen, listener)
+    assert (done.num_computed, done.failures) == (3, {})
+    features = brixel_cli.FeatureFile(done.output)
+    assert sorted(features.paths) == sorted(long)
+    assert all(features[name].shape == (64, 16, 20) for name in long)
+    assert len(set(features.single_files)) == 3
+    assert extract(chosen, listener).num_before == 3
+
+
+def test_only_names_that_are_too_long_are_cut():
+    fits = "a" * 251 + ".npy"
+    assert single_file_names(["sub/" + "a" * 251 + ".x"], "npy") == ["sub/" + fits]
+    (cut,) = single_file_names(["sub/" + "a" * 252 + ".x"], "npy")
+    assert len(cut) == len("sub/") + 255
+    assert cut.startswith("sub/aaa")
+    assert cut.endswith(".npy")
+
+
+ODD = [
+    ("description", 7), ("description", "[]"), ("description", "{"), ("description", np.zeros(3)),
+    ("description", "[" * 100_000), ("description", h5py.Empty("S1")), ("description", "null"),
+    ("format", 1), ("format", np.array([b"x", b"y"])), ("format", "brixel-features-9"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), ODD, ids=[f"{key}-{number}" for number, (key, _) in enumerate(ODD)])
+def test_odd_attributes_are_errors(extract_options, listener: Listener, key: str, value: object):
+    done = extract(extract_options(), listener)
+    rewrite(done.output, **{key: value})
+    with pytest.raises(BrixelError, match=r"out.h5 is no.* feature file"):
+        brixel_cli.FeatureFile(done.output)
+    with pytest.raises(BrixelError, match=r"out.h5 is .*(damaged|not brixel-features-1)"):
+        extract(extract_options(), listener)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"batch_sizes": {"64x80": -1}}, {"batch_sizes": {"64x80": "4"}}, {"batch_sizes": {"64x80": 0}},
+        {"batch_sizes": {}}, {"batch_sizes": [4]}, {"batch_sizes": None}, {"batch_sizes": {"64x80": 1.5}},
+        {"threads": 0}, {"threads": "2"}, {"threads": 10**9}, {"threads": None}, {"threads": True},
+        {"dtype": "float64"}, {"dtype": ["float16"]}, {"storage": None}, {"storage": {}}, {"embed_dim": 65},
+        {"patch_size": -1}, {"factor": "4"}, {"pca": 2**30}, {"versions": 3}, {"student": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_odd_descriptions_are_errors(extract_options, listener: Listener, changed: dict):
+    done = extract(extract_options(), listener)
+    described(done.output, **changed)
+    if list(changed) == ["versions"]:
+        extract(extract_options(), listener)  # other versions are warned of
+        return
+    with pytest.raises((BrixelError, UsageError), match="out.h5 (is damaged|is not a feature file|was begun with)"):
+        extract(extract_options(), listener)
+
+
+def test_the_same_features_are_the_same_bytes(tmp_path: Path):
+    layouts = Layout(((2, 3), (3, 2)), 4, "int8")
+    metadata = {key: key * 2 for key in "qwertyuiop"}
+    for name in ("a", "b"):
+        make_file(tmp_path / f"{name}.h5", layouts)
+        save_tensors(tmp_path / f"{name}.safetensors", {"x": torch.arange(3.0), "w": torch.ones(2)}, metadata)
+        time.sleep(1.1)  # HDF5 counts seconds
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+    data = (tmp_path / "a.safetensors").read_bytes()
+    assert data == (tmp_path / "b.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert list(header["__metadata__"]) == sorted(metadata)
+    tensors, found = load_tensors(tmp_path / "a.safetensors")
+    assert found == metadata
+    assert tensors["x"].tolist() == [0, 1, 2]
+
+
+QUOTA = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from brixel_cli.data.row_store import Column, create_store
+from brixel_cli.errors import BrixelError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    create_store(Path(sys.argv[1]), 1000, {"x": Column((999,), "float32")}, {}, {"paths": np.zeros(1000, "S400")})
+except BrixelError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("most", [100, 5_000, 300_000, 1_500_000, 4_000_000])
+def test_a_quota_is_an_error_and_leaves_nothing(tmp_path: Path, most: int):
+    command = [sys.executable, "-c", QUOTA, str(tmp_path / "f.h5"), str(most)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert f"{tmp_path / 'f.h5'} cannot be written: " in found.stderr
+    assert "Traceback" not in found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_may_not_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    create_store(tmp_path / "f.h5", 2, {"x": Column((3,), "float32")}, {})
+    kept = os.open
+
+    def refused(path, flags, *rest, **more):
+        if flags & os.O_WRONLY:
+            raise PermissionError(13, "Permission denied")
+        return kept(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(BrixelError, match=r"f.h5 cannot be written: Permission denied"):
+        Store(tmp_path / "f.h5", writable=True)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--input", "x"], ["--dry-run"], ["--export", "x.onnx"]], ids=lambda value: value[0]
+)
+def test_verify_stands_alone(tmp_path: Path, arguments: list[str]):
+    found = CliRunner().invoke(app, ["extract", "--verify", str(tmp_path / "f.h5"), *arguments])
+    assert found.exit_code == 2
+    assert "--verify reads a feature file: leave out --input, --export and --dry-run" in found.stderr
+    missing = CliRunner().invoke(app, ["extract", "--verify", str(tmp_path / "f.h5")])
+    assert (missing.exit_code, "No feature file at" in missing.stderr) == (1, True)
