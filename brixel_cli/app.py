@@ -92,6 +92,7 @@ def distill(
     ] = None,
     output: Annotated[Path | None, _option(OUTPUT, "Folder of the run. Default: runs/NAME of the recipe.")] = None,
     resume: Annotated[bool, _option(OUTPUT, "Continue the run in the output folder.", "--resume")] = False,
+    verify: Annotated[Path | None, _option(OUTPUT, "Read all of a run again; name what is damaged.")] = None,
     overwrite: Annotated[bool, _option(OUTPUT, "Begin anew over a run that is there.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -101,10 +102,11 @@ def distill(
     """Train an adapter on a folder of images, without labels."""
     with error_boundary():
         from brixel_cli.cli.distill import run_distill
+        from brixel_cli.cli.recipes import recipes_only
         from brixel_cli.config.distill import Recipe
 
         set_quiet(quiet)
-        if _recipes_only(Recipe, list_recipes, copy_recipe, as_json):
+        if recipes_only(Recipe, list_recipes, copy_recipe, as_json):
             return
         if device is not None:
             check_device(device)
@@ -112,7 +114,7 @@ def distill(
             "data.images": images, "init": init, "backbone.weights": backbone_weights, "run.device": device,
         }  # fmt: skip
         overrides = [f"{key}={json.dumps(value)}" for key, value in shorthands.items() if value is not None]
-        run_distill(recipe, output, overrides + (set_ or []), resume, overwrite, dry_run, as_json)
+        run_distill(recipe, output, overrides + (set_ or []), resume, overwrite, verify, dry_run, as_json)
 
 
 @app.command(epilog=examples.EXTRACT)
@@ -253,6 +255,7 @@ def probe(
             "--output, features in it.",
         ),
     ] = None,
+    verify: Annotated[Path | None, _option(OUTPUT, "Read all of a probe again; name what is damaged.")] = None,
     per_class: Annotated[bool, _option(OUTPUT, "Also print the IoU of each class.", "--per-class")] = False,
     overwrite: Annotated[bool, _option(OUTPUT, "Begin anew over a probe that is there.", "--overwrite")] = False,
     as_json: Json = False,
@@ -267,11 +270,15 @@ def probe(
     The same command again continues an interrupted probe, source by source and seed by seed.
     """
     with error_boundary():
-        from brixel_cli.cli.probe import apply_options, probe_options, run_apply, run_probe
+        from brixel_cli.cli.probe import apply_options, probe_options, run_apply, run_probe, verify_probe
+        from brixel_cli.cli.recipes import recipes_only
         from brixel_cli.config.labelled import ProbeRecipe
 
         set_quiet(quiet)
-        if _recipes_only(ProbeRecipe, list_recipes, copy_recipe, as_json):
+        if recipes_only(ProbeRecipe, list_recipes, copy_recipe, as_json):
+            return
+        if verify is not None:
+            verify_probe(verify, as_json)
             return
         if apply is not None:
             others = {"--recipe": recipe, "--data": data, "--source": source, "--res": res or size,
@@ -399,17 +406,6 @@ def benchmark(
             ablate, recipe or AblationOptions.recipe, tuple(set_ or ()), steps, train_seconds, output, probe, probe_data
         )
         run_ablation(ablation, report, dry_run, as_json)
-
-
-def _recipes_only(schema: Any, listed: bool, copied: tuple[str, str] | None, as_json: bool) -> bool:
-    """Whether the command was about shipped recipes alone, and is done."""
-    from brixel_cli.cli.recipes import list_recipes, write_copy
-
-    if listed:
-        list_recipes(schema, as_json)
-    if copied:
-        write_copy(schema, *copied, as_json)
-    return listed or bool(copied)
 
 
 def main() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Listener, with_changes
 from distilled_runs import assert_same_run, recipe_of, tensors_of
+from typer.testing import CliRunner
 
+from brixel_cli.app import app
 from brixel_cli.config.distill import Recipe
 from brixel_cli.data.row_store import Store
 from brixel_cli.engines.distilling.distillation import distill
@@ -20,7 +24,8 @@ from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.distilling.trainer import (
     Trainer,
 )
-from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.engines.distilling.validation import HeldOut
+from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 
 @pytest.mark.parametrize("changes", [(), ("adapter.kind=deformable",), ("views.kind=fixed", "views.per_image=2", "cache.enabled=true"),
@@ -160,3 +165,98 @@ def test_a_run_cannot_be_made_longer_and_says_how_to_train_on(
         UsageError, match=r"length of the run in .*run cannot be changed \(optim.steps: 4 -> 8\).*--init .*run "
     ):
         distill(longer, RunFolder(tmp_path / "run"), listener, resume=True)
+
+
+# Damaged files
+
+
+def flip(path: Path, at: int = -1) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_of_the_state_is_not_resumed_from(
+    tiny_recipe: Recipe, tmp_path: Path, listener: Listener
+) -> None:
+    distill(tiny_recipe, RunFolder(tmp_path / "run"), listener)
+    flip(tmp_path / "run" / "state.safetensors")
+    with pytest.raises(
+        WeightsError, match=r"state.safetensors is damaged.*cannot be resumed.*--overwrite, or train its last .*--init"
+    ):
+        distill(tiny_recipe, RunFolder(tmp_path / "run"), listener, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "deleted"])
+def test_damaged_students_of_a_finished_run_are_written_again(
+    tiny_recipe: Recipe, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(HeldOut, "better_than", lambda *_: True)  # the last one is the best
+    folder = RunFolder(tmp_path / "run")
+    distill(tiny_recipe, folder, listener)
+    before = {path: path.read_bytes() for path in (folder.student, folder.last)}
+    for path, content in before.items():
+        if damage == "cut":
+            path.write_bytes(content[:-1])
+        elif damage == "flipped":
+            flip(path)
+        else:
+            path.unlink()
+    distill(tiny_recipe, folder, listener, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+    assert [line.rpartition("/")[2] for line in listener.warned] == [
+        f"{name}.safetensors was missing or damaged, and was written again" for name in ("last", "student")
+    ]
+
+
+def test_a_damaged_student_that_the_state_has_no_more_is_named(
+    tiny_recipe: Recipe, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HeldOut, "better_than", lambda _, other: other is None)  # the first one is the best
+    folder = RunFolder(tmp_path / "run")
+    distill(tiny_recipe, folder, listener)
+    folder.student.unlink()
+    with pytest.raises(
+        WeightsError,
+        match=r"best student of the run, of step 2, cannot be read: .* Put a copy back to .*of step 4, .*last",
+    ):
+        distill(tiny_recipe, folder, listener, resume=True)
+
+
+def test_damaged_lines_of_the_metrics_do_not_end_a_run(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:
+    folder = RunFolder(tmp_path / "run")
+    distill(tiny_recipe, folder, listener)
+    lines = folder.metrics.read_bytes().splitlines(keepends=True)
+    odd = [b"\xff" + lines[1], b'["step"]\n', b'{"step": null}\n', b"[" * 99_999 + b"\n", b"7\n"]
+    folder.metrics.write_bytes(b"".join([lines[0], *odd, *lines[2:], b'{"step": 5}\n', b'{"cut off']))
+    distill(tiny_recipe, folder, listener, resume=True)
+    assert folder.metrics.read_bytes().splitlines(keepends=True) == [lines[0], *lines[2:]]
+    assert listener.warned == [f"{folder.metrics}: 5 damaged lines were left out"]
+
+
+def verified(folder: Path) -> tuple[int, dict[str, Any], str]:
+    result = CliRunner().invoke(app, ["distill", "--verify", str(folder), "--json"])
+    return result.exit_code, json.loads(result.stdout), result.stderr
+
+
+def test_verify_names_every_damaged_file_of_a_run(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:
+    recipe = with_changes(tiny_recipe_file, "views.kind=fixed", "views.per_image=1", "cache.enabled=true")
+    folder = tmp_path / "run"
+    distill(recipe, RunFolder(folder), listener)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert verified(folder) == (0, {"path": str(folder), "files": len(files), "damaged": {}}, "")
+    for path in files:
+        whole = path.read_bytes()
+        flip(path, 0 if path.suffix in (".yaml", ".h5", ".jsonl") else len(whole) // 2)
+        code, found, errors = verified(folder)
+        assert code == 1
+        assert list(found["damaged"]) == [str(path.relative_to(folder))]
+        assert f"error: 1 of {len(files)} files in {folder} are damaged. brixel distill --resume" in errors
+        path.write_bytes(whole)
+    (folder / "last.safetensors").unlink()
+    assert verified(folder)[1]["damaged"] == {"last.safetensors": "it is missing"}
+    (folder / "recipe.yaml").unlink()
+    result = CliRunner().invoke(app, ["distill", "--verify", str(folder)])
+    assert result.exit_code == 2
+    assert "holds no run: recipe.yaml is missing" in result.stderr

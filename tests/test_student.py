@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from brixel_cli import load_student
 from brixel_cli.config.distill import AdapterConfig, FusionConfig
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.student import StudentCard, build_adapter, read_adapter, save_student
+from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.errors import SizeError, UsageError, WeightsError
 
 SMALL = AdapterConfig(fusion=FusionConfig(width=16, fine_width=16, blocks=[1, 1, 1]))
@@ -191,3 +193,37 @@ def _as_released(state: dict[str, torch.Tensor], dim: int) -> dict[str, torch.Te
     zeros["adapter.level_embed"] = torch.zeros(3, dim)
     assert import_released(zeros).tensors.keys() == state.keys()
     return zeros
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("factor", 0), ("factor", "4"), ("factor", 2**30), ("factor", 4.5), ("factor", True), ("factor", None),
+        ("embed_dim", 2**30), ("embed_dim", -1), ("step", "7"), ("student_size", [0, 0]), ("backbone", 3),
+        ("adapter", {"fusion": {"width": 2**30}}), ("adapter", {"fusion": {"blocks": [10**9, 0, 0]}}),
+        ("adapter", []), ("more", 1),
+    ],
+)  # fmt: skip
+def test_a_card_with_wrong_values_is_refused(student_file: Path, tmp_path: Path, key: str, value: object) -> None:
+    tensors, metadata = load_tensors(student_file)
+    card = json.loads(metadata["card"]) | {key: value}
+    save_tensors(tmp_path / "odd.safetensors", tensors, metadata | {"card": json.dumps(card)})
+    with pytest.raises(WeightsError, match=rf"odd.safetensors: its description .* cannot be read: {key}"):
+        read_adapter(str(tmp_path / "odd.safetensors"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 99_999, '{"factor": 4}'])
+def test_a_card_that_is_none_is_refused(student_file: Path, tmp_path: Path, text: str) -> None:
+    tensors, metadata = load_tensors(student_file)
+    save_tensors(tmp_path / "odd.safetensors", tensors, metadata | {"card": text})
+    with pytest.raises(WeightsError, match=r"odd.safetensors: its description .* cannot be read: "):
+        read_adapter(str(tmp_path / "odd.safetensors"))
+
+
+def test_a_card_is_compared_with_the_weights_before_memory_is_taken(student_file: Path, tmp_path: Path) -> None:
+    tensors, metadata = load_tensors(student_file)
+    card = json.loads(metadata["card"])
+    card["adapter"]["fusion"] |= {"width": 2**16, "middle_width": 2**16, "fine_width": 2**16}  # 16 GiB and more
+    save_tensors(tmp_path / "odd.safetensors", tensors, metadata | {"card": json.dumps(card)})
+    with pytest.raises(WeightsError, match="does not fit its own description"):
+        read_adapter(str(tmp_path / "odd.safetensors")).build()

@@ -104,6 +104,45 @@ def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {
+        "a": torch.randn(3, 2),
+        "b": torch.tensor(4),
+        "c": torch.ones(3, dtype=torch.bfloat16),
+        "d": torch.ones(0),
+    }
+    save_tensors(path, tensors, {"facts": '{"step": 12}', "ä": "\x1b\n"})
+    whole = path.read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    blanks = length - len(whole[:length].rstrip())  # they fill up the header, and mean nothing
+    assert blanks < 8
+    for at in {*range(len(whole))} - {*range(length - blanks, length)}:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            loaded, metadata = load_tensors(path)
+        except WeightsError:
+            continue
+        assert metadata == {"facts": '{"step": 12}', "ä": "\x1b\n"}  # the name of the checksum
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in tensors.items())
+    path.write_bytes(whole)
+    assert load_tensors(path)[1]["facts"] == '{"step": 12}'
+
+
+def test_the_same_values_give_the_same_bytes(tmp_path: Path) -> None:
+    metadata = {f"key {number}": "ü" * number for number in range(9)}
+    written = set()
+    for number in range(8):
+        save_tensors(tmp_path / f"{number}.safetensors", {"a": torch.ones(3)}, metadata)
+        written.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(written) == 1
+
+
+def test_a_file_of_earlier_versions_has_no_checksum(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", {"note": "n"})
+    assert load_tensors(tmp_path / "x.safetensors")[1] == {"note": "n"}
+
+
 def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.safetensors"
     save_tensors(path, {"a": torch.zeros(1)}, {})

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
@@ -143,6 +144,29 @@ def print_files(files: Sequence[str]) -> None:
     """Name the files that a command wrote, to stdout."""
     if is_first_process():
         sys.stdout.write("".join(f"wrote {printable(file)}\n" for file in files))
+
+
+def show_verified(folder: Path, found: Mapping[Path, str], advice: str, as_json: bool) -> None:
+    """What reading every file of a folder again has found.
+
+    Args:
+        folder: of the files.
+        found: for each file what is wrong with it; an empty text where nothing is.
+        advice: what to do with damaged ones.
+        as_json: as one line of JSON, not as a table.
+
+    Raises:
+        BrixelError: some are damaged.
+    """
+    damaged = {str(path.relative_to(folder)): reason for path, reason in found.items() if reason}
+    if as_json:
+        print_json({"path": str(folder), "files": len(found), "damaged": damaged})
+    else:
+        print_table(str(folder), ["", ""], [["files", f"{len(found):,}"], ["  damaged", f"{len(damaged):,}"]])
+        if damaged:
+            print_table("damaged files", ["file", "reason"], list(damaged.items()), figures=False)
+    if damaged:
+        raise BrixelError(f"{len(damaged)} of {len(found)} files in {folder} are damaged. {advice}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, print_table, say
+from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, print_table, say, show_verified
 from brixel_cli.config.base import Device, Precision, did_you_mean, parse_size
 from brixel_cli.config.files import load_recipe, shipped_recipes, with_overrides
 from brixel_cli.config.labelled import ProbeRecipe
@@ -121,6 +121,18 @@ def run_probe(options: ProbeOptions, per_class: bool, dry_run: bool, as_json: bo
     _show_results(done, per_class)
     print_files(files)
     say(f"use a head: brixel probe --apply {options.output}/heads/HEAD.safetensors --input IMAGES")
+
+
+def verify_probe(folder: Path, as_json: bool) -> None:
+    """Carry out `brixel probe --verify`: read every file of a probe again.
+
+    Raises:
+        BrixelError: the folder holds no probe, or some of its files are damaged.
+    """
+    from brixel_cli.engines.probing.folder import ProbeFolder
+
+    advice = "Give the command that wrote it again: it makes those, and leaves the others as they are."
+    show_verified(folder, ProbeFolder(folder).verify(), advice, as_json)
 
 
 def run_apply(options: ApplyOptions, as_json: bool) -> None:

@@ -25,3 +25,12 @@ def write_copy(schema: type[Section], name: str, destination: str, as_json: bool
         print_json({"files": [path]})
     else:
         print_files([path])
+
+
+def recipes_only(schema: type[Section], listed: bool, copied: tuple[str, str] | None, as_json: bool) -> bool:
+    """List or copy shipped recipes, where a command was asked for just that; whether it was."""
+    if listed:
+        list_recipes(schema, as_json)
+    if copied:
+        write_copy(schema, *copied, as_json)
+    return listed or bool(copied)

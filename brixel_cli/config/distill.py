@@ -19,18 +19,22 @@ class BackboneConfig(Section):
     """Number format in which the frozen weights are held; bfloat16 halves their memory."""
 
 
+Count = Annotated[int, Field(gt=0, le=2**16)]
+"""Of channels, heads or points."""
+
+
 class FusionConfig(Section):
-    width: PositiveInt = 192
+    width: Count = 192
     """Channels on the token grid."""
-    middle_width: PositiveInt = 128
+    middle_width: Count = 128
     """Channels on the middle grid, half as fine as the output grid."""
-    fine_width: PositiveInt = 64
+    fine_width: Count = 64
     """Channels on the output grid."""
-    blocks: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)] = [4, 2, 1]
+    blocks: Annotated[list[Annotated[int, Field(ge=0, le=1000)]], Field(min_length=3, max_length=3)] = [4, 2, 1]
     """Number of convolutional blocks on the token, middle and output grid."""
     kernel_sizes: Annotated[list[Literal[1, 3, 5, 7]], Field(min_length=3, max_length=3)] = [1, 3, 3]
     """Side of the depthwise convolutions on the three grids; 1: each location by itself."""
-    attention_heads: Annotated[int, Field(ge=0)] = 0
+    attention_heads: Annotated[int, Field(ge=0, le=1000)] = 0
     """Heads of the self-attention before each block on the token grid, which sees the whole image; 0: none.
     `width` must be a multiple of it."""
     norm: Literal["location", "map"] = "location"
@@ -53,13 +57,13 @@ class FusionConfig(Section):
 
 
 class DeformableConfig(Section):
-    num_heads: PositiveInt = 16
+    num_heads: Count = 16
     """Attention heads; half the embedding width must be a multiple of it."""
-    num_points: PositiveInt = 4
+    num_points: Count = 4
     """Sampling points for each query and head."""
-    extractors: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=4, max_length=4)] = [1, 1, 1, 3]
+    extractors: Annotated[list[Annotated[int, Field(ge=0, le=1000)]], Field(min_length=4, max_length=4)] = [1, 1, 1, 3]
     """Number of extractors for each of the four backbone maps."""
-    head_width: Annotated[int, Field(gt=0, multiple_of=4)] = 64
+    head_width: Annotated[int, Field(gt=0, le=2**16, multiple_of=4)] = 64
     """Channels of the convolutional head."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Probability of dropping an extractor's feed-forward branch for a sample, in training."""
@@ -85,12 +89,26 @@ class DataConfig(Section):
     """Folder of training images, searched recursively."""
     val_images: str | None = None
     """Folder of held-out images; null: hold out a share of `images`."""
+    held_out: dict[Annotated[str, Field(pattern=r"^[^/\\\\]+$")], str] = {}
+    """Folders of held-out images by domain, in place of `val_images`, such as {street: val/street, rooms: val/rooms}:
+    the recovered gap of each domain is measured, and their mean."""
     val_fraction: Fraction = 0.05
-    """Share of `images` held out, chosen by file name, when `val_images` is null; never trained on."""
+    """Share of `images` held out, chosen by file name, when neither of both is given; never trained on."""
     max_val_images: PositiveInt = 64
     """At most so many held-out images are looked at in a validation."""
     min_side: PositiveInt | None = None
     """Images with a shorter side than this (pixels) are skipped; null: the teacher's own short side."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.held_out and self.val_images is not None:
+            raise ValueError("data.held_out names the held-out images by domain, data.val_images all: give one of them")
+        return self
+
+    @property
+    def held_out_folders(self) -> dict[str, str]:
+        """Folders of held-out images by domain, which is empty for that of `val_images`; none: a share is held out."""
+        return self.held_out or ({} if self.val_images is None else {"": self.val_images})
 
 
 class ViewConfig(Section):

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +105,30 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG atomically; raises as `replacing`."""
     with replacing(path) as partial:
         picture.save(partial, format="PNG")
+
+
+def check_picture(path: Path) -> None:
+    """Read a PNG of ours again; raises an OSError or a SyntaxError where it is damaged."""
+    with Image.open(path, formats=["PNG"]) as picture:
+        picture.verify()
+
+
+def check_files(checks: Mapping[Path, Callable[[Path], object]]) -> dict[Path, str]:
+    """Read files again: for each what is wrong with it, or an empty text.
+
+    Args:
+        checks: what reads each file, and raises an error where it is damaged.
+    """
+    found = {}
+    for path, check in checks.items():
+        try:
+            if not path.is_file():
+                raise OSError("it is missing")
+            check(path)
+            found[path] = ""
+        except (BrixelError, OSError, SyntaxError, ValueError, LookupError, TypeError, RecursionError) as error:
+            found[path] = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return found
 
 
 def read_npy(path: Path) -> npt.NDArray[Any]:

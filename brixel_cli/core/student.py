@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from brixel_cli.config.distill import AdapterConfig
@@ -35,6 +35,7 @@ from brixel_cli.core.weights import (
 from brixel_cli.errors import BrixelError, WeightsError
 
 ADAPTERS: dict[str, type[Adapter]] = {"fusion": FusionAdapter, "deformable": DeformableAdapter}
+_Pixels = Annotated[int, Field(gt=0, le=2**20)]
 FORMAT = "brixel-student-1"
 FILE_NAME = "student.safetensors"
 HUB = "hf-hub:"
@@ -101,16 +102,18 @@ class StudentCard:
         recovered_gap: in cosine on held-out images, by the shorter side of the input in pixels; empty: not known.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
     backbone: str
     backbone_weights: str
     backbone_sha256: str
-    embed_dim: int
-    factor: int
+    embed_dim: Annotated[int, Field(gt=0, le=2**16)]
+    factor: Annotated[int, Field(gt=0, le=64)]
     adapter: AdapterConfig
-    step: int
-    student_size: Sequence[int] = ()
+    step: Annotated[int, Field(ge=0)]
+    student_size: Sequence[_Pixels] = ()
     backbone_signature: Sequence[float] = ()
-    trained_sides: Sequence[int] = ()
+    trained_sides: Sequence[_Pixels] = ()
     recovered_gap: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -132,11 +135,15 @@ class StudentCard:
         if metadata.get("format") != FORMAT:
             raise WeightsError(f"{path} is no brixel student of format {FORMAT}: {metadata.get('format', 'unmarked')}.")
         try:
-            fields: dict[str, Any] = json.loads(metadata["card"])
-            adapter = AdapterConfig.model_validate_json(json.dumps(fields.pop("adapter")))
-            return StudentCard(adapter=adapter, **fields)
-        except (KeyError, TypeError, ValueError, ValidationError) as error:
-            raise WeightsError(f"{path}: its description of the student cannot be read: {error}") from error
+            return TypeAdapter(StudentCard).validate_json(metadata["card"])
+        except KeyError as error:
+            raise WeightsError(f"{path} holds no description of the student.") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "card"
+            raise WeightsError(
+                f"{path}: its description of the student cannot be read: {where}: {first['msg']}."
+            ) from error
 
 
 def save_student(path: Path, adapter_state: dict[str, Tensor], card: StudentCard) -> None:
@@ -162,8 +169,11 @@ class StoredAdapter:
         Raises:
             WeightsError: the stored tensors do not fit the stored description.
         """
-        adapter = build_adapter(self.card.embed_dim, self.card.factor, config or self.card.adapter)
-        check_keys(adapter.state_dict(), self.tensors, f"{self.path} does not fit its own description")
+        parts = self.card.embed_dim, self.card.factor, config or self.card.adapter
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a description may ask for more than memory has
+            expected = build_adapter(*parts).state_dict()
+        check_keys(expected, self.tensors, f"{self.path} does not fit its own description")
+        adapter = build_adapter(*parts)
         adapter.load_state_dict(self.tensors)
         return adapter
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +22,36 @@ from brixel_cli.core.deformable import DeformableAdapter
 from brixel_cli.core.files import replacing
 from brixel_cli.errors import WeightsError
 
+CHECKSUM, MARK = "checksum", "crc32 "
+"""Key of the metadata, and the beginning of its text: CRC-32 of the tensors and of the other metadata."""
+
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and string metadata as safetensors; a reader sees the old file or the new one, never a part.
 
+    A checksum of both is written with them, which `load_tensors` looks at. The same values give the same bytes.
+
     Raises:
         BrixelError: the file cannot be written.
     """
+    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with replacing(path) as partial:
         try:
-            save_file(
-                {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial, dict(metadata)
-            )
+            save_file(stored, partial, {**metadata, CHECKSUM: _checksum(stored, metadata)})
         except SafetensorError as error:  # what the disk objects to, in the library's own words
             raise OSError(str(error)) from error
         _sort_metadata(partial)
         partial.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
         with open(partial, "r+b") as file:
             os.fsync(file.fileno())
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    value = zlib.crc32(json.dumps(dict(metadata), sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode(), value)
+        value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, value)
+    return f"{MARK}{value:08x}"
 
 
 def _sort_metadata(path: Path) -> None:
@@ -61,13 +74,19 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a .safetensors file: tensors on the CPU, and its metadata.
 
     Raises:
-        WeightsError: the file is missing or damaged.
+        WeightsError: the file is missing or damaged; in one of `save_tensors` every change is noticed.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except (OSError, ValueError, SafetensorError) as error:
         raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+    marked = [key for key, text in metadata.items() if key == CHECKSUM or text.startswith(MARK)]
+    expected = [metadata.pop(key) for key in marked]  # earlier versions wrote none
+    if expected and expected != [_checksum(tensors, metadata)]:
+        raise WeightsError(f"{path} is damaged: its contents do not have the checksum that was written with them.")
+    return tensors, metadata
 
 
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:

@@ -18,7 +18,7 @@ from brixel_cli.config.files import dump_recipe
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.files import locked, save_picture, write_text
 from brixel_cli.core.formatting import to_json
-from brixel_cli.core.student import StudentCard, save_student
+from brixel_cli.core.student import StudentCard, read_adapter, save_student
 from brixel_cli.data.images import Skipped, describe_skipped
 from brixel_cli.data.views import Views
 from brixel_cli.engines.distilling.batches import Batches, OnlineBatches, batch_keys
@@ -30,7 +30,7 @@ from brixel_cli.engines.distilling.training_images import TrainingImages, check_
 from brixel_cli.engines.distilling.validation import HeldOut, validate
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, memory_errors
-from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 MOST_REFUSED = 3
 
@@ -132,7 +132,8 @@ def _distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, runtime: Run
         else:
             folder.begin(recipe)
         folder.write_skipped(images.skipped)
-        folder.rewind_metrics(trainer.step)
+        if damaged := folder.rewind_metrics(trainer.step):
+            reporter.warn(f"{folder.metrics}: {damaged} damaged lines were left out")
     runtime.wait()
     try:
         sources: list[Batches]
@@ -168,6 +169,8 @@ class _Run:
         """The loop, from the trainer's step to the end."""
         recipe, runtime, trainer, folder = self.recipe, self.runtime, self.trainer, self.folder
         optim, views = recipe.optim, self.views[0]
+        if trainer.step:
+            runtime.first_only(self.restore_students)
         total = num_steps(optim, len(views))
         writer = _tensorboard(recipe, folder, runtime, trainer.step)
         steps = range(trainer.step, total)
@@ -198,6 +201,27 @@ class _Run:
         if writer:
             writer.close()
         return self.finish()
+
+    def restore_students(self) -> None:
+        """Write students that are missing or damaged again, where the state from which the run goes on has them.
+
+        Raises:
+            WeightsError: the best student cannot be read, and is of an earlier step.
+        """
+        trainer, folder = self.trainer, self.folder
+        steps = {folder.last: trainer.step} | ({folder.student: trainer.best.step} if trainer.best else {})
+        for path, step in steps.items():
+            try:
+                read_adapter(str(path))
+            except WeightsError as error:
+                if step != trainer.step:
+                    raise WeightsError(
+                        f"The best student of the run, of step {step}, cannot be read: {error} Put a copy back to "
+                        f"{path}, take the one of step {trainer.step}, {folder.last}, or begin the run anew with "
+                        "--overwrite."
+                    ) from error
+                save_student(path, trainer.deployed.state_dict(), self.card())
+                self.reporter.warn(f"{path} was missing or damaged, and was written again")
 
     def validate(self, writer: Any) -> None:
         """Measure the student, and keep it where it is the best so far."""
@@ -260,7 +284,7 @@ class _Run:
     def card(self) -> StudentCard:
         """What the student's file says of itself."""
         recipe, backbone, best = self.recipe, self.backbone, self.trainer.best
-        gap = best.recovered_gap["cosine"] if best and best.step == self.trainer.step else math.nan
+        gap = best.main_gap if best and best.step == self.trainer.step else math.nan
         return StudentCard(
             backbone=backbone.name,
             backbone_weights=backbone.weights,
@@ -285,6 +309,8 @@ def _record_validation(held_out: HeldOut, picture: Image.Image, folder: RunFolde
     folder.log({"kind": "validation", **figures})
     for row in ("backbone", "student", "recovered_gap"):
         _write_scalars(writer, f"held_out/{row}", figures[row], held_out.step)
+    domains = {domain: gap.value for domain, gap in held_out.domains.items()}
+    _write_scalars(writer, "held_out/domains", domains, held_out.step)
     save_picture(picture, folder.picture(held_out.step))
 
 

@@ -13,8 +13,9 @@ results.json           the final table
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from torch import Tensor
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import dump_recipe, load_recipe, missing_keys
 from brixel_cli.config.section import difference_lines, differences
-from brixel_cli.core.files import write_text
+from brixel_cli.core.files import check_files, check_picture, write_text, writing
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.shipped import shipped_students
-from brixel_cli.core.student import FILE_NAME
+from brixel_cli.core.student import FILE_NAME, read_adapter
 from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.images import Skipped
-from brixel_cli.errors import UsageError
+from brixel_cli.data.row_store import Store
+from brixel_cli.errors import UsageError, WeightsError
 
 
 def resolve_paths(recipe: Recipe) -> Recipe:
@@ -44,7 +46,11 @@ def resolve_paths(recipe: Recipe) -> Recipe:
         update={
             "backbone": recipe.backbone.model_copy(update=backbone),
             "data": recipe.data.model_copy(
-                update={"images": absolute(recipe.data.images), "val_images": absolute(recipe.data.val_images)}
+                update={
+                    "images": absolute(recipe.data.images),
+                    "val_images": absolute(recipe.data.val_images),
+                    "held_out": {domain: absolute(folder) for domain, folder in recipe.data.held_out.items()},
+                }
             ),
             "cache": recipe.cache.model_copy(update={"directory": absolute(recipe.cache.directory)}),
             "init": absolute(init)
@@ -96,7 +102,7 @@ class RunFolder:
                 f"{self.path} was begun with another version of brixel, which had no {', '.join(unknown)}: "
                 f"say in {self.recipe} what they shall be, or use another folder."
             )
-        ignored = ("run", "cache.directory", "data.images", "data.val_images")
+        ignored = ("run", "cache.directory", "data.images", "data.val_images", "data.held_out")
         changed = differences(load_recipe(str(self.recipe)), recipe, ignored)
         if changed and set(changed) <= {"optim.steps", "optim.epochs"}:
             raise UsageError(
@@ -150,29 +156,87 @@ class RunFolder:
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
+        with writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
             file.write(to_json(entry) + "\n")
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which will be made again, and a line cut short by a kill."""
+    def rewind_metrics(self, step: int) -> int:
+        """Drop the lines of steps after `step`, which will be made again, and damaged ones; how many were damaged.
+
+        The last line does not count: a kill can cut it short.
+        """
         if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue
-        write_text(self.metrics, "".join(line + "\n" for line in kept))
+            return 0
+        lines = self.metrics.read_bytes().splitlines()
+        read = [_metrics_line(line) for line in lines]
+        kept = [line for line in read if line is not None and line[0] <= step]
+        write_text(self.metrics, "".join(text + "\n" for _, text in kept))
+        return read[:-1].count(None)
 
     def save_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write all that resuming needs: tensors, and facts such as the step."""
         save_tensors(self.state, tensors, {"facts": to_json(facts)})
 
     def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Read it back; None where no checkpoint has been written yet."""
+        """Read it back; None where no checkpoint has been written yet.
+
+        Raises:
+            WeightsError: it is damaged.
+        """
         if not self.state.exists():
             return None
-        tensors, metadata = load_tensors(self.state)
-        return tensors, json.loads(metadata["facts"])
+        try:
+            tensors, metadata = load_tensors(self.state)
+            return tensors, json.loads(metadata["facts"])
+        except (WeightsError, KeyError, ValueError) as error:
+            raise WeightsError(
+                f"{error} The run cannot be resumed from {self.state}: put a copy back, begin the run anew with "
+                f"--overwrite, or train its last student further in another folder: --init {self.last} --output DIR."
+            ) from error
+
+    def verify(self) -> dict[Path, str]:
+        """Read every file of the run again.
+
+        Returns:
+            For each file what is wrong with it; an empty text where nothing is.
+
+        Raises:
+            UsageError: the folder holds no run.
+        """
+        if not self.recipe.exists():
+            raise UsageError(f"{self.path} holds no run: {self.recipe.name} is missing.")
+        needed = [self.student, self.last, self.state, self.metrics] if self.results.exists() else []
+        if self.state.exists():
+            needed.append(self.last)
+        checks: dict[Path, Callable[[Path], object]] = {
+            self.recipe: lambda path: load_recipe(str(path)),
+            self.student: lambda path: read_adapter(str(path)).build(),
+            self.last: lambda path: read_adapter(str(path)).build(),
+            self.state: lambda _: self.load_state(),
+            self.metrics: _check_metrics,
+            self.results: self._check_results,
+            **dict.fromkeys(self.pictures.glob("*.png"), check_picture),
+            **dict.fromkeys((self.path / "cache").glob("*.h5"), Store),
+        }
+        return check_files({path: check for path, check in checks.items() if path in needed or path.exists()})
+
+    def _check_results(self, path: Path) -> None:
+        best, stored = json.loads(path.read_bytes())["best"], None
+        with contextlib.suppress(WeightsError):  # it is told of the state itself
+            stored = self.load_state()
+        if stored and best != stored[1]["best"]:
+            raise ValueError(f"its figures are not those of {self.state.name}")
+
+
+def _metrics_line(line: bytes) -> tuple[int, str] | None:
+    """The step of a line of the metrics, and its text; None where it is damaged."""
+    try:
+        text = line.decode("utf-8")
+        return int(json.loads(text)["step"]), text
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _check_metrics(path: Path) -> None:
+    read = [_metrics_line(line) for line in path.read_bytes().splitlines()]
+    if None in read:
+        raise ValueError(f"line {read.index(None) + 1} cannot be read")

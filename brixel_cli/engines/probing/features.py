@@ -100,6 +100,14 @@ class Targets:
         """For each quantity: labels (H, W) uint8, depth (1, H, W) or normals (3, H, W); 255 or 0 counts nowhere."""
         return {quantity: torch.from_numpy(np.array(self.view(quantity, row))) for quantity in self.quantities}
 
+    def count_anywhere(self) -> bool:
+        """Whether each quantity has a pixel that counts, in any row."""
+        nothing = {"segmentation": IGNORE}
+        return all(
+            any((self.view(quantity, row) != nothing.get(quantity, 0)).any() for row in range(len(self.sizes)))
+            for quantity in self.quantities
+        )
+
     def view(self, quantity: str, row: int) -> Array:
         """The same for one quantity, not copied; read-only."""
         values: Array = self.store.array(_dataset(quantity, self.sizes[row]))[self._places[row]]

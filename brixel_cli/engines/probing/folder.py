@@ -13,12 +13,13 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from brixel_cli.config.section import difference_lines, differences
-from brixel_cli.core.files import make_folder, write_text
+from brixel_cli.core.files import check_files, check_picture, make_folder, write_text
 from brixel_cli.core.formatting import csv_text, to_json
+from brixel_cli.core.heads import load_head
 from brixel_cli.engines.probing.results import ProbeResults, Run, Settings, SourceDescription, as_dict
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -57,7 +58,7 @@ class ProbeFolder:
             overwrite: begin anew over a probe that is there.
 
         Returns:
-            The rows of earlier runs, a row for each source and seed.
+            The rows of earlier runs whose files are whole, a row for each source and seed.
 
         Raises:
             UsageError: the folder holds a probe with other settings, or of another source of the same name.
@@ -79,8 +80,55 @@ class ProbeFolder:
                 )
         for folder in ("heads", "curves", "images", "pictures"):
             make_folder(self.path / folder)
-        runs = earlier.runs if earlier is not None else []
-        return [run for run in runs if self.head(run.source, run.seed).is_file()]
+        if earlier is None:
+            return []
+        return [run for run in earlier.runs if not any(check_files(self._checks(run, earlier)).values())]
+
+    def _checks(self, run: Run, results: ProbeResults) -> dict[Path, Callable[[Path], object]]:
+        """What reads each file of a source and seed."""
+        label, seed = run.source, run.seed
+
+        def check_curve(_: Path) -> None:
+            if self.read_curve(label, seed)[-1]["loss"] != run.final_loss:
+                raise ValueError("it does not end with the loss of results.json")
+
+        def check_images(_: Path) -> None:
+            found, expected = len(self.read_images(label, seed)), results.settings.data["evaluate"].images
+            if found != expected:
+                raise ValueError(f"it holds {found} images, not {expected}")
+
+        return {self.head(label, seed): load_head, self.curve(label, seed): check_curve,
+                self.images(label, seed): check_images}  # fmt: skip
+
+    def damaged_pictures(self) -> bool:
+        """Whether one of the pictures is damaged, or there are no curves."""
+        pictures = [self.curves, *self.pictures.glob("*.png")]
+        return any(check_files(dict.fromkeys(pictures, check_picture)).values())
+
+    def verify(self) -> dict[Path, str]:
+        """Read every file of the probe again.
+
+        Returns:
+            For each file what is wrong with it; an empty text where nothing is.
+
+        Raises:
+            BrixelError: the folder holds no probe, or its results cannot be read.
+        """
+        if not self.results.exists():
+            raise UsageError(f"{self.path} holds no probe: {self.results.name} is missing.")
+        results = self.read()
+        checks: dict[Path, Callable[[Path], object]] = {
+            self.results: lambda _: None,
+            self.table: lambda path: self._check_table(path, results),
+        }
+        for run in results.runs:
+            checks |= self._checks(run, results)
+        return check_files(checks | dict.fromkeys([self.curves, *self.pictures.glob("*.png")], check_picture))
+
+    @staticmethod
+    def _check_table(path: Path, results: ProbeResults) -> None:
+        if path.read_text(encoding="utf-8") != _table(results):
+            raise ValueError("it does not hold the figures of results.json")
 
     def read(self) -> ProbeResults:
         """The results as written.
@@ -90,21 +138,13 @@ class ProbeFolder:
         """
         try:
             return ProbeResults.from_json(self.results.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BrixelError(f"{self.results} cannot be read: {error}. Give --overwrite to begin anew.") from error
 
     def write(self, results: ProbeResults) -> None:
         """Write results.json and results.csv."""
         write_text(self.results, results.to_json())
-        numbers = [
-            {name: value for name, value in run.figures.items() if not isinstance(value, list)} for run in results.runs
-        ]
-        names = list(dict.fromkeys(name for figures in numbers for name in figures))
-        rows = [
-            [run.source, run.seed, *(figures.get(name) for name in names)]
-            for run, figures in zip(results.runs, numbers, strict=True)
-        ]
-        write_text(self.table, csv_text(["source", "seed", *names], rows))
+        write_text(self.table, _table(results))
 
     def write_run(self, label: str, seed: int, curve: Sequence[Mapping[str, float]], names: Sequence[str],
                   images: Sequence[Mapping[str, float]]) -> None:  # fmt: skip
@@ -137,6 +177,19 @@ class ProbeFolder:
         ):
             for file in (self.path / folder).glob(pattern):
                 file.unlink()
+
+
+def _table(results: ProbeResults) -> str:
+    """The figures as CSV, a line for each source and seed."""
+    numbers = [
+        {name: value for name, value in run.figures.items() if not isinstance(value, list)} for run in results.runs
+    ]
+    names = list(dict.fromkeys(name for figures in numbers for name in figures))
+    rows = [
+        [run.source, run.seed, *(figures.get(name) for name in names)]
+        for run, figures in zip(results.runs, numbers, strict=True)
+    ]
+    return csv_text(["source", "seed", *names], rows)
 
 
 def file_name(label: str) -> str:

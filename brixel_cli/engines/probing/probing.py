@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from brixel_cli.config.labelled import Split
+from brixel_cli.config.labelled import IGNORE, Split
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.files import locked
 from brixel_cli.core.formatting import human_size
@@ -35,14 +35,14 @@ from brixel_cli.engines.probing.results import (
     SplitUsed,
     Versions,
     as_dict,
-    gaps_of,
+    stored_gaps,
     summarise,
 )
 from brixel_cli.engines.probing.sources import ModelSource, resolve_sources
 from brixel_cli.engines.probing.training import train_head
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, library_versions, memory_errors
-from brixel_cli.errors import UsageError
+from brixel_cli.errors import BrixelError, UsageError
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,15 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
     runs = folder.begin(settings, described, options.overwrite)
     done = {(run.source, run.seed) for run in runs}
     if folder.results.exists():
-        described = folder.read().sources | described
+        earlier = folder.read()
+        described = earlier.sources | described
+        for run in earlier.runs:
+            if (run.source, run.seed) not in done:
+                reporter.warn(f"{run.source}, seed {run.seed}: a file of it is missing or damaged; it is made again")
     missing = [(item, seed) for item in plan.sources for seed in range(options.seeds)
                if (item.source.label, seed) not in done]  # fmt: skip
-    if missing:
+    redraw = bool(missing) or folder.damaged_pictures()
+    if redraw:
         prepare(plan, runtime, reporter)
     for item in plan.sources:
         seeds = [seed for other, seed in missing if other is item]
@@ -101,7 +106,7 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
     runs.sort(key=lambda run: (order[run.source], run.seed))
     results = _results(options, settings, described, runs)
     folder.write(results)
-    return Probed(results, _files(folder, plan, results, bool(missing), runtime))
+    return Probed(results, _files(folder, plan, results, redraw, runtime))
 
 
 def plan_probe(options: ProbeOptions, runtime: Runtime, reporter: Reporter, dry_run: bool = False) -> ProbePlan:
@@ -137,6 +142,14 @@ def _run_source(
     options, protocol, label = plan.options, plan.options.protocol, item.source.label
     maps = {"train": open_maps(item, item.train), "evaluate": open_maps(item, item.evaluate)}
     targets = {split.split: Targets(split, options.recipe.task) for split in (item.train, item.evaluate)}
+    for split in (item.train, item.evaluate):
+        if not targets[split.split].count_anywhere():
+            what = "training" if split.split == "train" else "evaluation"
+            raise BrixelError(
+                f"None of the {len(split.labelled)} images of the {what} has a pixel that counts: their targets are "
+                f"void everywhere (label {IGNORE}, or no valid depth or normal). See the recipe's data.{split.split} "
+                "and the values that it ignores."
+            )
     spec = head_spec(options, maps["train"])
     for seed in seeds:
         smaller = f"--set protocol.batch_size={max(protocol.batch_size // 2, 1)}, a smaller --res, or another --device"
@@ -244,7 +257,7 @@ def _results(
     options: ProbeOptions, settings: Settings, sources: dict[str, SourceDescription], runs: Sequence[Run]
 ) -> ProbeResults:
     summary = summarise(list(sources), runs)
-    gaps = gaps_of(sources, summary)
+    gaps, spreads = stored_gaps(sources, summary)
     return ProbeResults(
         settings=settings,
         recipe=options.recipe,
@@ -252,9 +265,9 @@ def _results(
         seeds=sorted({run.seed for run in runs}),
         versions=_versions(),
         summary=summary,
-        recovered_gap={label: {name: gap.value for name, gap in some.items()} for label, some in gaps.items()},
+        recovered_gap=gaps,
         runs=list(runs),
-        gap_spread={label: {name: gap.spread for name, gap in some.items()} for label, some in gaps.items()},
+        gap_spread=spreads,
     )
 
 
