@@ -27,7 +27,7 @@ from brixel_cli.engines.probing.results import (
     SourceDescription,
     SplitUsed,
     Value,
-    gaps_of,
+    stored_gaps,
     summarise,
 )
 
@@ -163,6 +163,7 @@ def make_results(options: ProbeOptions, sources: dict[str, SourceDescription], r
         recipe.name, recipe.task, options.protocol_name, protocol, options.size, data, None, "float32", "cpu"
     )
     summary = summarise(list(sources), runs)
+    gaps, spreads = stored_gaps(sources, summary)
     return ProbeResults(
         settings,
         recipe,
@@ -170,8 +171,9 @@ def make_results(options: ProbeOptions, sources: dict[str, SourceDescription], r
         sorted({run.seed for run in runs}),
         {},
         summary,
-        gaps_of(sources, summary),
+        gaps,
         list(runs),
+        spreads,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from brixel_cli.core.heads import Head, HeadSpec, build_head, enlarge, load_head, save_head
+from brixel_cli.core.heads import Head, HeadSpec, build_head, channel_sums, enlarge, load_head, save_head
 from brixel_cli.core.weights import save_tensors
 from brixel_cli.errors import WeightsError
 
@@ -111,6 +111,21 @@ def test_folding_batch_norm_changes_neither_outputs_nor_gradients_nor_statistics
     state = plain.state_dict()
     for key, value in folded.state_dict().items():  # running statistics among it
         torch.testing.assert_close(value, state[key], atol=1e-5, rtol=1e-5)
+
+
+def test_sums_that_are_known_already_change_nothing() -> None:
+    maps = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]], [[[0.0, 0.0], [0.0, -2.0]]]])
+    sums = channel_sums(maps)
+    assert sums.tolist() == [[[12.0], [pytest.approx(50.0)]], [[-2.0], [pytest.approx(4.0)]]]
+    head, same = (build_head(HeadSpec("segmentation", 1, 2), 0) for _ in range(2))
+    assert head.needs_sums
+    assert torch.equal(head(maps, sums)["segmentation"], same(maps)["segmentation"])
+    norm = head.branches["segmentation"][0]
+    # Mean 10 / 8 and variance 54 / 8 - 1.25^2; the running ones move a tenth of the way, with 8 / 7 of the variance.
+    assert norm.running_mean.item() == pytest.approx(0.125)
+    assert norm.running_var.item() == pytest.approx(0.9 + 0.1 * 5.1875 * 8 / 7)
+    assert not head.eval().needs_sums
+    assert not build_head(SPECS["linear"], 0).needs_sums
 
 
 def test_the_seed_alone_decides() -> None:

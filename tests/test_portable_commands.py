@@ -65,6 +65,7 @@ def test_a_probes_command_makes_its_options_again(recipe: str, overrides: list[s
     for word in words:
         given.setdefault(word, []).append(next(words))
     assert given.pop("--checkpoint") == ["dinov2_vits14"]  # the shipped student, by its name
+    assert given.pop("--source") == list(figures)
     assert given.pop("--data") == [load_recipe(recipe, [], type(options.recipe)).data.root]
     again = options_of(
         given.pop("--recipe")[0],

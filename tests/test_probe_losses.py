@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,31 +98,40 @@ def test_a_perfect_prediction_has_finite_gradients() -> None:
 
 @pytest.mark.parametrize(("grid", "size"), [((3, 4), (13, 10)), ((8, 8), (5, 6)), ((1, 1), (4, 4))])
 def test_points_are_pixels_of_the_resized_map(grid: tuple[int, int], size: tuple[int, int]) -> None:
-    maps = torch.randn(2, 3, *grid)
+    maps = torch.randn(2, 3, *grid, requires_grad=True)
     points = sample_points(50, 2, torch.Generator().manual_seed(0))
     whole = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(at_points(maps, points, size), labels_at_points(whole, points), atol=1e-5, rtol=1e-4)
-    numbers = torch.arange(size[0] * size[1]).view(1, *size).expand(2, -1, -1)
-    chosen = labels_at_points(numbers, points)
-    assert chosen.shape == (2, 50)
-    assert 0 <= int(chosen.min()) <= int(chosen.max()) < size[0] * size[1]
+    numbers = labels_at_points([np.arange(size[0] * size[1]).reshape(size)] * 2, points)
+    assert numbers.shape == (2, 7, 7)
+    expected = whole.flatten(2).gather(2, numbers.flatten(1)[:, None].expand(-1, 3, -1)).unflatten(2, (7, 7))
+    found = at_points(maps, points, size)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    weights = torch.randn(found.shape)
+    gradients = [
+        torch.autograd.grad((values * weights).sum(), maps, retain_graph=True)[0] for values in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
-def test_points_at_the_border_need_no_padding_that_mps_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = F.grid_sample
+def test_points_by_hand() -> None:
+    # One location is 2 pixels wide: their centres are at 1, 3 px. Rows 0 and 3 of 4, columns 1 and 2: a quarter of the
+    # way from the first to the second location, and three quarters.
+    maps = torch.tensor([[[[0.0, 4.0], [10.0, 14.0]]]])
+    points = torch.tensor([[[0.0, 0.99], [0.25, 0.5]]])
+    assert at_points(maps, points, (4, 4)).tolist() == [[[[1.0, 3.0], [11.0, 13.0]]]]
+    labels = np.arange(16).reshape(4, 4)
+    assert labels_at_points([labels], points).tolist() == [[[1, 2], [13, 14]]]
+    assert labels_at_points([np.stack([labels, -labels])], points).tolist() == [
+        [[[1, 2], [13, 14]], [[-1, -2], [-13, -14]]]
+    ]
 
-    def as_on_mps(*arguments, padding_mode: str, **named):
-        assert padding_mode != "border"
-        return real(*arguments, padding_mode=padding_mode, **named)
 
-    monkeypatch.setattr(F, "grid_sample", as_on_mps)
-    maps = torch.arange(4.0).view(1, 1, 2, 2)
-    corners = torch.tensor([[[0.0, 0.0], [0.0, 0.99], [0.99, 0.0], [0.99, 0.99]]])
-    torch.testing.assert_close(at_points(maps, corners, (16, 16)), maps.view(1, 1, 4))
-
-
-def test_every_pixel_can_be_drawn_and_the_generator_decides() -> None:
-    points = sample_points(4000, 1, torch.Generator().manual_seed(1))
-    numbers = labels_at_points(torch.arange(12).view(1, 3, 4), points)
-    assert torch.bincount(numbers.flatten(), minlength=12).min() > 4000 / 12 / 2
-    assert torch.equal(points, sample_points(4000, 1, torch.Generator().manual_seed(1)))
+def test_every_pixel_is_as_likely_as_any_other_and_the_generator_decides() -> None:
+    # Six rows and columns of ten: strips begin within pixels.
+    points = sample_points(36, 2000, torch.Generator().manual_seed(1))
+    assert points.shape == (2000, 2, 6)
+    assert torch.equal(points.sort(dim=-1).values, points)
+    numbers = labels_at_points([np.arange(100).reshape(10, 10)] * 2000, points)
+    drawn = torch.bincount(numbers.flatten(), minlength=100) / (2000 * 36)
+    assert (drawn * 100 - 1).abs().max() < 0.1  # four standard deviations of a binomial are 0.15
+    assert torch.equal(points, sample_points(36, 2000, torch.Generator().manual_seed(1)))

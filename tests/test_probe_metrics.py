@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchmetrics.functional.regression import mean_absolute_percentage_error, mean_squared_error
 
@@ -116,6 +117,13 @@ def test_a_boundary_by_hand() -> None:
     # Width 1: pixels beside the other label, and those at the image's border.
     found = boundary_of(labels("000011", "000011", "000011", "000011"), 1)
     assert found.int().tolist() == [[1] * 6, [1, 0, 0, 1, 1, 1], [1, 0, 0, 1, 1, 1], [1] * 6]
+
+
+@pytest.mark.parametrize("size", [(9, 17), (4, 12), (5, 12), (3, 30)])  # width 2: no pixel is inside of 4 rows
+def test_a_boundary_is_every_pixel_whose_neighbourhood_is_not_of_one_label(size: tuple[int, int]) -> None:
+    numbers = torch.randint(0, 2, size, generator=torch.Generator().manual_seed(0)) * torch.arange(size[1]).gt(5)
+    around = F.pad(numbers, (2, 2, 2, 2), value=-1).unfold(0, 5, 1).unfold(1, 5, 1).flatten(2)
+    assert torch.equal(boundary_of(numbers, 2), (around != numbers[..., None]).any(dim=-1))
 
 
 def test_boundary_iou_rewards_sharp_edges() -> None:

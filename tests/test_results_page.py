@@ -196,16 +196,22 @@ def test_probes_are_in_one_table_with_the_mean_recovered_gap(camvid: Path, tmp_p
     folders = [camvid, save_probe(tmp_path / "d", nyu, "depth"), save_probe(tmp_path / "n", normals, "normals")]
     text = write(tmp_path, "--probes", *folders)
     assert headings(text) == ["Probes"]
-    # (0.40 - 0.32) / (0.52 - 0.32); sample deviation of 0.30, 0.32, 0.34 is 0.02.
-    facts = ["40.0%", "3", "quick", "112", "1,367 / 233"]
-    assert line(text, "camvid", "mIoU (%)")[2:] == ["32.00 +- 2.00", "40.00 +- 0.00", "52.00 +- 2.00", *facts]
-    assert line(text, "camvid", "boundary IoU (%)")[2:] == ["16.00 +- 1.00", "20.00 +- 0.00", "26.00 +- 1.00", *facts]
+    # (0.40 - 0.32) / (0.52 - 0.32); sample deviation of 0.30, 0.32, 0.34 is 0.02: 0.02 / 0.2 * sqrt(0.6^2 + 0.4^2).
+    facts = ["40 +- 7 %", "3", "quick", "112", "1,367 / 233"]
+    assert line(text, "camvid", "mIoU (%)")[2:] == ["32.00 +- 2.00", "-", "40.00 +- 0.00", "52.00 +- 2.00", *facts]
+    assert line(text, "camvid", "boundary IoU (%)")[2:] == [
+        "16.00 +- 1.00",
+        "-",
+        "20.00 +- 0.00",
+        "26.00 +- 1.00",
+        *facts,
+    ]
     # (0.9 - 1.0) / (0.5 - 1.0); the shipped recipe's protocol fits depth to the truth.
     name = "nyuv2\\_subset\\_depth"
-    assert line(text, name, "RMSE, aligned (m)")[2:7] == ["1.0000", "0.9000", "0.5000", "20.0%", "1"]
-    assert line(text, name, "delta1 (%)")[2:6] == ["50.00", "55.00", "75.00", "20.0%"]
+    assert line(text, name, "RMSE, aligned (m)")[2:8] == ["1.0000", "-", "0.9000", "0.5000", "20.0%", "1"]
+    assert line(text, name, "delta1 (%)")[2:7] == ["50.00", "-", "55.00", "75.00", "20.0%"]
     # The teacher's angle is worse than the backbone's: no gap.
-    assert line(text, "nyuv2\\_subset\\_normals", "mean angle (deg)")[2:6] == ["30.00", "20.00", "31.00", "-"]
+    assert line(text, "nyuv2\\_subset\\_normals", "mean angle (deg)")[2:7] == ["30.00", "-", "20.00", "31.00", "-"]
     assert "< 11.25 deg" in text.replace("\\", "")
     assert "Mean recovered gap: 30.0%, over camvid mIoU (%), " in text  # of 40 % and 20 %
     assert "a source is missing: nyuv2\\_subset\\_normals mean angle (deg)." in text
@@ -213,7 +219,8 @@ def test_probes_are_in_one_table_with_the_mean_recovered_gap(camvid: Path, tmp_p
     assert text.count("SHA-256 cdcdcdcdcdcd, step 7") == 1
     assert text.count("](results/") == 3
     commands = re.findall(r"```\n(.*?)\n```", text, re.S)
-    assert commands[0].splitlines()[0] == "brixel probe --recipe camvid --data data/camvid --checkpoint RUN"
+    sources = "--source backbone --source student --checkpoint RUN --source teacher"
+    assert commands[0].splitlines()[0] == f"brixel probe --recipe camvid --data data/camvid {sources}"
     assert len(commands[0].splitlines()) == 3
 
 
@@ -232,7 +239,7 @@ def test_fine_tuned_students_have_a_section_of_their_own(
     cosines = [f"{getattr(best, kind)['cosine']:.4f}" for kind in ("backbone", "student")]
     assert line(text, "street")[2:] == ["1", "4", *cosines, f"{best.recovered_gap['cosine']:.1%}"]
     assert line(text, "street")[1].startswith("6 training and 2 held-out (")
-    assert line(text, "camvid", "mIoU (%)")[5] == "40.0%"
+    assert line(text, "camvid", "mIoU (%)")[6] == "40 +- 7 %"
     assert "brixel distill --recipe tiny.yaml --images photos" in text
     assert "](results/" not in text
 
@@ -241,7 +248,7 @@ def test_sources_that_were_not_probed_are_dashes(tmp_path: Path) -> None:
     results = probed(options_of("camvid", seeds=1), {"backbone": segmentation(0.3)})
     ProbeFolder(tmp_path).write(results)
     text = write(tmp_path, "--probes", tmp_path)
-    assert line(text, "camvid", "mIoU (%)")[2:7] == ["30.00", "-", "-", "-", "1"]
+    assert line(text, "camvid", "mIoU (%)")[2:8] == ["30.00", "-", "-", "-", "-", "1"]
     assert "Mean recovered gap" not in text
     assert "--source backbone --backbone vit --seeds 1\n" in text
 

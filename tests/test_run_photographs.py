@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ from conftest import Listener, make_photograph, with_changes
 
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe
+from brixel_cli.core.student import read_adapter
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
+from brixel_cli.engines.distilling.training_images import find_images
+from brixel_cli.engines.distilling.validation import HeldOut
 from brixel_cli.errors import BrixelError, UsageError
 
 
@@ -173,3 +177,43 @@ def test_a_damaged_held_out_photograph_does_not_count(
         (folder / f"{number}.png").write_bytes((folder / "1.png").read_bytes())
     with pytest.raises(BrixelError, match=r"None of the 3 .*images can be read"):
         distill(recipe, RunFolder(tmp_path / "other"), listener)
+
+
+def test_held_out_images_of_several_domains_are_measured_by_domain(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    folders = {name: tmp_path / "all" / name for name in ("street", "rooms")}
+    for start, (name, count) in enumerate((("street", 3), ("rooms", 2), ("", 4))):
+        (tmp_path / "all" / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            make_photograph(tmp_path / "all" / name / f"{number}.png", 10 * start + number)
+    changes = [f"data.images={tmp_path / 'all'}", *(f"data.held_out.{name}={path}" for name, path in folders.items())]
+    recipe = with_changes(tiny_recipe_file, *changes)
+    assert recipe.data.held_out == {name: str(path) for name, path in folders.items()}
+    images = find_images(recipe)
+    assert [image.name for image in images.held_out] == [
+        "street/0.png", "street/1.png", "street/2.png", "rooms/0.png", "rooms/1.png",
+    ]  # fmt: skip
+    assert len(images.training) == 4  # none of those that are held out
+    few = find_images(with_changes(tiny_recipe_file, *changes, "data.max_val_images=3"))
+    assert [image.name for image in few.held_out] == ["street/0.png", "street/1.png", "rooms/0.png"]
+    run = RunFolder(tmp_path / "run")
+    best = distill(recipe, run, listener).results.best
+    assert best.num_images == 5
+    assert list(best.domains) == ["street", "rooms", "mean"]
+    found = [best.domains[name].value for name in ("street", "rooms")]
+    assert best.main_gap == best.domains["mean"].value == pytest.approx(sum(found) / 2)
+    assert all(spread >= 0 for spread in best.gap_spread.values())
+    assert HeldOut.from_json(json.loads(run.results.read_text())["best"]) == best
+    assert read_adapter(str(run.path)).card.recovered_gap == {"32": pytest.approx(best.main_gap, abs=1e-4)}
+    # Their folders may move; other images are others.
+    (tmp_path / "all" / "street").rename(tmp_path / "moved")
+    moved = with_changes(tiny_recipe_file, *changes, f"data.held_out.street={tmp_path / 'moved'}")
+    assert distill(moved, run, listener, resume=True).results.best == best
+    with pytest.raises(UsageError, match=r"data.held_out names the held-out images by domain, data.val_images all"):
+        with_changes(tiny_recipe_file, *changes, f"data.val_images={tmp_path}")
+    everything = with_changes(
+        tiny_recipe_file, f"data.images={folders['rooms']}", f"data.held_out.a={folders['rooms']}"
+    )
+    with pytest.raises(BrixelError, match=r"All images in data.images .* are held out by data.held_out"):
+        find_images(everything)

@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli.config.distill import ViewConfig
+from brixel_cli.data import views
 from brixel_cli.data.images import ImageFile, Skipped, load_image, scan_folder
 from brixel_cli.data.views import (
     Views,
@@ -195,6 +196,78 @@ def test_the_reduction_is_float32_under_autocast_and_of_bfloat16_views() -> None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(reduce_view(views, 4), plain)
     assert reduce_view(views.bfloat16(), 4).dtype == torch.float32
+
+
+# --- large JPEGs ---
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A folder with one smooth picture of 800x600 pixels, as JPEG."""
+    coarse = noise(9, 12).resize((800, 600), Image.Resampling.BICUBIC)
+    coarse.save(tmp_path / "large.jpg", quality=95)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [
+        ([64, 64], (75, 100)),  # covered by 64x85, of which 600x800 is nine times as many: at an eighth
+        ([76, 64], (150, 200)),  # 76x101: seven times
+        ([128, 128], (150, 200)),  # 128x171: four times
+        ([151, 151], (300, 400)),
+        ([128, 300], (300, 400)),  # 225x300: twice, for the width decides
+        ([301, 301], (600, 800)),
+    ],
+)
+def test_a_centre_view_is_decoded_at_the_least_size_that_covers_it(
+    large: Path, size: list[int], decoded: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = watched(monkeypatch)
+    Views(scan_folder(large, 1)[0], ViewConfig(teacher_size=size), 0)[0, 0]
+    assert seen == [decoded]
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Height and width of every image that is loaded from now on."""
+    seen: list[tuple[int, int]] = []
+
+    def load(path: Path, **options: Any) -> Image.Image:
+        image = load_image(path, **options)
+        seen.append((image.height, image.width))
+        return image
+
+    monkeypatch.setattr(views, "load_image", load)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("box", "enough"),
+    [
+        ((0, 0, 600, 800), (64, 64)),
+        ((10, 20, 300, 200), (128, 256)),  # a half of the height is seen, a quarter of the width
+        ((0, 0, 64, 64), (600, 800)),
+        ((0, 0, 70, 90), (549, 569)),  # 64 * 600 / 70 = 548.6, 64 * 800 / 90 = 568.9
+    ],
+)
+def test_a_random_view_needs_as_many_pixels_as_its_share(
+    box: tuple[int, ...], enough: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "_random_box", lambda *_: box)
+    assert views.enough_for_random_view((600, 800), (64, 64), ViewConfig(**PLAIN), 0) == enough
+
+
+def test_views_of_reduced_and_whole_jpegs_are_alike(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = watched(monkeypatch)
+    reduced = Views(scan_folder(large, 1)[0], ViewConfig(teacher_size=64, **PLAIN), 0)
+    whole = load_image(large / "large.jpg")
+    differences = []
+    for epoch in range(20):
+        expected = np.asarray(random_view(whole, (64, 64), reduced.config, seed_of(0, epoch, 0))).astype(int)
+        found = reduced[epoch, 0].pixels.permute(1, 2, 0).numpy()
+        differences.append(np.abs(found - expected).mean())
+    assert {height for height, _ in seen} == {75, 150, 300}  # crops of 6 % of the area are 147 pixels high
+    assert max(differences) < 1.5  # of 255
 
 
 # --- views of many photographs ---

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from brixel_cli.cli.console import Progress, print_files, print_json, print_table, say, show_verified
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe
-from brixel_cli.core.formatting import human_bytes, human_percent, human_seconds
-from brixel_cli.core.metric_titles import FIDELITY_TITLES
+from brixel_cli.core.formatting import human_bytes, human_seconds
+from brixel_cli.core.metric_titles import FIDELITY_TITLES, gap_text
 from brixel_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _show_results(results: Results, recipe: Recipe) -> None:
     rows = [
         ["backbone, bilinear", *(f"{best.backbone[name]:.4f}" for name in FIDELITY_TITLES)],
         ["student", *(f"{best.student[name]:.4f}" for name in FIDELITY_TITLES)],
-        ["recovered gap", *(human_percent(best.recovered_gap[name]) for name in FIDELITY_TITLES)],
+        ["recovered gap", *(gap_text(best.recovered_gap[name], best.gap_spread.get(name)) for name in FIDELITY_TITLES)],
     ]
     print_table(
         f"{best.num_images} held-out images, {height}x{width} px against the teacher at {big_height}x{big_width} px",
@@ -90,6 +90,9 @@ def _show_results(results: Results, recipe: Recipe) -> None:
         rows,
         [f"Best student: step {best.step} of {results.steps}. The teacher: L1, edge, spectral 0; cosine 1."],
     )
+    if best.domains:
+        gaps = [[domain, gap_text(gap.value, gap.spread)] for domain, gap in best.domains.items()]
+        print_table("Recovered gap in cosine, by domain", ["domain", "recovered gap"], gaps)
 
 
 def _show_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:

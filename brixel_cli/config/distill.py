@@ -89,12 +89,26 @@ class DataConfig(Section):
     """Folder of training images, searched recursively."""
     val_images: str | None = None
     """Folder of held-out images; null: hold out a share of `images`."""
+    held_out: dict[Annotated[str, Field(pattern=r"^[^/\\\\]+$")], str] = {}
+    """Folders of held-out images by domain, in place of `val_images`, such as {street: val/street, rooms: val/rooms}:
+    the recovered gap of each domain is measured, and their mean."""
     val_fraction: Fraction = 0.05
-    """Share of `images` held out, chosen by file name, when `val_images` is null; never trained on."""
+    """Share of `images` held out, chosen by file name, when neither of both is given; never trained on."""
     max_val_images: PositiveInt = 64
     """At most so many held-out images are looked at in a validation."""
     min_side: PositiveInt | None = None
     """Images with a shorter side than this (pixels) are skipped; null: the teacher's own short side."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.held_out and self.val_images is not None:
+            raise ValueError("data.held_out names the held-out images by domain, data.val_images all: give one of them")
+        return self
+
+    @property
+    def held_out_folders(self) -> dict[str, str]:
+        """Folders of held-out images by domain, which is empty for that of `val_images`; none: a share is held out."""
+        return self.held_out or ({} if self.val_images is None else {"": self.val_images})
 
 
 class ViewConfig(Section):

@@ -60,7 +60,8 @@ class Protocol(Section):
     gradient_weight: Weight = 0.5
     """Weight of the gradient term that is added to the depth loss."""
     points: Annotated[int, Field(ge=0)] = 0
-    """Random label pixels of each image at which the loss is evaluated in a step; 0: all of them."""
+    """Random label pixels of each image at which the loss is evaluated in a step, the crossings of as many rows as
+    columns: the root, rounded down, of each; 0: all pixels."""
     lr: Rate
     """Peak learning rate of AdamW."""
     weight_decay: Weight

@@ -84,20 +84,28 @@ class Head(nn.Module):
         low, high = spec.depth_range
         self.register_buffer("centres", torch.linspace(low, high, max(spec.bins, 1)), persistent=False)
 
-    def forward(self, maps: Tensor) -> dict[str, Tensor]:
+    def forward(self, maps: Tensor, sums: Tensor | None = None) -> dict[str, Tensor]:
         """Outputs on the map's grid, from maps (B, D, h, w).
+
+        Args:
+            maps: float32.
+            sums: `channel_sums` of the maps, if they are known already.
 
         Returns:
             `segmentation`: logits (B, C, h, w). `depth`: metres, positive (B, 1, h, w). `normals`: vectors of any
             length (B, 3, h, w); `enlarge` and the losses normalise them.
         """
-        folded = self.training and self.spec.kind == "linear" and self.spec.batch_norm
-        moments = _moments(maps) if folded else None  # the branches see the same maps
+        moments = _moments(maps, sums) if self.needs_sums else None  # the branches see the same maps
         outputs: dict[str, Tensor] = {}
         for name, branch in self.branches.items():
             output = branch(maps) if moments is None else _folded(branch, maps, *moments)
             outputs[name] = self._finish(name, output)
         return outputs
+
+    @property
+    def needs_sums(self) -> bool:
+        """Whether BatchNorm is in training and folded into the 1x1 convolution after it."""
+        return self.training and self.spec.kind == "linear" and self.spec.batch_norm
 
     def _finish(self, quantity: str, output: Tensor) -> Tensor:
         if quantity != "depth":
@@ -153,18 +161,22 @@ def load_head(path: Path) -> tuple[Head, dict[str, Any]]:
     return head.eval().requires_grad_(False), description
 
 
-def _moments(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (over the number itself) of each channel of maps (B, D, h, w).
+def channel_sums(maps: Tensor) -> Tensor:
+    """Sum and sum of squares of each channel of each map of (B, D, h, w): (B, 2, D), float64 on the CPU.
 
-    Sums along the rows of memory take a small part of the time of `torch.var_mean` over these axes. They are added
-    up on the CPU in float64, which not every device has.
+    Sums along the rows of memory take a small part of the time of `torch.var_mean` over these axes.
     """
-    rows, count = maps.flatten(2), maps.numel() // maps.shape[1]
-    sums, norms = rows.sum(dim=-1).cpu().double(), torch.linalg.vector_norm(rows, dim=-1).cpu().double()
-    mean = sums.sum(dim=0) / count
-    variance = norms.square().sum(dim=0) / count - mean.square()
+    rows = maps.flatten(2)
+    norms = torch.linalg.vector_norm(rows, dim=-1).cpu().double()  # not every device has float64
+    return torch.stack([rows.sum(dim=-1).cpu().double(), norms.square()], dim=1)
+
+
+def _moments(maps: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and variance (over the number itself) of each channel of maps (B, D, h, w)."""
+    first, second = (channel_sums(maps) if sums is None else sums).sum(dim=0) / (maps.numel() // maps.shape[1])
     # The number format first: a device may lack float64.
-    return mean.to(maps.dtype).to(maps.device), variance.clamp(min=0).to(maps.dtype).to(maps.device)
+    variance = (second - first.square()).clamp(min=0).to(maps.dtype).to(maps.device)
+    return first.to(maps.dtype).to(maps.device), variance
 
 
 def _folded(branch: nn.Module, maps: Tensor, mean: Tensor, variance: Tensor) -> Tensor:

@@ -5,6 +5,12 @@ All take a mask of valid pixels or an ignored label, and are 0, with zero gradie
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,12 +99,23 @@ def cosine_loss(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 
 
 def sample_points(num_points: int, batch: int, generator: torch.Generator) -> Tensor:
-    """Random places in [0, 1): (B, P, 2), fractions of height and width; the generator decides alone."""
-    return torch.rand(batch, num_points, 2, generator=generator)
+    """Random rows and columns of each image, whose crossings are the points: (B, 2, S), fractions in [0, 1) ascending.
+
+    S is the whole part of the root of `num_points`. One row is drawn from each of S equal strips of the height, and one
+    column of the width, so that every pixel is as likely as any other. Values at crossings are two small products of
+    matrices; at as many single pixels, reading them and adding up their gradients takes most of a step's time.
+
+    Args:
+        num_points: of each image; S * S are drawn.
+        batch: B.
+        generator: decides alone.
+    """
+    side = math.isqrt(num_points)
+    return (torch.rand(batch, 2, side, generator=generator) + torch.arange(side)) / side
 
 
 def at_points(maps: Tensor, points: Tensor, size: tuple[int, int]) -> Tensor:
-    """Values of maps at label pixels, without resizing the whole maps: (B, K, P).
+    """Values of maps at label pixels, without resizing the whole maps: (B, K, S, S).
 
     The same values as bilinear resizing to the labels' size (align_corners=False) and selecting the pixels.
 
@@ -107,29 +124,32 @@ def at_points(maps: Tensor, points: Tensor, size: tuple[int, int]) -> Tensor:
         points: from `sample_points`.
         size: (height, width) of the labels.
     """
-    pixels = _pixels(points, size).to(maps.device)
-    extent = torch.tensor(size, device=maps.device)
-    places = ((2 * pixels + 1) / extent - 1).to(maps.dtype)
-    # Up to the centres of the outer locations: as padding by the border, which is missing on MPS.
-    border = 1 - 1 / torch.tensor(maps.shape[-2:], device=maps.device, dtype=maps.dtype)
-    places = torch.maximum(torch.minimum(places, border), -border).flip(-1)
-    sampled = F.grid_sample(maps, places[:, None], mode="bilinear", padding_mode="zeros", align_corners=False)
-    return sampled[:, :, 0]
+    rows, columns = (
+        _bilinear(pixels, length, locations).to(maps)
+        for pixels, length, locations in zip(_pixels(points, size), size, maps.shape[-2:], strict=True)
+    )
+    sampled: Tensor = rows[:, None] @ (maps.flatten(1, 2) @ columns.mT).unflatten(1, maps.shape[1:3])
+    return sampled
 
 
-def labels_at_points(labels: Tensor, points: Tensor) -> Tensor:
-    """Values of labels (B, K, H, W) or (B, H, W) at the same pixels: (B, K, P) or (B, P)."""
-    height, width = labels.shape[-2:]
-    pixels = _pixels(points, (height, width)).to(labels.device)
-    flat = pixels[..., 0] * width + pixels[..., 1]
-    if labels.dim() == 3:
-        return labels.flatten(1).gather(1, flat)
-    return labels.flatten(2).gather(2, flat[:, None].expand(-1, labels.shape[1], -1))
+def labels_at_points(labels: Sequence[npt.NDArray[Any]], points: Tensor) -> Tensor:
+    """Values of images' labels (H, W) or (K, H, W), all of one size, at the same pixels: (B, ..., S, S)."""
+    rows, columns = (pixels.numpy() for pixels in _pixels(points, labels[0].shape[-2:]))
+    chosen = [np.asarray(values)[..., r[:, None], c] for values, r, c in zip(labels, rows, columns, strict=True)]
+    return torch.from_numpy(np.stack(chosen))
 
 
-def _pixels(points: Tensor, size: tuple[int, int]) -> Tensor:
-    extent = torch.tensor(size)
-    return (points.cpu() * extent).long().clamp(max=extent - 1)
+def _pixels(points: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Rows and columns (B, S) of points, in pixels of labels of a size."""
+    rows, columns = ((points[:, axis] * size[axis]).long().clamp(max=size[axis] - 1) for axis in (0, 1))
+    return rows, columns
+
+
+def _bilinear(pixels: Tensor, length: int, locations: int) -> Tensor:
+    """Weights (B, S, locations) of a map's locations at pixels (B, S), of `length` on the same stretch."""
+    places = ((pixels + 0.5) * (locations / length) - 0.5).clamp(0, locations - 1)
+    distances = (places[..., None] - torch.arange(locations)).abs()
+    return (1 - distances).clamp(min=0)
 
 
 def _log_difference(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:

@@ -192,11 +192,16 @@ def angles_deg(first: Tensor, second: Tensor) -> Tensor:
 
 def boundary_of(labels: Tensor, width: int) -> Tensor:
     """Pixels (H, W) within `width`, in the larger of both axes, of another label or of the image's border."""
-    planes = torch.stack([labels, -labels]).float()[:, None]
-    # Outside lies a label unlike any other; a row, then a column, make the square neighbourhood.
-    planes = F.pad(planes, (width,) * 4, value=float(labels.max()) + 1)
-    highest = F.max_pool2d(F.max_pool2d(planes, (2 * width + 1, 1), stride=1), (1, 2 * width + 1), stride=1)[:, 0]
-    return (highest[0] != labels) | (-highest[1] != labels)
+    found = torch.ones(labels.shape, dtype=torch.bool)
+    inner = found[width:-width, width:-width]  # whose square neighbourhood lies in the image
+    if inner.numel():
+        changes = torch.zeros(inner.shape, dtype=torch.int32)
+        for axis, (rows, columns) in enumerate(((2 * width, 2 * width + 1), (2 * width + 1, 2 * width))):
+            differs = (labels.diff(dim=axis) != 0).cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
+            sums = F.pad(differs, (1, 0, 1, 0))  # of all that lies above and to the left
+            changes += sums[rows:, columns:] - sums[:-rows, columns:] - sums[rows:, :-columns] + sums[:-rows, :-columns]
+        inner.copy_(changes > 0)
+    return found
 
 
 def boundary_counts(prediction: Tensor, target: Tensor, num_classes: int, ignore: int = IGNORE) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,33 +28,66 @@ def seed_of(*parts: int) -> int:
 
 def centre_view(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The released view: resized to cover `size` (height, width) with antialiasing, centre crop."""
-    scale = max(size[0] / image.height, size[1] / image.width)
-    covered = [max(round(image.height * scale), size[0]), max(round(image.width * scale), size[1])]
+    covered = list(_covering((image.height, image.width), size))
     resized = tvf.resize(image, covered, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
     view: Image.Image = tvf.center_crop(resized, list(size))
     return view
 
 
-def random_view(image: Image.Image, size: tuple[int, int], config: ViewConfig, seed: int) -> Image.Image:
+def _covering(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image that is resized to cover `size`."""
+    scale = max(size[0] / whole[0], size[1] / whole[1])
+    return max(round(whole[0] * scale), size[0]), max(round(whole[1] * scale), size[1])
+
+
+def random_view(
+    image: Image.Image, size: tuple[int, int], config: ViewConfig, seed: int, whole: tuple[int, int] | None = None
+) -> Image.Image:
     """A random resized crop to `size` (height, width), with the recipe's further changes of place and colour.
 
     The same seed gives the same view. Teachers label whatever they are shown, and views that differ more teach more:
     Beyer et al., Knowledge distillation: a good teacher is patient and consistent, arXiv 2106.05237.
+
+    Args:
+        image: of which a part is taken.
+        size: of the view.
+        config: the recipe's `views` section.
+        seed: of all that is random.
+        whole: height and width of the image file, where `image` was decoded at a part of them; the crop is the same.
     """
-    aspect = size[1] / size[0]
-    crop = v2.RandomResizedCrop(
-        list(size),
-        scale=(config.scale[0], config.scale[1]),
-        ratio=(aspect * 3 / 4, aspect * 4 / 3),
-        interpolation=v2.InterpolationMode.BICUBIC,
-        antialias=True,
-    )
+    whole = whole or (image.height, image.width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        view: Image.Image = crop(image)
+        top, left, height, width = _random_box(whole, size, config)
+        down, across = image.height / whole[0], image.width / whole[1]
+        box = left * across, top * down, (left + width) * across, (top + height) * down
+        first = math.floor(box[0]), math.floor(box[1])
+        last = min(math.ceil(box[2]), image.width), min(math.ceil(box[3]), image.height)
+        part = image.crop((*first, *last))
+        inside = box[0] - first[0], box[1] - first[1], min(box[2], last[0]) - first[0], min(box[3], last[1]) - first[1]
+        view: Image.Image = part.resize(size[::-1], Image.Resampling.BICUBIC, inside)
         if config.flip and torch.rand(()) < 0.5:
             view = tvf.horizontal_flip(view)
         return _changed(view, config)
+
+
+def _random_box(whole: tuple[int, int], size: tuple[int, int], config: ViewConfig) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop of an image, as torch's generator has it."""
+    aspect = size[1] / size[0]
+    top, left, height, width = v2.RandomResizedCrop.get_params(
+        torch.empty(0, *whole), list(config.scale), [aspect * 3 / 4, aspect * 4 / 3]
+    )
+    return int(top), int(left), int(height), int(width)
+
+
+def enough_for_random_view(
+    whole: tuple[int, int], size: tuple[int, int], config: ViewConfig, seed: int
+) -> tuple[int, int]:
+    """Height and width of an image at which the crop of `random_view` has as many pixels as the view."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _, _, height, width = _random_box(whole, size, config)
+    return math.ceil(size[0] * whole[0] / height), math.ceil(size[1] * whole[1] / width)
 
 
 def _changed(view: Image.Image, config: ViewConfig) -> Image.Image:
@@ -100,7 +134,9 @@ class View:
 class Views(Dataset[View]):
     """The teacher views of a set of images, indexed by (epoch, number of the view).
 
-    An image that turns out to be damaged is replaced by the next one of the list, and reported in the view.
+    An image that turns out to be damaged is replaced by the next one of the list, and reported in the view. A JPEG is
+    decoded at a half, a quarter or an eighth of its size where the part that is seen still has as many pixels as the
+    view.
 
     Args:
         images: as found by `scan_folder`.
@@ -124,23 +160,27 @@ class Views(Dataset[View]):
         """The image that a view is to be cut from."""
         return self.images[number // self.config.per_image]
 
+    def _seed(self, epoch: int, number: int) -> int | None:
+        """Of a random view; None for a centre crop."""
+        if self.config.kind == "centre" or (self.config.kind == "fixed" and number % self.config.per_image == 0):
+            return None
+        return seed_of(self.seed, epoch if self.config.kind == "random" else 0, number)
+
     def __getitem__(self, key: tuple[int, int]) -> View:
         epoch, number = key
-        first, variant = divmod(number, self.config.per_image)
+        first = number // self.config.per_image
         skipped: list[Skipped] = []
         for offset in range(len(self.images)):
             file = self.images[(first + offset) % len(self.images)]
+            size = self.config.teacher_sizes[self.size_number(epoch, number)]
+            whole, seed = (file.height, file.width), self._seed(epoch, number)
+            enough = _covering(whole, size) if seed is None else enough_for_random_view(whole, size, self.config, seed)
             try:
-                image = load_image(file.path)
+                image = load_image(file.path, enough=enough)
             except BrixelError as error:
                 skipped.append(Skipped(file.name, str(error).removesuffix(f": {file.path}")))
                 continue
-            size = self.config.teacher_sizes[self.size_number(epoch, number)]
-            if self.config.kind == "centre" or (self.config.kind == "fixed" and variant == 0):
-                view = centre_view(image, size)
-            else:
-                epoch_of_view = epoch if self.config.kind == "random" else 0
-                view = random_view(image, size, self.config, seed_of(self.seed, epoch_of_view, number))
+            view = centre_view(image, size) if seed is None else random_view(image, size, self.config, seed, whole)
             return View(tvf.pil_to_tensor(view), file.name, tuple(skipped))
         raise BrixelError(f"None of the {len(self.images)} images can be read; the first: {skipped[0].reason}.")
 

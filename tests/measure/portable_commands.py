@@ -82,8 +82,9 @@ def probe_command(results: ProbeResults) -> str:
     for key, (_, value) in differences(published(protocol.name, name), protocol).items():
         words += _setting(f"protocol.{key}", value)
     for label, source in sources.items():
-        if tuple(kinds) != ("backbone", "student", "teacher"):
-            words += ["--source", label.removeprefix("file ") if source.kind == "file" else source.kind]
+        if tuple(kinds) != ("backbone", "equal_cost", "student", "teacher"):
+            kind = source.kind.replace("_", "-")
+            words += ["--source", label.removeprefix("file ") if source.kind == "file" else kind]
         if isinstance(source, ModelDescription) and source.checkpoint:
             student = Path(source.checkpoint).stem
             words += ["--checkpoint", student if student in shipped_students() else "RUN"]
@@ -104,4 +105,5 @@ def _setting(key: str, value: object) -> list[str]:
 
 
 def _place(name: str, value: str) -> str:
+    name = "data.val_images" if name.startswith("data.held_out.") else name
     return PLACES[name] if name in PLACES and "/" in value else without_directories(value)

@@ -50,6 +50,7 @@ def seconds_per_step(plan: ProbePlan, item: SourcePlan, runtime: Runtime, model,
     optimiser = torch.optim.AdamW(head.parameters(), lr=protocol.lr)
     generator = torch.Generator().manual_seed(0)
     given = GivenMaps(stored)
+    sums: dict[int, torch.Tensor] = {}
 
     def load(position: int) -> np.ndarray:
         crop = item.train.crops[position]
@@ -65,7 +66,7 @@ def seconds_per_step(plan: ProbePlan, item: SourcePlan, runtime: Runtime, model,
         if pixels is not None:
             given.given = model.maps(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()).clone()
         loss = batch_loss(
-            head, protocol, stored if pixels is None else given, targets, batch, generator, number, runtime.device
+            head, protocol, stored if pixels is None else given, targets, batch, generator, number, runtime.device, sums
         )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

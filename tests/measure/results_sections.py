@@ -27,6 +27,7 @@ from brixel_cli.engines.benchmarking.probes import ProbeResult, read_probe
 from brixel_cli.engines.benchmarking.results import Model, Results, Row
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.distilling.validation import HeldOut
+from brixel_cli.engines.equal_cost import EQUAL_COST
 from brixel_cli.engines.probing.folder import ProbeFolder, file_name
 from brixel_cli.engines.probing.results import ModelDescription, ProbeResults, Summary
 from brixel_cli.errors import BrixelError
@@ -37,7 +38,7 @@ PROBED = {
     "depth": ("rmse_m", "delta1"),
     "normals": ("mean_angle_deg", "within_11.25"),
 }
-SOURCES = ("backbone", "student", "teacher")
+SOURCES = ("backbone", EQUAL_COST, "student", "teacher")
 SIZE_COLUMNS = ("bilinear", "student", "recovered gap")
 TUNED_COLUMNS = ("set", "images", "views of each", "updates", "cosine, bilinear", "cosine, student", "recovered gap")
 PROBE_COLUMNS = ("set", "figure", *SOURCES, "recovered gap", "seeds", "protocol", "input", "images: training / test")

@@ -209,4 +209,5 @@ def find_images_of(candidate: Candidate, options: BenchmarkOptions, reporter: Re
     except BrixelError as error:
         reporter.warn(f"{candidate.name}: no fidelity. {str(error).splitlines()[0]}")
         return None
-    return ImageSet(data.val_images or data.images, held_out[: options.max_images])
+    folders = ", ".join(data.held_out_folders.values()) or data.images
+    return ImageSet(folders, share_out(held_out, options.max_images))

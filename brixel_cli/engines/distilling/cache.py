@@ -33,7 +33,8 @@ from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
+"""Of what is computed for a view; a cache of another format is not read. Since 4, large JPEGs are decoded reduced."""
 CACHE_BATCH = 8
 
 

@@ -284,7 +284,7 @@ class _Run:
     def card(self) -> StudentCard:
         """What the student's file says of itself."""
         recipe, backbone, best = self.recipe, self.backbone, self.trainer.best
-        gap = best.recovered_gap["cosine"] if best and best.step == self.trainer.step else math.nan
+        gap = best.main_gap if best and best.step == self.trainer.step else math.nan
         return StudentCard(
             backbone=backbone.name,
             backbone_weights=backbone.weights,
@@ -309,6 +309,8 @@ def _record_validation(held_out: HeldOut, picture: Image.Image, folder: RunFolde
     folder.log({"kind": "validation", **figures})
     for row in ("backbone", "student", "recovered_gap"):
         _write_scalars(writer, f"held_out/{row}", figures[row], held_out.step)
+    domains = {domain: gap.value for domain, gap in held_out.domains.items()}
+    _write_scalars(writer, "held_out/domains", domains, held_out.step)
     save_picture(picture, folder.picture(held_out.step))
 
 

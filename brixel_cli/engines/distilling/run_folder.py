@@ -46,7 +46,11 @@ def resolve_paths(recipe: Recipe) -> Recipe:
         update={
             "backbone": recipe.backbone.model_copy(update=backbone),
             "data": recipe.data.model_copy(
-                update={"images": absolute(recipe.data.images), "val_images": absolute(recipe.data.val_images)}
+                update={
+                    "images": absolute(recipe.data.images),
+                    "val_images": absolute(recipe.data.val_images),
+                    "held_out": {domain: absolute(folder) for domain, folder in recipe.data.held_out.items()},
+                }
             ),
             "cache": recipe.cache.model_copy(update={"directory": absolute(recipe.cache.directory)}),
             "init": absolute(init)
@@ -98,7 +102,7 @@ class RunFolder:
                 f"{self.path} was begun with another version of brixel, which had no {', '.join(unknown)}: "
                 f"say in {self.recipe} what they shall be, or use another folder."
             )
-        ignored = ("run", "cache.directory", "data.images", "data.val_images")
+        ignored = ("run", "cache.directory", "data.images", "data.val_images", "data.held_out")
         changed = differences(load_recipe(str(self.recipe)), recipe, ignored)
         if changed and set(changed) <= {"optim.steps", "optim.epochs"}:
             raise UsageError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from brixel_cli.config.distill import Recipe, ViewConfig
 from brixel_cli.core.backbone import check_size
 from brixel_cli.core.identity import files_sha256, json_digest
-from brixel_cli.data.images import ImageFile, Skipped, scan_folder
+from brixel_cli.data.images import ImageFile, Skipped, scan_folder, share_out
 from brixel_cli.data.views import Views, hold_out
 from brixel_cli.errors import BrixelError, SizeError, UsageError
 
@@ -61,19 +61,25 @@ def find_images(recipe: Recipe) -> TrainingImages:
     data = recipe.data
     min_side = data.min_side or min(recipe.views.teacher_hw)
     found, skipped = scan_folder(Path(data.images), min_side)
-    if data.val_images is None:
+    folders = data.held_out_folders
+    if not folders:
         training, held_out = hold_out(found, data.val_fraction, data.max_val_images)
-    else:
-        held_out, more = scan_folder(Path(data.val_images), min_side)
-        withheld = {image.path.resolve() for image in held_out}
-        training = [image for image in found if image.path.resolve() not in withheld]
-        if not training:
-            raise BrixelError(
-                f"All images in data.images ({data.images}) are held out by data.val_images ({data.val_images}): "
-                "name different folders."
-            )
-        held_out, skipped = held_out[: data.max_val_images], skipped + more
-    return TrainingImages(training, held_out, skipped)
+        return TrainingImages(training, held_out, skipped)
+    held_out = []
+    for domain, folder in folders.items():
+        some, more = scan_folder(Path(folder), min_side)
+        held_out += [replace(image, name=f"{domain}/{image.name}") if domain else image for image in some]
+        skipped = skipped + more
+    withheld = {image.path.resolve() for image in held_out}
+    training = [image for image in found if image.path.resolve() not in withheld]
+    if not training:
+        key = "data.held_out" if data.held_out else "data.val_images"
+        raise BrixelError(
+            f"All images in data.images ({data.images}) are held out by {key} ({', '.join(folders.values())}): "
+            "name different folders."
+        )
+    most = data.max_val_images
+    return TrainingImages(training, share_out(held_out, most) if data.held_out else held_out[:most], skipped)
 
 
 def make_views(recipe: Recipe, images: TrainingImages) -> tuple[Views, Views]:

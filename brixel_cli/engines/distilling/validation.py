@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 
 from brixel_cli.core.adapter import Adapter, resize
 from brixel_cli.core.backbone import Backbone
-from brixel_cli.core.metrics import FIDELITY, fidelity, fidelity_basis, gap_over_images
+from brixel_cli.core.metrics import FIDELITY, Gap, fidelity, fidelity_basis, gap_over_images, gaps_by_domain
 from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
 from brixel_cli.engines.distilling.batches import Batches
 from brixel_cli.engines.runtime import Runtime
@@ -32,6 +32,8 @@ class HeldOut:
         backbone: of the backbone's bilinearly enlarged map, by metric.
         student: of the student's map, by metric.
         recovered_gap: (student - backbone) / (teacher - backbone), by metric; nan where there is no gap.
+        gap_spread: standard errors of the recovered gaps.
+        domains: recovered gap in cosine of each domain's images, and their mean; see `core.metrics.gaps_by_domain`.
     """
 
     step: int
@@ -39,6 +41,8 @@ class HeldOut:
     backbone: dict[str, float]
     student: dict[str, float]
     recovered_gap: dict[str, float]
+    gap_spread: dict[str, float] = field(default_factory=dict)
+    domains: dict[str, Gap] = field(default_factory=dict)
 
     @staticmethod
     def from_json(stored: Mapping[str, Any]) -> HeldOut:
@@ -46,12 +50,15 @@ class HeldOut:
 
         Earlier versions called the recovered gap `gap_closed`.
         """
-        stored = {"recovered_gap": stored.get("gap_closed"), **stored}
-        groups = {
-            name: {metric: math.nan if value is None else value for metric, value in stored[name].items()}
-            for name in ("backbone", "student", "recovered_gap")
-        }
-        return HeldOut(stored["step"], stored["num_images"], **groups)
+        stored = {"recovered_gap": stored.get("gap_closed"), "gap_spread": {}, **stored}
+        groups = {name: _with_nan(stored[name]) for name in ("backbone", "student", "recovered_gap", "gap_spread")}
+        domains = {domain: Gap(**_with_nan(gap)) for domain, gap in stored.get("domains", {}).items()}
+        return HeldOut(stored["step"], stored["num_images"], domains=domains, **groups)
+
+    @property
+    def main_gap(self) -> float:
+        """The recovered gap in cosine: the mean over domains, or that of all images where there are none."""
+        return self.domains["mean"].value if self.domains else self.recovered_gap["cosine"]
 
     def better_than(self, other: HeldOut | None) -> bool:
         """Whether its student surpasses another in cosine; one that is not a number never does."""
@@ -59,6 +66,10 @@ class HeldOut:
             return True
         mine, former = self.student["cosine"], other.student["cosine"]
         return math.isfinite(mine) and (not math.isfinite(former) or mine > former)
+
+
+def _with_nan(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 @torch.no_grad()
@@ -85,7 +96,7 @@ def validate(
     mine = list(range(runtime.rank, num_images, runtime.world_size))
     size = min(at_once, LARGEST_BATCH)
     chunks = [[(0, number) for number in mine[at : at + size]] for at in range(0, len(mine), size)]
-    measured: list[tuple[dict[str, float], dict[str, float]]] = []
+    measured: list[tuple[str, dict[str, float], dict[str, float]]] = []
     rows: list[list[Image.Image]] = []
     was_training = adapter.training
     adapter.eval()
@@ -97,7 +108,8 @@ def validate(
             if batch.replaced[place]:
                 continue
             basis = fidelity_basis(target)
-            measured.append((fidelity(bilinear[place], target, basis), fidelity(predictions[place], target, basis)))
+            found = [fidelity(maps[place], target, basis) for maps in (bilinear, predictions)]
+            measured.append((batch.names[place], found[0], found[1]))
             if len(rows) < PICTURE_ROWS and runtime.is_first:
                 image = denormalise(batch.images[place], backbone.mean, backbone.std)
                 maps = [batch.maps[-1][place], predictions[place], target]
@@ -106,12 +118,18 @@ def validate(
     measured = runtime.gather(measured)
     if not measured:
         raise BrixelError(f"None of the {num_images} held-out images can be read: {batches.skipped[0].reason}.")
-    backbone_mean, student_mean = (
-        {name: sum(pair[which][name] for pair in measured) / len(measured) for name in FIDELITY} for which in (0, 1)
-    )
+    names, *pairs = zip(*measured, strict=True)
+    values = [{metric: [image[metric] for image in images] for metric in FIDELITY} for images in pairs]
+    means = [{metric: sum(found) / len(found) for metric, found in some.items()} for some in values]
+    gaps = {metric: gap_over_images(values[0][metric], values[1][metric], metric) for metric in FIDELITY}
     picture = panel(["student's input", "backbone", "student", "teacher"], rows or [[Image.new("RGB", (1, 1))] * 4])
-    gaps = {
-        name: gap_over_images([pair[0][name] for pair in measured], [pair[1][name] for pair in measured], name).value
-        for name in FIDELITY
-    }
-    return HeldOut(step, len(measured), backbone_mean, student_mean, gaps), picture
+    held_out = HeldOut(
+        step=step,
+        num_images=len(measured),
+        backbone=means[0],
+        student=means[1],
+        recovered_gap={metric: gap.value for metric, gap in gaps.items()},
+        gap_spread={metric: gap.spread for metric, gap in gaps.items()},
+        domains=gaps_by_domain(names, values[0]["cosine"], values[1]["cosine"]),
+    )
+    return held_out, picture

@@ -101,6 +101,6 @@ def finish(outputs: Sequence[dict[str, Tensor]], crops: Sequence[Crop], size: Si
             output = stitch(windows, crops)[None]
         enlarged = enlarge(quantity, output, size)[0]
         if quantity == "segmentation":
-            enlarged = enlarged.argmax(dim=0)
+            enlarged = enlarged.max(dim=0).indices  # argmax over the first axis takes ten times as long on the CPU
         finished[quantity] = (enlarged[0] if quantity == "depth" else enlarged).cpu()
     return finished

@@ -35,7 +35,7 @@ from brixel_cli.engines.probing.results import (
     SplitUsed,
     Versions,
     as_dict,
-    gaps_of,
+    stored_gaps,
     summarise,
 )
 from brixel_cli.engines.probing.sources import ModelSource, resolve_sources
@@ -257,7 +257,7 @@ def _results(
     options: ProbeOptions, settings: Settings, sources: dict[str, SourceDescription], runs: Sequence[Run]
 ) -> ProbeResults:
     summary = summarise(list(sources), runs)
-    gaps = gaps_of(sources, summary)
+    gaps, spreads = stored_gaps(sources, summary)
     return ProbeResults(
         settings=settings,
         recipe=options.recipe,
@@ -265,9 +265,9 @@ def _results(
         seeds=sorted({run.seed for run in runs}),
         versions=_versions(),
         summary=summary,
-        recovered_gap={label: {name: gap.value for name, gap in some.items()} for label, some in gaps.items()},
+        recovered_gap=gaps,
         runs=list(runs),
-        gap_spread={label: {name: gap.spread for name, gap in some.items()} for label, some in gaps.items()},
+        gap_spread=spreads,
     )
 
 

@@ -282,6 +282,17 @@ def summarise(labels: Sequence[str], runs: Sequence[Run]) -> dict[str, Summary]:
     return summary
 
 
+def stored_gaps(
+    sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary]
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """The fields `recovered_gap` and `gap_spread` of `ProbeResults`; see `gaps_of`."""
+    found = gaps_of(sources, summary)
+    return (
+        {label: {name: gap.value for name, gap in some.items()} for label, some in found.items()},
+        {label: {name: gap.spread for name, gap in some.items()} for label, some in found.items()},
+    )
+
+
 def gaps_of(sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary]) -> dict[str, dict[str, Gap]]:
     """The recovered gap of each metric's mean, for every source besides backbone and teacher; empty without them."""
     by_kind = {sources[label].kind: means for label, means in summary.items()}

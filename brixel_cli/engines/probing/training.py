@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brixel_cli.config.protocols import Protocol
-from brixel_cli.core.heads import Head, HeadSpec, build_head
+from brixel_cli.core.heads import Head, HeadSpec, build_head, channel_sums
 from brixel_cli.core.probe_losses import (
     at_points,
     cosine_loss,
@@ -112,18 +112,19 @@ def train_head(
     """
     keep_freed_memory(device)
     head = build_head(spec, seed_of(seed, _WEIGHTS)).to(device).train()
-    optimiser = torch.optim.AdamW(head.parameters(), lr=protocol.lr, weight_decay=protocol.weight_decay)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=protocol.lr, weight_decay=protocol.weight_decay, fused=True)
     total = protocol.num_steps(len(positions))
     points = torch.Generator().manual_seed(seed_of(seed, _POINTS))
     stretch = max(total // CURVE_POINTS, 1)
     curve: list[dict[str, float]] = []
     recent: list[Tensor] = []
+    sums: dict[int, Tensor] = {}
     began = time.perf_counter()
     for step, batch in enumerate(batches(positions, maps.grids, protocol.batch_size, total, seed)):
         lr = protocol.learning_rate(step, total)
         for group in optimiser.param_groups:
             group["lr"] = lr
-        loss = batch_loss(head, protocol, maps, targets, batch, points, step, device)
+        loss = batch_loss(head, protocol, maps, targets, batch, points, step, device, sums)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -150,13 +151,18 @@ def batch_loss(
     generator: torch.Generator,
     step: int,
     device: torch.device,
+    sums: dict[int, Tensor],
 ) -> Tensor:
     """Loss of a head on some crops: the sum over its quantities.
 
     Labels keep their resolution: outputs are enlarged to it, at all pixels or at as many random ones of each image as
-    the protocol says. Labels of several sizes are pooled pixel by pixel.
+    the protocol says. Labels of several sizes are pooled pixel by pixel. `sums` has what BatchNorm is to know of the
+    maps of earlier batches; those of this one are added.
     """
-    outputs = head(maps.read(batch).to(device))
+    read = maps.read(batch).to(device)
+    if head.needs_sums and not all(at in sums for at in batch):
+        sums.update(zip(batch, channel_sums(read), strict=True))
+    outputs = head(read, torch.stack([sums[at] for at in batch]) if head.needs_sums else None)
     points = sample_points(protocol.points, len(batch), generator) if protocol.points else None
     total = torch.zeros((), device=device)
     for quantity, output in outputs.items():
@@ -164,14 +170,14 @@ def batch_loss(
         predictions, truths, weights = [], [], []
         for size in dict.fromkeys(sizes):
             places = [place for place, other in enumerate(sizes) if other == size]
-            stored = np.stack([targets.view(quantity, batch[place]) for place in places])
-            truth = torch.from_numpy(stored)
+            stored = [targets.view(quantity, batch[place]) for place in places]
             chosen = output if len(places) == len(batch) else output[places]
             if points is None:
                 predictions.append(F.interpolate(chosen, size=size, mode="bilinear", align_corners=False))
+                truth = torch.from_numpy(np.stack(stored))
             else:
                 predictions.append(at_points(chosen, points[places], size))
-                truth = labels_at_points(truth, points[places])
+                truth = labels_at_points(stored, points[places])
             truths.append(truth.to(device))
             weights.append(len(places) / len(batch))
         total = total + _quantity_loss(quantity, protocol, predictions, truths, weights, step)
