@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import with_changes
 from fake_gpu import MIXED, backbone_on_gpu, fake_gpu, on_gpu
 
-from brixel_cli.config.distill import AdapterConfig, LossConfig, Recipe
+from brixel_cli.config.distill import LossConfig, Recipe
 from brixel_cli.core.linear_fit import LinearFit
 from brixel_cli.core.losses import Basis, DistillationLoss, fit_basis
 from brixel_cli.core.metrics import FIDELITY, fidelity, fidelity_basis
@@ -16,7 +18,7 @@ from brixel_cli.core.pca import RunningPca
 from brixel_cli.core.student import build_adapter
 from brixel_cli.drawing.feature_maps import pca_colours
 from brixel_cli.engines.distilling.batches import Batch, compute_maps
-from brixel_cli.engines.distilling.trainer import with_noise
+from brixel_cli.engines.distilling.trainer import Trainer, with_noise
 from brixel_cli.engines.distilling.validation import validate
 from brixel_cli.engines.runtime import Runtime
 
@@ -107,14 +109,30 @@ def test_views_become_maps_and_targets(runtime: Runtime, gpu: None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fusion", "deformable"])
-def test_the_forward_half_of_an_update(kind: str, runtime: Runtime, gpu: None) -> None:
-    """Adapter and losses as `Trainer.update` has them; optimiser and average are tested on a GPU that is there."""
-    adapter = on_gpu(lambda: build_adapter(64, 4, AdapterConfig(kind=kind))).train()
+def test_an_update(
+    kind: str, runtime: Runtime, tiny_recipe_file: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it but the backward pass, which needs a driver: gradients are put in its place."""
+    recipe = with_changes(tiny_recipe_file, f"adapter.kind={kind}", "optim.map_noise=0.5", "optim.accumulate=2")
+    adapter = on_gpu(lambda: build_adapter(64, 4, recipe.adapter))
     batch = batch_on_gpu(backbone_on_gpu(), runtime)
-    with runtime.autocast():
-        prediction = adapter(batch.images, with_noise(batch.maps, 0.5, [1, 2]))
-    parts = DistillationLoss(LossConfig(), fit_basis(batch.targets, 8, seed=0))(prediction, batch.targets, seed=1)
-    assert (parts.total.device, parts.total.dtype, parts.total.requires_grad) == (CUDA, torch.float32, True)
+
+    def backward(loss: torch.Tensor) -> None:
+        assert (loss.device, loss.dtype, loss.requires_grad) == (CUDA, torch.float32, True)
+        for parameter in adapter.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+    monkeypatch.setattr("torch.Tensor.backward", backward)
+    monkeypatch.setattr("torch.nn.Module.to", lambda module, *_: module)  # there already; a fake cannot be swapped
+    trainer = Trainer(recipe, adapter, runtime)
+    trainer.loss.basis = fit_basis(batch.targets, 8, seed=0)
+    values, names = trainer.update(iter([batch, batch]), lr=1e-3)
+    assert set(values) == {"loss", "l1", "edge", "spectral", "cosine", "grad_norm"}
+    assert (trainer.step, trainer.refused_in_a_row, names) == (1, 0, ["a", "b"] * 2)
+    tensors, _ = trainer.state()
+    moments = {tensor.device for name, tensor in tensors.items() if name.endswith("exp_avg")}
+    averages = {tensor.device for name, tensor in tensors.items() if name.startswith("average.module")}
+    assert moments == averages == {CUDA}
 
 
 class _OneBatch:
