@@ -67,8 +67,9 @@ def test_domains_count_alike(curve: Curve) -> None:
     expected = (sum(of["rooms"]) / 2 + sum(of["street"]) / 3) / 2
     assert fidelity.mean_over_domains("cosine") == pytest.approx(expected)
     tables = curve_tables(curve)
-    assert tables[1].columns == ("row", "input", "rooms", "street", "mean")
-    assert len(tables[0].rows) == len(tables[1].rows) == len(curve.rows)
+    assert tables[2].columns == ("row", "input", "rooms", "street", "mean")
+    assert len(tables[0].rows) == len(tables[2].rows) == len(curve.rows)
+    assert [row[:2] for row in tables[1].rows] == [["run", "32x32"], ["run", "48x48"]]
 
 
 def test_what_a_student_is_worth_by_hand(curve: Curve) -> None:
@@ -119,7 +120,7 @@ def test_the_command_draws_the_curve_and_refuses_what_it_does_not_do(
     assert "--curve measures, and draws a figure of its own: leave out --dry-run and --report." in refused.stderr
     done = CliRunner().invoke(app, [*base, "--images", str(photographs)], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.stderr
-    assert "worth, FLOP" in done.stdout
+    assert "in FLOP" in done.stdout
     assert "by folder of images" not in done.stdout
     untrained = CliRunner().invoke(app, ["benchmark", "--curve", "--models", "vits", "--images", str(photographs)])
     assert untrained.exit_code == 2

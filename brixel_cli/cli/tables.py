@@ -27,8 +27,9 @@ FIDELITY_COLUMNS = ("row", "L1", "cosine", "5 %", "worst", "edge", "spectral")
 GAP_COLUMNS = ("recovered gap", *FIDELITY_TITLES.values())
 DOMAINS_TITLE = "Recovered gap in cosine, by folder of images"
 GAP_NOTE = "+-: standard error of the mean over images. -: the gap is under two of its standard errors."
-CURVE_COLUMNS = ("row", "input", "cosine", "L1", "time", "GFLOP", "recovered gap", "worth, time", "worth, FLOP")
-CURVE_NOTE = (
+CURVE_COLUMNS = ("row", "input", "cosine", "L1", "time", "GFLOP", "recovered gap")
+WORTH_COLUMNS = ("worth", "input", "in time", "in FLOP")
+WORTH_NOTE = (
     "Worth: the cost at which the plain backbone comes as close to the teacher, over the row's: above 1 the student "
     "pays. -: the backbone's inputs do not reach so far."
 )
@@ -97,33 +98,31 @@ def fidelity_tables(results: Results, model: Model, size: tuple[int, int]) -> li
 
 
 def curve_tables(curve: Curve) -> list[Table]:
-    """The plain backbone at its inputs and the students at theirs: fidelity, cost, and what cost each is worth."""
-    rows, domains = [], []
-    for label, members in curve.lines.items():
-        for row in members:
-            assert row.fidelity is not None
-            worth = (curve.worth(row, lambda row: row.seconds), curve.worth(row, lambda row: row.gflop))
-            rows.append(
-                [
-                    label,
-                    human_size(row.input_size),
-                    f"{quality(row):.4f}",
-                    f"{row.fidelity.mean_over_domains('l1'):.4f}",
-                    human_seconds(row.seconds),
-                    "-" if row.gflop is None else f"{row.gflop:,.1f}",
-                    gap_text(row.fidelity.recovered_gap["cosine"], row.fidelity.gap_spread["cosine"]),
-                    *("-" if label == BACKBONE else _times(ratio) for ratio in worth),
-                ]
-            )
-            gaps = [gap_text(*gap) for gap in row.fidelity.domains.values()]
-            domains.append([label, human_size(row.input_size), *gaps])
-    names = list(curve.rows[0].fidelity.domains) if curve.rows[0].fidelity else []
+    """The plain backbone at its inputs and the students at theirs: fidelity, cost, and what cost a student is worth."""
+    rows, worth, domains = [], [], []
+    for row in (row for members in curve.lines.values() for row in members):
+        assert row.fidelity is not None
+        named, fidelity = [row.label, human_size(row.input_size)], row.fidelity
+        rows.append(
+            [
+                *named,
+                f"{quality(row):.4f}",
+                f"{fidelity.mean_over_domains('l1'):.4f}",
+                human_seconds(row.seconds),
+                "-" if row.gflop is None else f"{row.gflop:,.1f}",
+                gap_text(fidelity.recovered_gap["cosine"], fidelity.gap_spread["cosine"]),
+            ]
+        )
+        domains.append([*named, *(gap_text(*gap) for gap in fidelity.domains.values())])
+        if row.label != BACKBONE:
+            ratios = (curve.worth(row, lambda row: row.seconds), curve.worth(row, lambda row: row.gflop))
+            worth.append([*named, *map(_times, ratios)])
     title = f"{curve.backbone} towards {human_size(curve.teacher_size)} px, {curve.num_images} images"
-    tables = [
-        Table(title, CURVE_COLUMNS, rows, [CURVE_NOTE, GAP_NOTE]),
-        Table(DOMAINS_TITLE, ("row", "input", *names), domains),
-    ]
-    return tables if names else tables[:1]
+    tables = [Table(title, CURVE_COLUMNS, rows, [GAP_NOTE]), Table("", WORTH_COLUMNS, worth, [WORTH_NOTE])]
+    first = curve.rows[0].fidelity
+    if first and first.domains:
+        tables.append(Table(DOMAINS_TITLE, ("row", "input", *first.domains), domains))
+    return tables
 
 
 def probe_tables(results: Results, model: Model) -> list[Table]:
