@@ -16,6 +16,7 @@ from PIL import Image
 from brixel_cli import load_student
 from brixel_cli.config.distill import CacheConfig, Recipe
 from brixel_cli.config.files import load_recipe
+from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.student import read_adapter
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
@@ -185,3 +186,14 @@ def test_a_run_works_from_any_folder(tiny_recipe_file: Path, tmp_path: Path, lis
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_student(tmp_path / "run")(torch.randn(1, 3, 32, 32)).shape == (1, 64, 8, 8)
     assert distill(recipe_of(tmp_path / "run"), RunFolder(tmp_path / "run"), listener, resume=True).results.steps == 4
+
+
+@pytest.mark.parametrize("edge", ["0.5", "0.0"])
+def test_feature_maps_that_are_not_finite_are_named(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch, edge: str
+) -> None:
+    original = Backbone.last_map
+    monkeypatch.setattr(Backbone, "last_map", lambda self, images: original(self, images) * math.nan)
+    recipe = with_changes(tiny_recipe_file, f"loss.edge.weight={edge}", "optim.steps=2")
+    with pytest.raises(BrixelError, match=r"\d.png: the teacher's feature map is not finite. Compute in float32"):
+        distill(recipe, RunFolder(tmp_path / "run"), listener)

@@ -198,3 +198,26 @@ def test_a_damaged_pth_is_named_without_advice_to_trust_it(tmp_path: Path) -> No
             refused.append(str(error))
     assert len(refused) > 20
     assert all(str(path) in message and "weights_only" not in message for message in refused)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{7: torch.ones(1)}, {"a": torch.ones(2, 2).to_sparse()}, {"a": torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)}],
+    ids=["number", "sparse", "quantised"],
+)  # fmt: skip
+def test_a_state_dict_of_other_things_is_refused(tmp_path: Path, state: dict[object, torch.Tensor]) -> None:
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(WeightsError, match=r"odd.pth is no"):
+        load_pth(tmp_path / "odd.pth")
+
+
+def test_a_damaged_released_checkpoint_is_named(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    rng = random.Random(1)
+    for number in range(40):
+        odd = dict(state)
+        for key in rng.sample(sorted(state), 3):
+            odd[key] = rng.choice([torch.ones(()), torch.ones(0), torch.ones(3, 0), torch.ones(1, 1, 1)])
+        if number % 4 == 0:
+            odd["adapter.level_embed"] = torch.ones(3, 0)
+        with pytest.raises(WeightsError, match="odd.pth"):
+            import_released(odd, "odd.pth")

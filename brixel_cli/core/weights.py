@@ -121,7 +121,8 @@ def load_pth(path: Path) -> dict[str, Tensor]:
             f"{path} is no state dict of plain tensors, or is damaged ({type(error).__name__}). brixel does not load "
             "files that can run code: save the state dict alone, or convert it to .safetensors."
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    flat = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not flat or any(tensor.layout != torch.strided or tensor.is_quantized for tensor in state.values()):
         raise WeightsError(f"{path} is no flat state dict of tensors, as the released checkpoints are.")
     return state
 
@@ -202,7 +203,7 @@ def import_released(state: Mapping[str, Tensor], where: str = "The checkpoint") 
         WeightsError: a live key is missing, misshapen or unknown; nothing but the dead branches is skipped.
     """
     level_embed = state.get("adapter.level_embed")
-    if level_embed is None or level_embed.ndim != 2:
+    if level_embed is None or level_embed.ndim != 2 or not level_embed.numel():
         raise WeightsError(
             f"{where} is no released BRIXEL checkpoint: it has no key adapter.level_embed of shape (3, D)."
         )

@@ -43,6 +43,17 @@ class Batch:
     replaced: list[bool]
 
 
+def check_finite(batch: Batch) -> None:
+    """Raise a BrixelError that names the images whose target is not finite."""
+    odd = [name for name, target in zip(batch.names, batch.targets, strict=True) if not target.isfinite().all()]
+    if odd:
+        raise BrixelError(
+            f"{', '.join(odd)}: the teacher's feature map is not finite. Compute in float32 (--set "
+            "run.precision=float32), or remove the image. Where "
+            "every image is named, the weights of the backbone are damaged."
+        )
+
+
 class Batches(Protocol):
     """A source of batches for lists of view keys, (epoch, number)."""
 

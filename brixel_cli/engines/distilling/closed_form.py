@@ -9,7 +9,7 @@ from brixel_cli.core.linear_fit import LinearFit
 from brixel_cli.core.losses import Basis, fit_basis
 from brixel_cli.data.row_store import batches_of_one_size
 from brixel_cli.data.views import Views, seed_of
-from brixel_cli.engines.distilling.batches import Batches
+from brixel_cli.engines.distilling.batches import Batches, check_finite
 from brixel_cli.engines.distilling.trainer import Trainer
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError
@@ -27,8 +27,10 @@ def fit_edge_basis(trainer: Trainer, training: Batches, views: Views) -> None:
     if edge.weight and edge.basis == "fixed" and trainer.loss.basis is None:
         numbers = [number for number in range(len(views)) if views.size_number(0, number) == 0]
         spread = numbers[:: max(len(numbers) // BASIS_VIEWS, 1)][:BASIS_VIEWS]
-        targets = torch.cat([batch.targets for batch in training.iterate([[(0, number)] for number in spread])])
-        basis = fit_basis(targets, edge.components, trainer.recipe.seed)
+        batches = list(training.iterate([[(0, number)] for number in spread]))
+        for batch in batches:
+            check_finite(batch)
+        basis = fit_basis(torch.cat([batch.targets for batch in batches]), edge.components, trainer.recipe.seed)
         from_first = trainer.runtime.from_first
         trainer.loss.basis = Basis(from_first(basis.components), from_first(basis.mean))
 

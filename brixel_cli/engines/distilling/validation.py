@@ -14,7 +14,7 @@ from brixel_cli.core.adapter import Adapter, resize
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.metrics import FIDELITY, Gap, fidelity, fidelity_basis, gap_over_images, gaps_by_domain
 from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
-from brixel_cli.engines.distilling.batches import Batches
+from brixel_cli.engines.distilling.batches import Batches, check_finite
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError
 
@@ -91,7 +91,7 @@ def validate(
         The figures, and a picture of the first few images: input, backbone, student, teacher.
 
     Raises:
-        BrixelError: none of them can be read.
+        BrixelError: none of them can be read, or a target is not finite.
     """
     mine = list(range(runtime.rank, num_images, runtime.world_size))
     size = min(at_once, LARGEST_BATCH)
@@ -101,6 +101,7 @@ def validate(
     was_training = adapter.training
     adapter.eval()
     for batch in batches.iterate(chunks):
+        check_finite(batch)
         with runtime.autocast():
             predictions = adapter(batch.images, batch.maps).float()
         bilinear = resize(batch.maps[-1], (predictions.shape[-2], predictions.shape[-1]))
