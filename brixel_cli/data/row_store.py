@@ -371,10 +371,11 @@ class Store:
 
     def read(self, name: str, rows: Sequence[int]) -> Array:
         """Rows of a dataset, copied, in the order asked for; errors as `array`."""
+        found = self._rows.get(name)
+        if isinstance(found, np.ndarray):
+            return np.asarray(found[list(rows)])
         found = self._dataset(name)
         with reading(self.path):
-            if isinstance(found, np.ndarray):
-                return np.asarray(found[list(rows)])
             return np.stack([found[row] for row in rows])
 
 
