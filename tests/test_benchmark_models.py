@@ -12,7 +12,7 @@ from PIL import Image
 
 from brixel_cli.cli.tables import fidelity_tables
 from brixel_cli.core.backbone import load_backbone
-from brixel_cli.core.weights import save_tensors
+from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.engines.benchmarking.benchmarking import benchmark, count_only
 from brixel_cli.engines.benchmarking.models import find_candidates
 from brixel_cli.errors import BrixelError, SizeError, UsageError
@@ -34,14 +34,12 @@ def test_a_recipe_is_measured_for_cost_and_says_so(tmp_path: Path, photographs: 
 def test_weights_that_cannot_be_had_leave_the_cost(run: Path, tmp_path: Path, listener: Listener) -> None:
     other = tmp_path / "runs" / "copy"
     other.mkdir(parents=True)
-    for name in ("student.safetensors", "recipe.yaml"):
-        (other / name).write_bytes((run / name).read_bytes())
-    recipe = (other / "recipe.yaml").read_text()
-    stored = (other / "student.safetensors").read_bytes()
-    weights = str(run.parent / "vit.safetensors")
-    gone = weights[:-1] + "X"  # of the same length: the file's header stays sound
-    (other / "recipe.yaml").write_text(recipe.replace(weights, gone))
-    (other / "student.safetensors").write_bytes(stored.replace(weights.encode(), gone.encode()))
+    weights, gone = str(run.parent / "vit.safetensors"), str(tmp_path / "gone.safetensors")
+    (other / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(weights, gone))
+    tensors, metadata = load_tensors(run / "student.safetensors")
+    save_tensors(
+        other / "student.safetensors", tensors, {key: text.replace(weights, gone) for key, text in metadata.items()}
+    )
     results, _ = benchmark(options(tmp_path / "out", checkpoint=str(other)), listener)
     (warning,) = listener.warned
     assert warning.startswith("copy: cost only, with random weights.")

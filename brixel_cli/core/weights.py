@@ -124,7 +124,8 @@ def load_pth(path: Path) -> dict[str, Tensor]:
     flat = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not flat or any(tensor.layout != torch.strided or tensor.is_quantized for tensor in state.values()):
         raise WeightsError(f"{path} is no flat state dict of tensors, as the released checkpoints are.")
-    return state
+    tensors: dict[str, Tensor] = state
+    return tensors
 
 
 @dataclass(frozen=True)
