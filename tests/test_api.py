@@ -130,4 +130,5 @@ def test_extract_takes_the_options_of_the_command() -> None:
     names = {name.rstrip("_") for name in inspect.signature(app.extract).parameters}
     in_python = set(inspect.signature(brixel_cli.extract).parameters)
     assert in_python - names == {"inputs", "reporter"}
-    assert names - in_python == {"input", "export", "dry_run", "as_json", "quiet"}
+    of_the_command = {"input", "export", "verify", "page", "page_sources", "page_images", "dry_run", "as_json", "quiet"}
+    assert names - in_python == of_the_command
