@@ -136,7 +136,7 @@ def test_a_student_is_cheaper_than_the_released_one_and_dearer_than_its_backbone
 def test_a_dry_run_says_whether_reading_or_the_networks_limit_the_training(
     tiny_recipe_file: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch, seconds: float, limit: str, cache: str
 ) -> None:
-    def load(path: Path) -> Image.Image:
+    def load(path: Path, **_: object) -> Image.Image:
         time.sleep(seconds)
         return Image.new("RGB", (128, 128))
 
