@@ -402,7 +402,7 @@ def test_the_same_features_are_the_same_bytes(tmp_path: Path):
     data = (tmp_path / "a.safetensors").read_bytes()
     assert data == (tmp_path / "b.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert list(header["__metadata__"]) == sorted(metadata)
+    assert list(header["__metadata__"]) == sorted([*metadata, "checksum"])
     tensors, found = load_tensors(tmp_path / "a.safetensors")
     assert found == metadata
     assert tensors["x"].tolist() == [0, 1, 2]
