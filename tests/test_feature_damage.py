@@ -296,6 +296,23 @@ def test_the_index_is_restored_from_the_images(extract_options, listener: Listen
         brixel_cli.FeatureFile(done.output)
 
 
+@pytest.mark.parametrize("change", ["deleted", "a group", "another type", "a link"])
+def test_an_index_that_cannot_be_restored_is_an_error(extract_options, listener: Listener, change: str):
+    done = extract(extract_options(), listener)
+    with h5py.File(done.output, "r+") as file:
+        del file["original_size"]
+        if change == "a group":
+            file.create_group("original_size")
+        elif change == "another type":
+            file["original_size"] = np.zeros((8, 3), np.int64)
+        elif change == "a link":
+            file["original_size"] = h5py.ExternalLink("other.h5", "x")
+    whole = done.output.read_bytes()
+    with pytest.raises(BrixelError, match="the datasets original_size have changed since they were written"):
+        extract(extract_options(), listener)
+    assert done.output.read_bytes() == whole
+
+
 def test_a_file_without_checksums_is_checked_as_far_as_can_be(extract_options, tmp_path: Path, listener: Listener):
     done = extract(extract_options(), listener)
     expected = every_row(done.output)
@@ -385,7 +402,7 @@ def test_the_same_features_are_the_same_bytes(tmp_path: Path):
     data = (tmp_path / "a.safetensors").read_bytes()
     assert data == (tmp_path / "b.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert list(header["__metadata__"]) == sorted(metadata)
+    assert list(header["__metadata__"]) == sorted([*metadata, "checksum"])
     tensors, found = load_tensors(tmp_path / "a.safetensors")
     assert found == metadata
     assert tensors["x"].tolist() == [0, 1, 2]
