@@ -50,6 +50,10 @@ Backbone = Annotated[str | None, _option(MODEL, "timm name. Default: that of the
 Weights = Annotated[
     str | None, _option(MODEL, "Of the backbone: pretrained, or a .safetensors or .pth file. Default: as in training.")
 ]
+Sources = Annotated[
+    list[str] | None, _option(MODEL, "backbone, equal-cost (backbone at the largest input that takes no longer than "
+            "the student), student, teacher, or a feature file (.h5); can be repeated. Default: the first four."),
+]  # fmt: skip
 Set = Annotated[
     list[str] | None, _option(RECIPE, "Override a value of the recipe; can be repeated.", "--set", metavar="KEY=VALUE")
 ]
@@ -222,14 +226,7 @@ def probe(
     ] = None,
     size: OldRes = None,
     checkpoint: Annotated[list[str] | None, _option(MODEL, f"Student; can be repeated: {STUDENT} {SHIPPED}")] = None,
-    source: Annotated[
-        list[str] | None,
-        _option(
-            MODEL,
-            "backbone, equal-cost (backbone at the largest input that takes no longer than the student), student, "
-            "teacher, or a feature file (.h5); can be repeated. Default: the first four.",
-        ),
-    ] = None,
+    source: Sources = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
     apply: Annotated[Path | None, _option(HEAD, "A saved head: predict new images with it instead of probing.")] = None,
@@ -354,9 +351,9 @@ def benchmark(
     probe_data: Annotated[
         Path | None, _option(ABLATION, "With --probe: folder of the labelled set.", metavar="DIR")
     ] = None,
-    output: Annotated[Path, _option(OUTPUT, "Folder of results and pictures.", show_default=True)] = Path(
-        "runs/benchmark"
-    ),
+    output: Annotated[
+        Path, _option(OUTPUT, "Folder of results and pictures.", show_default=True)
+    ] = BenchmarkOptions.output,
     report: Annotated[Path | None, _option(OUTPUT, "Also write a report, HTML and Markdown.", metavar="DIR")] = None,
     overwrite: Annotated[bool, _option(OUTPUT, "Measure anew what was measured before.", "--overwrite")] = False,
     as_json: Json = False,
@@ -383,14 +380,12 @@ def benchmark(
             "--recipe": recipe, "--set": set_, "--steps": steps, "--train-seconds": train_seconds,
             "--probe": probe, "--probe-data": probe_data,
         }  # fmt: skip
-        given = [name for name, value in only_with_ablate.items() if value is not None]
-        if ablate is None and given:
+        if ablate is None and (given := [name for name, value in only_with_ablate.items() if value is not None]):
             raise UsageError(f"{' and '.join(given)}: only with --ablate.")
         if ablate is None:
             run_benchmark(options, report, dry_run, as_json)
             return
-        beside = replace(options, output=BenchmarkOptions.output)
-        if beside != BenchmarkOptions():
+        if (beside := replace(options, output=BenchmarkOptions.output)) != BenchmarkOptions():
             raise UsageError(f"--ablate trains variants and does without the options of {beside.command!r}: see --set.")
         from brixel_cli.cli.ablation import run_ablation
 

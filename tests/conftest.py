@@ -19,6 +19,8 @@ from brixel_cli.config.files import load_recipe
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.student import StudentCard, build_adapter, save_student
 
+TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+"""What Python is started with for two processes of torchrun; the script, or -m and the module, comes next."""
 FIXTURES = Path(__file__).parent / "fixtures"
 
 TINY = """

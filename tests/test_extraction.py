@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import Listener, every_row, make_photograph
+from conftest import TWO_RANKS, Listener, every_row, make_photograph
 from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 from typer.testing import CliRunner
@@ -198,7 +198,7 @@ def test_two_processes_fill_one_file(extract_options, mixed: Path, model, tmp_pa
     threads = f"import torch; torch.set_num_threads({torch.get_num_threads()}); from brixel_cli.app import main; main()"
     (tmp_path / "start.py").write_text(threads)
     process = run(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "start.py"), "extract",
+        *TWO_RANKS, str(tmp_path / "start.py"), "extract",
         "--input", str(mixed), "--res", "64", "--checkpoint", model[0], "--batch-size", "2", "--device", "cpu",
         "--precision", "float32", "--output", str(output), "--json",
     )  # fmt: skip
@@ -211,7 +211,7 @@ def test_two_processes_fill_one_file(extract_options, mixed: Path, model, tmp_pa
 def test_an_error_of_the_first_process_ends_all_and_is_reported_once(extract_options, model, listener: Listener):
     done = extract(extract_options(), listener)
     process = run(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "brixel_cli", "extract",
+        *TWO_RANKS, "-m", "brixel_cli", "extract",
         "--input", *extract_options().inputs, "--res", "96", "--checkpoint", model[0], "--device", "cpu",
         "--precision", "float32", "--output", str(done.output),
     )  # fmt: skip

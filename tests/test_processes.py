@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TWO_RANKS
 
 from brixel_cli.core.weights import load_tensors
 
@@ -62,7 +63,7 @@ def test_two_processes_give_the_validation_of_one(
 
 
 def test_a_fault_is_told_once(tiny_recipe_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "brixel_cli",
+    command = [sys.executable, *TWO_RANKS, "-m", "brixel_cli",
                "distill", "--recipe", str(tiny_recipe_file), "--set", "optim.batch_size=3", "--output", str(tmp_path / "run")]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300

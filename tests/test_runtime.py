@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TWO_RANKS
 
 from brixel_cli.engines.runtime import Runtime, free_memory, is_out_of_memory, memory_errors
 from brixel_cli.errors import BrixelError, UsageError
@@ -134,8 +135,7 @@ sys.stdout.write(f"{mean} {first} {gathered} {model.weight.grad.item()}\\n")
 
 def test_two_processes_share_means_gradients_and_lists(tmp_path: Path) -> None:
     (tmp_path / "run.py").write_text(PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run([*command, str(tmp_path / "run.py")], capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, *TWO_RANKS, str(tmp_path / "run.py")], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     # Gradient: the pass without exchange gives 1 and 2, the other 10 and 20; what travels are the sums 11 and 22.

@@ -131,16 +131,22 @@ def gaps_by_domain(
         student: as for `gap_over_images`.
         metric: one of `FIDELITY`.
     """
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        rows.setdefault(domain_of(name), []).append(row)
-    if not 2 <= len(rows) <= MOST_DOMAINS:
+    rows = rows_by_domain(names)
+    if not rows:
         return {}
     found = {
         domain: gap_over_images([backbone[row] for row in own], [student[row] for row in own], metric)
         for domain, own in rows.items()
     }
     return found | {"mean": mean_gap(found.values())}
+
+
+def rows_by_domain(names: Iterable[str]) -> dict[str, list[int]]:
+    """Which of the images lie in each domain, by their places; empty where there is one, or too many to be domains."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(domain_of(name), []).append(row)
+    return rows if 2 <= len(rows) <= MOST_DOMAINS else {}
 
 
 def domain_of(name: str) -> str:

@@ -114,9 +114,7 @@ def load_pth(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (
-        Exception
-    ) as error:  # damaged pickles raise errors of a dozen kinds; torch's advice in them is to trust the file
+    except Exception as error:  # of a dozen kinds in damaged pickles; torch's advice in them is to trust the file
         raise WeightsError(
             f"{path} is no state dict of plain tensors, or is damaged ({type(error).__name__}). brixel does not load "
             "files that can run code: save the state dict alone, or convert it to .safetensors."

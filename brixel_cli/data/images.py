@@ -6,7 +6,6 @@ import os
 import re
 import stat
 import threading
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from brixel_cli.core.formatting import printable, utf8
-from brixel_cli.core.metrics import MOST_DOMAINS, domain_of
+from brixel_cli.core.metrics import rows_by_domain
 from brixel_cli.errors import BrixelError
 
 EXTENSIONS = (
@@ -206,16 +205,9 @@ def _may_be_file(path: Path) -> bool:
 
 def share_out(images: Sequence[ImageFile], most: int) -> list[ImageFile]:
     """The first ones, `most` at most: of images in folders of several domains, as many of each as there are."""
-    counts: Counter[str] = Counter()
-    places = {}
-    for image in images:
-        domain = domain_of(image.name)
-        places[image] = counts[domain]
-        counts[domain] += 1
-    if not 2 <= len(counts) <= MOST_DOMAINS:
-        return list(images[:most])
-    chosen = set(sorted(images, key=lambda image: places[image])[:most])
-    return [image for image in images if image in chosen]
+    domains = rows_by_domain(image.name for image in images) or {"": list(range(len(images)))}
+    turns = sorted((turn, row) for rows in domains.values() for turn, row in enumerate(rows))
+    return [images[row] for row in sorted(row for _, row in turns[:most])]
 
 
 def scan_folder(folder: Path, min_side: int) -> tuple[list[ImageFile], list[Skipped]]:

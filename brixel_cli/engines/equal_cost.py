@@ -22,11 +22,16 @@ ROUNDS = 15
 Size = tuple[int, int]
 
 
+def student_grid(student: Student, size: Size) -> Size:
+    """Grid (height, width) of the student's map at an input of `size` pixels."""
+    patch, factor = student.backbone.patch_size, student.adapter.factor
+    return size[0] // patch * factor, size[1] // patch * factor
+
+
 def enlarged_map(student: Student, size: Size) -> Callable[[Tensor], Tensor]:
     """The plain backbone of any images, its map enlarged bilinearly to the grid of the student's at `size`."""
-    backbone, factor = student.backbone, student.adapter.factor
-    grid = (size[0] // backbone.patch_size * factor, size[1] // backbone.patch_size * factor)
-    return lambda images: resize(backbone.last_map(images), grid)
+    grid = student_grid(student, size)
+    return lambda images: resize(student.backbone.last_map(images), grid)
 
 
 @torch.inference_mode()

@@ -189,7 +189,7 @@ def default_student(backbone: str | None, reporter: Reporter, res: int | None = 
         UsageError: the students that come with brixel belong to other backbones.
         WeightsError: what comes with brixel is missing or damaged.
     """
-    cards = {name: read_adapter(name).card for name in (DEFAULT_STUDENT, *shipped_students())}
+    cards = {name: read_adapter(name).card for name in dict.fromkeys((DEFAULT_STUDENT, *shipped_students()))}
     found = {name: card for name, card in cards.items() if not backbone or same_model(backbone, card.backbone)}
     trained = _trained_here(backbone)
     if not found:

@@ -22,17 +22,8 @@ ODD_VALUES: Sequence[Any] = (
     "../../outside/precious.txt", "/etc/passwd", "\x1b[31mred\x07\nerror: forged", "\ud800", "é" * 200, [], {}, [[]], [1, 2], ["a"],
     {"a": 1}, [10**9, 10**9], "1e400", "NaN", "h5", "npy", "~nobody_at_all/x",
 )  # fmt: skip
-PIECES = (
-    b"\0",
-    b"\xff",
-    b"\x80\0\0\0",
-    b"\xff\xff\xff\xff",
-    b"\xff\xff\xff\x7f",
-    b"\0" * 64,
-    b"\xff" * 64,
-    b"{}",
-    b'"',
-)
+PIECES = (b"\0", b"\xff", b"\x80\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0" * 64, b"\xff" * 64, b"{}",
+          b'"')  # fmt: skip
 
 
 def flip(rng: Random, path: Path, low: int = 0, high: int | None = None) -> str:

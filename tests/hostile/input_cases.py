@@ -88,6 +88,16 @@ def _good(world: World, folder: Path) -> Check:
     return check
 
 
+def _distil_alone(world: World, folder: Path, output: Path) -> list[str]:
+    return ["distill", "--recipe", str(world.recipe), "--images", str(folder), "--output", str(output),
+            "--set", "optim.steps=2"]  # fmt: skip
+
+
+def _predict_alone(world: World, folder: Path, output: Path) -> list[str]:
+    head = world.whole["probe"] / world.head
+    return ["probe", "--apply", str(head), "--input", str(folder), "--output", str(output), "--device", "cpu"]
+
+
 def _extract_alone(world: World, reference: Path, output: Path, *more: str) -> list[str]:
     arguments = world.command("h5", output)
     arguments[arguments.index("--input") + 1] = str(reference)
@@ -112,21 +122,7 @@ def image(world: World, rng: Random, place: Path) -> Case:
         )
         return Case("; ".join(did), arguments, always=_good(world, folder), output=("work/out.h5", "work/out_preview"))
     output = place / "work" / "out"
-    if rng.random() < 0.5:
-        arguments = [
-            "distill",
-            "--recipe",
-            str(world.recipe),
-            "--images",
-            str(folder),
-            "--output",
-            str(output),
-            "--set",
-            "optim.steps=2",
-        ]
-    else:
-        head = world.whole["probe"] / world.head
-        arguments = ["probe", "--apply", str(head), "--input", str(folder), "--output", str(output), "--device", "cpu"]
+    arguments = _distil_alone(world, folder, output) if rng.random() < 0.5 else _predict_alone(world, folder, output)
     return Case("; ".join([arguments[0], *did]), arguments)
 
 
@@ -265,30 +261,7 @@ def file_name(world: World, rng: Random, place: Path) -> Case:
         outputs = (f"work/{output.name}", f"work/{output.stem if kind == 'h5' else output.name}_preview")
         return Case(f"{kind}, {names}", [*arguments, *more], always=check, output=outputs)
     output = place / "work" / "out"
-    if kind == "distill":
-        arguments = [
-            "distill",
-            "--recipe",
-            str(world.recipe),
-            "--images",
-            str(folder),
-            "--output",
-            str(output),
-            "--set",
-            "optim.steps=2",
-        ]
-    else:
-        arguments = [
-            "probe",
-            "--apply",
-            str(world.whole["probe"] / world.head),
-            "--input",
-            str(folder),
-            "--output",
-            str(output),
-            "--device",
-            "cpu",
-        ]
+    arguments = _distil_alone(world, folder, output) if kind == "distill" else _predict_alone(world, folder, output)
     return Case(f"{kind}, {names}", arguments)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from conftest import make_photograph
+from conftest import TWO_RANKS, make_photograph
 
 from hostile import sandbox
 from hostile.world import FORMATS, World, contents_of_features, contents_of_run
@@ -151,16 +151,7 @@ def kill_ranks(world: Killed, count: int, rng: random.Random, place: Path) -> Ta
 
 
 def _launch(arguments: Sequence[str], folder: Path) -> subprocess.Popen[str]:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "brixel_cli",
-    ]
+    launcher = [sys.executable, *TWO_RANKS, "-m", "brixel_cli"]
     with (folder / "log").open("w") as log:
         return subprocess.Popen([*launcher, *arguments], stdout=log, stderr=log, text=True, cwd=folder, start_new_session=True,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip

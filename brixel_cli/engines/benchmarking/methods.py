@@ -18,7 +18,7 @@ from brixel_cli.core.cost import count_bytes, count_parameters
 from brixel_cli.core.identity import file_sha256
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.results import Kind, Size
-from brixel_cli.engines.equal_cost import EQUAL_COST, enlarged_map
+from brixel_cli.engines.equal_cost import EQUAL_COST, enlarged_map, student_grid
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -136,7 +136,7 @@ def make_methods(student: Student, size: Size, highres: bool, baselines: Sequenc
     """
     backbone, factor = student.backbone, student.adapter.factor
     grid = (size[0] // backbone.patch_size, size[1] // backbone.patch_size)
-    fine = (grid[0] * factor, grid[1] * factor)
+    fine = student_grid(student, size)
     large = (size[0] * factor, size[1] * factor)
     frozen, adapter = count_bytes(backbone), count_bytes(student.adapter)
 
@@ -148,7 +148,7 @@ def make_methods(student: Student, size: Size, highres: bool, baselines: Sequenc
 
     methods = [
         Method("backbone", "backbone", size, grid, backbone.last_map, 0, frozen),
-        Method("bilinear", "bilinear", size, fine, enlarged_map(student, size), 0, frozen),
+        replace(enlarged(student, size, size), kind="bilinear", label="bilinear"),
         *(from_elsewhere(baseline) for baseline in baselines),
         Method("student", "student", size, fine, student, count_parameters(student.adapter), frozen + adapter),
     ]
@@ -159,9 +159,8 @@ def make_methods(student: Student, size: Size, highres: bool, baselines: Sequenc
 
 def enlarged(student: Student, input_size: Size, size: Size) -> Method:
     """The plain backbone at an input of its own, its map enlarged bilinearly to the grid of the student's at `size`."""
-    backbone, factor = student.backbone, student.adapter.factor
-    grid = (size[0] // backbone.patch_size * factor, size[1] // backbone.patch_size * factor)
-    return Method("equal_cost", EQUAL_COST, input_size, grid, enlarged_map(student, size), 0, count_bytes(backbone))
+    frozen, call = count_bytes(student.backbone), enlarged_map(student, size)
+    return Method("equal_cost", EQUAL_COST, input_size, student_grid(student, size), call, 0, frozen)
 
 
 def in_precision(method: Method, runtime: Runtime, compiled: bool = False) -> Method:

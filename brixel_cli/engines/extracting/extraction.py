@@ -16,12 +16,11 @@ from torch import Tensor
 
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.core.files import locked, writing
-from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_layout import FORMAT, MapWriter, encode
-from brixel_cli.data.inputs import describe_videos, reason_of
+from brixel_cli.data.inputs import reason_of
 from brixel_cli.data.row_store import CHECKSUM, DONE, FAILED, MISSING, REASON, Array, Store, create_store
 from brixel_cli.engines.extracting.plan import (
     CONTACT_SHEET,
@@ -150,7 +149,7 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     runtime = Runtime(options.device, options.precision)
     with _quiet_pillow():
         plan = make_plan(options, reporter)
-        _announce(plan, reporter)
+        plan.announce(reporter)
         with ExitStack() as stack:
             runtime.first_only(lambda: stack.enter_context(locked(plan.output)))
             return _extract(plan, runtime, reporter)
@@ -356,26 +355,6 @@ def _stored_basis(store: Store) -> Basis | None:
         return None
     components, mean = (torch.from_numpy(np.array(store.array(f"pca_{part}"))) for part in ("components", "mean"))
     return Basis(components, mean)
-
-
-def _announce(plan: ExtractPlan, reporter: Reporter) -> None:
-    grids = plan.layout.rows_of_grid
-    shown = ", ".join(f"{h}x{w} ({len(rows)})" for (h, w), rows in list(grids.items())[:4])
-    more = f" and {len(grids) - 4} more" if len(grids) > 4 else ""
-    reporter.say(
-        f"{len(plan.reasons)} images, {len(plan.reasons) - plan.num_usable} of them unusable; grids {shown}{more}, "
-        f"{plan.layout.channels} channels, {plan.options.dtype}"
-    )
-    reporter.say(
-        f"{plan.output}: {human_bytes(plan.bytes_needed)} needed, {human_bytes(plan.bytes_free)} free on the disk"
-    )
-    if plan.num_snapped:
-        reporter.say(
-            f"{plan.num_snapped} sizes were rounded to multiples of the patch, {plan.spec.patch_size} pixels, "
-            f"by {plan.most_snapped:.1f} at most"
-        )
-    if plan.inputs.passed_over:
-        reporter.say(describe_videos(plan.inputs.passed_over))
 
 
 def _workers(plan: ExtractPlan) -> int:

@@ -16,10 +16,11 @@ import numpy as np
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_disk, free_bytes
+from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.identity import files_sha256
 from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile
 from brixel_cli.data.feature_layout import FORMAT, Layout, text_array
-from brixel_cli.data.inputs import Inputs, default_output, find_inputs
+from brixel_cli.data.inputs import Inputs, default_output, describe_videos, find_inputs
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import CHECKSUM, FAILED, MISSING, REASON, Array, Store
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
@@ -113,6 +114,26 @@ class ExtractPlan:
                 ) from error
             needed -= path.stat().st_blocks * 512
         check_disk(self.output.absolute().parent, needed, f"{self.output}")
+
+    def announce(self, reporter: Reporter) -> None:
+        """Say what will be computed and stored."""
+        grids = self.layout.rows_of_grid
+        shown = ", ".join(f"{h}x{w} ({len(rows)})" for (h, w), rows in list(grids.items())[:4])
+        more = f" and {len(grids) - 4} more" if len(grids) > 4 else ""
+        reporter.say(
+            f"{len(self.reasons)} images, {len(self.reasons) - self.num_usable} of them unusable; grids {shown}{more}, "
+            f"{self.layout.channels} channels, {self.options.dtype}"
+        )
+        reporter.say(
+            f"{self.output}: {human_bytes(self.bytes_needed)} needed, {human_bytes(self.bytes_free)} free on the disk"
+        )
+        if self.num_snapped:
+            reporter.say(
+                f"{self.num_snapped} sizes were rounded to multiples of the patch, {self.spec.patch_size} pixels, "
+                f"by {self.most_snapped:.1f} at most"
+            )
+        if self.inputs.passed_over:
+            reporter.say(describe_videos(self.inputs.passed_over))
 
     def digests(self, reporter: Reporter) -> list[str]:
         """SHA-256 (hex) of each row's file; empty where nothing of it can be used."""
