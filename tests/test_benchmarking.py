@@ -48,7 +48,7 @@ def test_rows_of_a_trained_student(run: Path, tmp_path: Path, listener: Listener
     assert all(file.is_file() for file in files)
     assert len(results.pictures) == 2  # two photographs are held out
     page = page_data((tmp_path / "out" / results.pictures[0].page).read_text())
-    assert page["sources"] == ["backbone", "student", "teacher"]
+    assert page["sources"] == ["backbone", EQUAL_COST, "student", "teacher"]
     assert [image["name"].split(",")[0] for image in page["images"]] == [picture.image for picture in results.pictures]
     assert results.models[0].num_images == 2
 

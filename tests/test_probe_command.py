@@ -193,7 +193,7 @@ def test_apply_writes_masks(command: list[str], root: Path, tmp_path: Path) -> N
     (["--recipe", "RECIPE", "--protocol", "dinov3-nyu"], "The protocol dinov3-nyu is for depth, not for segmentation"),
     (["--recipe", "RECIPE", "--quick", "--protocol", "jafar"], "--quick is the protocol quick, and --protocol is jafar"),
     (["--recipe", "RECIPE", "--size", "big"], "--res takes a side in pixels, such as 112, or HEIGHTxWIDTH"),
-    (["--recipe", "RECIPE", "--set", "protocol.lrr=1"], "protocol quick has 1 error:\n  lrr: unknown key; did you mean lr?"),
+    (["--recipe", "RECIPE", "--set", "protocol.lrr=1"], "protocol quick has 1 error:\n    lrr: unknown key; did you mean lr?"),
     (["--recipe", "RECIPE", "--set", "protocol.side=9"], "protocol.name and protocol.side say what was published"),
     (["--recipe", "RECIPE", "--set", "data.rot=9"], "data.rot: unknown key; did you mean root?"),
     (["--recipe", "RECIPE", "--input", "x"], "--input goes with --apply; the images of a probe are those of the recipe"),

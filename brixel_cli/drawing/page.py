@@ -21,6 +21,7 @@ from brixel_cli.drawing.charts import themed
 STYLE = Path(__file__).with_name("style.css")
 FIGURES = "figures"
 POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+END = "</html>"
 WEBP_QUALITY = 88
 
 
@@ -183,8 +184,14 @@ def document(title: str, body: str, head: str = "") -> str:
 <body>
 {body}
 </body>
-</html>
+{END}
 """
+
+
+def check_document(path: Path) -> None:
+    """Read a page of ours again; raises a ValueError where it is cut short or no text."""
+    if not path.read_text(encoding="utf-8").endswith(f"{END}\n"):
+        raise ValueError("it ends too early")
 
 
 def _html_blocks(blocks: Sequence[Block]) -> str:

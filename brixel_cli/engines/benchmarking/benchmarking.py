@@ -266,8 +266,8 @@ class _Benchmark:
             counted_row = count_row(candidate.name, rival, student.backbone, size, batch_size)
             rows[rival.label] = replace(counted_row, latency=of_size[own])
             images[rival.label] = images[rivals[own].label]
-            run.append(rival)
             methods.insert(-2, rival)  # before student and teacher
+            run = [method for method in methods if method in (*run, rival)]
         for method in run:
             call = partial(method.call, images[method.label])
             rows[method.label] = self._with_memory(candidate, rows[method.label], call)

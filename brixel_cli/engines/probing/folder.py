@@ -20,6 +20,7 @@ from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_files, check_picture, make_folder, write_text
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.heads import load_head
+from brixel_cli.drawing.page import check_document
 from brixel_cli.engines.probing.results import ProbeResults, Run, Settings, SourceDescription, as_dict
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -102,9 +103,14 @@ class ProbeFolder:
                 self.images(label, seed): check_images}  # fmt: skip
 
     def damaged_pictures(self) -> bool:
-        """Whether one of the pictures is damaged, or there are no curves."""
+        """Whether one of the pictures or the page is damaged, or there are no curves."""
+        return any(check_files(self._drawn()).values())
+
+    def _drawn(self) -> dict[Path, Callable[[Path], object]]:
+        """What reads each picture, and the page."""
+        pages = [self.page] if self.page.exists() else []  # some protocols and earlier versions have none
         pictures = [self.curves, *self.pictures.glob("*.png")]
-        return any(check_files(dict.fromkeys(pictures, check_picture)).values())
+        return {**dict.fromkeys(pictures, check_picture), **dict.fromkeys(pages, check_document)}
 
     def verify(self) -> dict[Path, str]:
         """Read every file of the probe again.
@@ -124,7 +130,7 @@ class ProbeFolder:
         }
         for run in results.runs:
             checks |= self._checks(run, results)
-        return check_files(checks | dict.fromkeys([self.curves, *self.pictures.glob("*.png")], check_picture))
+        return check_files(checks | self._drawn())
 
     @staticmethod
     def _check_table(path: Path, results: ProbeResults) -> None:
