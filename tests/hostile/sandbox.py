@@ -106,7 +106,7 @@ class Child:
             for number, (_, writing) in enumerate(self._pipes, 1):
                 os.dup2(writing, number)
             for number, name in ((1, "stdout"), (2, "stderr")):
-                setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace"))
+                setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False))
             os.chdir(folder)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             _limit(self.limits)
