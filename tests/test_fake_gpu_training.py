@@ -124,7 +124,7 @@ def test_an_update(
 
     monkeypatch.setattr("torch.Tensor.backward", backward)
     monkeypatch.setattr("torch.nn.Module.to", lambda module, *_: module)  # there already; a fake cannot be swapped
-    trainer = Trainer(recipe, adapter, runtime)
+    trainer = Trainer(recipe, adapter, backbone_on_gpu(), runtime)
     trainer.loss.basis = fit_basis(batch.targets, 8, seed=0)
     values, names = trainer.update(iter([batch, batch]), lr=1e-3)
     assert set(values) == {"loss", "l1", "edge", "spectral", "cosine", "grad_norm"}

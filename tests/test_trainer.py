@@ -17,10 +17,10 @@ from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.distilling.trainer import (
     Trainer,
-    decay_groups,
     learning_rate,
     make_adapter,
     num_steps,
+    parameter_groups,
     with_noise,
 )
 from brixel_cli.engines.runtime import Runtime
@@ -65,7 +65,7 @@ def test_gradients_reach_only_the_adapter(tiny_recipe_file: Path, kind: str, lis
     backbone = load_backbone("test_vit", "random")
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     trainer = Trainer(
-        recipe, make_adapter(recipe, backbone, listener), Runtime(recipe.run.device, recipe.run.precision)
+        recipe, make_adapter(recipe, backbone, listener), backbone, Runtime(recipe.run.device, recipe.run.precision)
     )
     views, _ = make_views(recipe, find_images(recipe))
     batches = OnlineBatches(views, backbone, trainer.runtime, workers=0)
@@ -83,8 +83,9 @@ def test_gradients_reach_only_the_adapter(tiny_recipe_file: Path, kind: str, lis
 def test_only_the_weights_of_layers_decay(tiny_recipe_file: Path, kind: str) -> None:
     from brixel_cli.core.student import build_adapter
 
-    adapter = build_adapter(64, 4, with_changes(tiny_recipe_file, f"adapter.kind={kind}").adapter)
-    decayed, others = decay_groups(adapter, 0.1)
+    recipe = with_changes(tiny_recipe_file, f"adapter.kind={kind}", "optim.weight_decay=0.1")
+    adapter = build_adapter(64, 4, recipe.adapter)
+    decayed, others = parameter_groups(adapter, recipe.optim)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     names = {id(tensor): name for name, tensor in adapter.named_parameters()}
     first, second = ({names[id(tensor)] for tensor in group["params"]} for group in (decayed, others))

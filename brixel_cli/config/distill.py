@@ -72,6 +72,9 @@ class DeformableConfig(Section):
 class AdapterConfig(Section):
     kind: Literal["fusion", "deformable"] = "fusion"
     """`fusion`: convolutions, the cheaper one. `deformable`: the paper's."""
+    lora_rank: Annotated[int, Field(ge=0, le=2**12)] = 0
+    """Rank of the updates of the backbone's linear layers that are trained with the adapter (LoRA); merged into the
+    student's own copy of the backbone, they cost no time. 0: none, the backbone as it is (paper)."""
     residual: Literal["direct", "half_grid"] = "direct"
     """How the backbone's last map is enlarged: straight, or through half the token grid (released)."""
     checkpointing: bool = False
@@ -241,6 +244,8 @@ class OptimConfig(Section):
     linear_views: Annotated[int, Field(ge=0)] = 2048
     """Before the first step the adapter's linear part is fitted on so many training views at most, by ridge
     regression; 0: it is not. Without one, or with `init`, there is nothing to fit."""
+    lora_lr: Rate = 2e-4
+    """Peak learning rate of the low-rank updates of the backbone, where `adapter.lora_rank` is not 0."""
     map_noise: Weight = 0.5
     """Gaussian noise on the backbone's maps in training, as a share of their standard deviation: it counters
     overfitting to few images."""

@@ -7,7 +7,7 @@ images (B, 3, H, W) and four maps (B, D, h, w) -> (B, D, factor * h, factor * w)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from brixel_cli.config.distill import AdapterConfig
+from brixel_cli.core.lora import LowRankUpdates
+
+if TYPE_CHECKING:
+    from brixel_cli.core.backbone import Backbone
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -51,6 +55,7 @@ class Adapter(nn.Module):
 
     Attributes:
         linear: 1x1 from the four maps to the output's channels, to be fitted before the first step; None: has none.
+        lora: low-rank updates of the backbone's layers; None: the backbone is taken as it is.
     """
 
     def __init__(self, embed_dim: int, factor: int, config: AdapterConfig):
@@ -59,6 +64,7 @@ class Adapter(nn.Module):
         self.factor = factor
         self.config = config
         self.linear: nn.Conv2d | None = None
+        self.lora: LowRankUpdates | None = None
 
     def difference(
         self, images: Tensor, maps: Sequence[Tensor], middle: tuple[int, int], fine: tuple[int, int]
@@ -88,6 +94,16 @@ class Adapter(nn.Module):
         for part, last_part in zip(parts, last_parts, strict=True):
             part += self.residual(last_part, fine)
         return difference
+
+    def from_backbone(self, backbone: Backbone, images: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The maps that `forward` takes: those with the low-rank updates, computed anew; without any, `maps`.
+
+        Args:
+            backbone: frozen.
+            images: normalised images (B, 3, H, W).
+            maps: the backbone's four maps of them, each (B, D, h, w).
+        """
+        return self.lora.maps(backbone, images) if self.lora else list(maps)
 
     def residual(self, last_map: Tensor, fine: tuple[int, int]) -> Tensor:
         """The last backbone map (B, D, h, w) on the output grid: what the student is without its learned part."""

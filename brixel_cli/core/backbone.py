@@ -121,7 +121,6 @@ class Backbone(nn.Module):
         """Stay in eval mode, whatever the module around this one does."""
         return super().train(False)
 
-    @torch.no_grad()
     def _maps(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
         check_size(images.shape[-2], images.shape[-1], self.patch_size)
         maps: list[Tensor] = self.vit.forward_intermediates(
@@ -129,6 +128,7 @@ class Backbone(nn.Module):
         )
         return [map_.float() for map_ in maps]
 
+    @torch.no_grad()
     def intermediate_maps(self, images: Tensor) -> list[Tensor]:
         """Four maps (B, D, h, w), float32, each through the final norm, prefix tokens dropped; the last block's last.
 
@@ -140,6 +140,11 @@ class Backbone(nn.Module):
         """
         return self._maps(images, self.layer_indices)
 
+    def maps_with_gradients(self, images: Tensor) -> list[Tensor]:
+        """As `intermediate_maps`, differentiable: for updates of the weights that are trained."""
+        return self._maps(images, self.layer_indices)
+
+    @torch.no_grad()
     def last_map(self, images: Tensor) -> Tensor:
         """The last block's map (B, D, H / patch, W / patch), float32, through the final norm.
 

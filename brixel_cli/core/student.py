@@ -21,6 +21,7 @@ from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, load_backbone, same_model
 from brixel_cli.core.deformable import DeformableAdapter
 from brixel_cli.core.fusion import FusionAdapter
+from brixel_cli.core.lora import LayerShapes, LowRankUpdates, linear_layers, stored_layers
 from brixel_cli.core.shipped import shipped_student, shipped_students
 from brixel_cli.core.weights import (
     RELEASED_ADAPTER,
@@ -48,9 +49,18 @@ RELEASED_BACKBONES = {
 }
 
 
-def build_adapter(embed_dim: int, factor: int, config: AdapterConfig) -> Adapter:
-    """The adapter that the recipe asks for, with fresh weights; its output starts out equal to its residual."""
+def build_adapter(embed_dim: int, factor: int, config: AdapterConfig, layers: LayerShapes | None = None) -> Adapter:
+    """The adapter that the recipe asks for, with fresh weights; its output starts out equal to its residual.
+
+    Args:
+        embed_dim: channels D of the backbone's maps.
+        factor: output grid over token grid.
+        config: options of the recipe's `adapter` section.
+        layers: the backbone's linear layers, for `lora_rank`; None: has no updates of them.
+    """
     adapter = ADAPTERS[config.kind](embed_dim, factor, config)
+    if config.lora_rank and layers:
+        adapter.lora = LowRankUpdates(layers, config.lora_rank)
     return adapter.to(memory_format=torch.channels_last) if config.channels_last else adapter
 
 
@@ -60,6 +70,7 @@ class Student(nn.Module):
     Attributes:
         backbone: the frozen `Backbone`.
         adapter: the trained `Adapter`.
+        trunk: the backbone that feeds the adapter: with the adapter's low-rank updates merged into a copy, or itself.
         released: what an import of released weights kept and skipped; None for weights of our own.
     """
 
@@ -67,6 +78,7 @@ class Student(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.adapter = adapter
+        self.trunk = adapter.lora.merged(backbone) if adapter.lora else backbone
         self.released: ReleasedStudent | None = None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -79,7 +91,7 @@ class Student(nn.Module):
             SizeError: H or W is not a multiple of the patch size.
         """
         dtype = next(self.adapter.parameters()).dtype
-        maps = [map_.to(dtype) for map_ in self.backbone.intermediate_maps(images)]
+        maps = [map_.to(dtype) for map_ in self.trunk.intermediate_maps(images)]
         output: Tensor = self.adapter(images.to(dtype), maps).float()
         return output
 
@@ -169,7 +181,10 @@ class StoredAdapter:
         Raises:
             WeightsError: the stored tensors do not fit the stored description.
         """
-        parts = self.card.embed_dim, self.card.factor, config or self.card.adapter
+        layers = stored_layers(self.tensors)
+        if self.card.adapter.lora_rank and not layers:
+            raise WeightsError(f"{self.path} does not fit its own description: it holds no low-rank updates.")
+        parts = self.card.embed_dim, self.card.factor, config or self.card.adapter, layers
         with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a description may ask for more than memory has
             expected = build_adapter(*parts).state_dict()
         check_keys(expected, self.tensors, f"{self.path} does not fit its own description")
@@ -189,6 +204,8 @@ class StoredAdapter:
         if trunk.embed_dim != width:
             raise WeightsError(f"{self.path} has width {width}, the backbone {backbone} has {trunk.embed_dim}.")
         self.check_weights(trunk)
+        if (layers := stored_layers(self.tensors)) and layers != linear_layers(trunk):
+            raise WeightsError(f"{self.path} has low-rank updates of other layers than those of {backbone}.")
         student = Student(trunk, self.build().to(device))
         student.released = self.released
         if dtype == "bfloat16":

@@ -23,6 +23,7 @@ from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.config.extract import Source
 from brixel_cli.core.backbone import Backbone, load_backbone, same_model
 from brixel_cli.core.identity import tensors_sha256
+from brixel_cli.core.lora import linear_layers
 from brixel_cli.core.shipped import DEFAULT_STUDENT, shipped_students
 from brixel_cli.core.student import FILE_NAME, StoredAdapter, Student, StudentCard, build_adapter, read_adapter
 from brixel_cli.data.resizing import snap
@@ -110,7 +111,8 @@ class ModelSpec:
             if self.chosen_by is not None and device != "meta":
                 self.chosen_by.check_weights(backbone)
             return backbone
-        adapter = build_adapter(self.embed_dim, self.factor, self.adapter)
+        layers = linear_layers(backbone) if self.adapter.lora_rank else None
+        adapter = build_adapter(self.embed_dim, self.factor, self.adapter, layers)
         student = Student(backbone, adapter.to(device, getattr(torch, self.dtype)))
         return student.eval().requires_grad_(False)
 

@@ -106,7 +106,7 @@ def _distill(recipe: Recipe, folder: RunFolder, reporter: Reporter, runtime: Run
     torch.manual_seed(recipe.seed)
     backbone = load_backbone(recipe.backbone.name, recipe.backbone.weights, recipe.backbone.dtype, str(runtime.device))
     check_view_sizes(recipe, backbone.patch_size)
-    trainer = Trainer(recipe, make_adapter(recipe, backbone, reporter), runtime)
+    trainer = Trainer(recipe, make_adapter(recipe, backbone, reporter), backbone, runtime)
     reporter.say(
         f"{images.counted} images, {len(images.skipped)} skipped; {runtime.device.type}, {runtime.precision}, "
         f"{runtime.world_size} process(es)"

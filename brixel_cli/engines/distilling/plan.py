@@ -309,7 +309,12 @@ def _count_size(
     batch_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (images, *maps, targets))
     basis = Basis(torch.empty(backbone.embed_dim, loss.edge.components), torch.empty(backbone.embed_dim))
     terms = DistillationLoss(loss, basis)
-    trained = count_cost(lambda: terms(adapter(images, maps).float(), targets).total.backward())
+
+    def train() -> None:
+        prediction = adapter(images, adapter.from_backbone(backbone, images, maps))
+        terms(prediction.float(), targets).total.backward()
+
+    trained = count_cost(train)
     return teacher, trunk, trained, batch_bytes
 
 
@@ -333,7 +338,7 @@ def random_batch(recipe: Recipe, backbone: Backbone, runtime: Runtime) -> Batch:
 
 def random_update(recipe: Recipe, backbone: Backbone, runtime: Runtime, batch: Batch) -> Callable[[], object]:
     """A call that makes one update of a fresh adapter as the recipe says, on a batch that stays the same."""
-    trainer = Trainer(recipe, make_adapter(recipe, backbone), runtime)
+    trainer = Trainer(recipe, make_adapter(recipe, backbone), backbone, runtime)
     if recipe.loss.edge.weight and recipe.loss.edge.basis == "fixed":
         basis = fit_basis(batch.targets, recipe.loss.edge.components, recipe.seed)
         trainer.loss = DistillationLoss(recipe.loss, basis)

@@ -16,6 +16,7 @@ from brixel_cli.config.base import scheduled_rate
 from brixel_cli.config.distill import AdapterConfig, OptimConfig, Recipe
 from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, same_model
+from brixel_cli.core.lora import linear_layers
 from brixel_cli.core.losses import Basis, DistillationLoss
 from brixel_cli.core.student import build_adapter, read_adapter
 from brixel_cli.data.views import seed_of
@@ -63,31 +64,53 @@ def with_noise(maps: Sequence[Tensor], share: float, seeds: Sequence[int]) -> li
         generator.manual_seed(seed)
         for map_ in noisy:
             noise = torch.randn(map_.shape[1:], generator=generator, device=map_.device, dtype=map_.dtype)
-            map_[image] += share * map_[image].std() * noise
+            map_[image] += share * map_[image].detach().std() * noise
     return noisy
 
 
-def decay_groups(adapter: Adapter, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: weights of layers decay; norms, biases, layer scales and the closed-form linear part do not."""
+def parameter_groups(adapter: Adapter, optim: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: weights of layers decay; norms, biases, layer scales and the closed-form linear part do not.
+
+    The low-rank updates of the backbone do not decay either, and have a learning rate of their own.
+    """
     named = list(adapter.named_parameters())
+    updates = [tensor for name, tensor in named if name.startswith("lora.")]
     decays = {name for name, tensor in named if name.endswith("weight") and tensor.ndim > 1}
     decays -= {name for name in decays if name.startswith("linear.")}
-    return [
-        {"params": [tensor for name, tensor in named if name in decays], "weight_decay": weight_decay},
-        {"params": [tensor for name, tensor in named if name not in decays], "weight_decay": 0.0},
+    rest = [tensor for name, tensor in named if name not in decays and not name.startswith("lora.")]
+    groups: list[dict[str, Any]] = [
+        {"params": [tensor for name, tensor in named if name in decays], "weight_decay": optim.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
     ]
+    if updates:
+        groups.append({"params": updates, "weight_decay": 0.0, "lr_scale": optim.lora_lr / optim.lr})
+    return [{"lr_scale": 1.0, **group} for group in groups]
+
+
+class _Trained(nn.Module):
+    """The adapter behind its backbone, as one call."""
+
+    def __init__(self, adapter: Adapter, backbone: Backbone):
+        super().__init__()
+        self.adapter = adapter
+        self._backbone = (backbone,)  # no part of the module: it is frozen
+
+    def forward(self, batch: Batch, noise: float, seeds: Sequence[int]) -> Tensor:
+        maps = self.adapter.from_backbone(self._backbone[0], batch.images, batch.maps)
+        output: Tensor = self.adapter(batch.images, with_noise(maps, noise, seeds))
+        return output
 
 
 class Trainer:
     """Adapter, optimiser and average of a run, and all that a checkpoint holds of them."""
 
-    def __init__(self, recipe: Recipe, adapter: Adapter, runtime: Runtime):
+    def __init__(self, recipe: Recipe, adapter: Adapter, backbone: Backbone, runtime: Runtime):
         keep_freed_memory(runtime.device)
         self.recipe, self.runtime, self.adapter = recipe, runtime, adapter.to(runtime.device)
         if runtime.world_size > 1 and runtime.device.type == "cuda":
             self.adapter = nn.SyncBatchNorm.convert_sync_batchnorm(self.adapter)
-        self.model: nn.Module = runtime.parallel(self.adapter)
-        groups = decay_groups(self.adapter, recipe.optim.weight_decay)
+        self.model: nn.Module = runtime.parallel(_Trained(self.adapter, backbone))
+        groups = parameter_groups(self.adapter, recipe.optim)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, fused=True)
         self.average = averaged(self.adapter, recipe.optim.average) if recipe.optim.average else None
         self.loss = DistillationLoss(recipe.loss, mean_over_processes=runtime.mean)
@@ -110,7 +133,7 @@ class Trainer:
         """
         accumulate = self.recipe.optim.accumulate
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
         sums: dict[str, Tensor] = {}
@@ -125,11 +148,10 @@ class Trainer:
             seeds = [
                 seed_of(self.recipe.seed, self.step, first + place, 0, NOISE) for place in range(len(batch.images))
             ]
-            maps = with_noise(batch.maps, self.recipe.optim.map_noise, seeds)
             # Gradients travel between processes once, with the last pass.
             with without_sync(self.model) if part < accumulate - 1 else nullcontext():
                 with self.runtime.autocast():
-                    prediction = self.model(batch.images, maps)
+                    prediction = self.model(batch, self.recipe.optim.map_noise, seeds)
                 parts = self.loss(prediction, batch.targets, seed)
                 (parts.total / accumulate).backward()
             for name, value in {"loss": parts.total.detach(), **parts.terms}.items():
@@ -201,7 +223,8 @@ def make_adapter(recipe: Recipe, backbone: Backbone, reporter: Reporter | None =
     """
     torch.manual_seed(recipe.seed)
     if recipe.init is None:
-        return build_adapter(backbone.embed_dim, recipe.views.factor, recipe.adapter)
+        layers = linear_layers(backbone) if recipe.adapter.lora_rank else None
+        return build_adapter(backbone.embed_dim, recipe.views.factor, recipe.adapter, layers)
     stored = read_adapter(recipe.init)
     card = stored.card
     wanted = _architecture(backbone.embed_dim, recipe.views.factor, recipe.adapter)
@@ -226,4 +249,4 @@ def _architecture(embed_dim: int, factor: int, config: AdapterConfig) -> dict[st
     options.pop("drop_path", None)
     fixed = {"embed_dim": embed_dim, "views.factor": factor, "adapter.kind": config.kind}
     chosen = {f"adapter.{config.kind}.{key}": value for key, value in options.items()}
-    return {**fixed, "adapter.residual": config.residual, **chosen}
+    return {**fixed, "adapter.residual": config.residual, "adapter.lora_rank": config.lora_rank, **chosen}

@@ -80,7 +80,7 @@ def validate(
 
     Args:
         adapter: to be measured.
-        backbone: whose normalisation the pictures undo.
+        backbone: of the student.
         batches: of held-out views; damaged ones, for which others stand in, are left out.
         num_images: held-out views.
         runtime: device and processes.
@@ -103,18 +103,19 @@ def validate(
     for batch in batches.iterate(chunks):
         check_finite(batch)
         with runtime.autocast():
-            predictions = adapter(batch.images, batch.maps).float()
+            maps = adapter.from_backbone(backbone, batch.images, batch.maps)
+            predictions = adapter(batch.images, maps).float()
         bilinear = resize(batch.maps[-1], (predictions.shape[-2], predictions.shape[-1]))
         for place, target in enumerate(batch.targets):
             if batch.replaced[place]:
                 continue
             basis = fidelity_basis(target)
-            found = [fidelity(maps[place], target, basis) for maps in (bilinear, predictions)]
+            found = [fidelity(some[place], target, basis) for some in (bilinear, predictions)]
             measured.append((batch.names[place], found[0], found[1]))
             if len(rows) < PICTURE_ROWS and runtime.is_first:
                 image = denormalise(batch.images[place], backbone.mean, backbone.std)
-                maps = [batch.maps[-1][place], predictions[place], target]
-                rows.append([image, *pca_colours(maps, target, basis)])
+                shown = [batch.maps[-1][place], predictions[place], target]
+                rows.append([image, *pca_colours(shown, target, basis)])
     adapter.train(was_training)
     measured = runtime.gather(measured)
     if not measured:
