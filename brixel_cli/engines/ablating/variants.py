@@ -122,6 +122,10 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "learnt": _linear(True) | {"optim.linear_views": 0},
         "none": _linear(False),
     },
+    "lora": {
+        "none": {"adapter.lora_rank": 0},
+        **{f"rank-{rank}": {"adapter.lora_rank": rank} for rank in (4, 16, 64)},
+    },
     "views": {
         "crops": {"views.jitter": [0.0, 0.0, 0.0, 0.0], "views.grayscale": 0.0, "views.perspective": 0.0},
         "crops+colour": {"views.perspective": 0.0},
