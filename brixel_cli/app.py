@@ -259,9 +259,10 @@ def probe(
     The same command again continues an interrupted probe, source by source and seed by seed.
     """
     with error_boundary():
-        from brixel_cli.cli.probe import apply_options, probe_options, run_apply, run_probe, verify_probe
+        from brixel_cli.cli.probe import probe_options, run_apply, run_probe, verify_probe
         from brixel_cli.cli.recipes import recipes_only
         from brixel_cli.config.labelled import ProbeRecipe
+        from brixel_cli.config.probe import ApplyOptions
 
         set_quiet(quiet)
         if recipes_only(ProbeRecipe, list_recipes, copy_recipe, as_json):
@@ -275,8 +276,10 @@ def probe(
                       "--dry-run": dry_run}  # fmt: skip
             if given := [name for name, value in others.items() if value]:
                 raise UsageError(f"--apply takes all from the head; leave out {', '.join(given)}.")
-            run_apply(apply_options(apply, input_ or [], output, checkpoint or [], backbone_weights, device, precision,
-                                    overwrite), as_json)  # fmt: skip
+            if len(checkpoint or []) > 1:
+                raise UsageError("--apply takes one --checkpoint: the student that the head was trained on.")
+            run_apply(ApplyOptions(apply, input_ or [], output, checkpoint[0] if checkpoint else None, backbone_weights,
+                                   device, precision, overwrite), as_json)  # fmt: skip
             return
         if input_:
             raise UsageError("--input goes with --apply; the images of a probe are those of the recipe: --data DIR.")

@@ -37,6 +37,10 @@ def same(first: Image.Image, second: Image.Image) -> bool:
     return np.array_equal(np.asarray(first), np.asarray(second))
 
 
+def viewed(image: Image.Image, size: tuple[int, int], config: ViewConfig, seed: int) -> Image.Image:
+    return random_view(lambda _: image, (image.height, image.width), size, config, seed)
+
+
 PLAIN: dict[str, Any] = {"kind": "random", "jitter": [0.0, 0.0, 0.0, 0.0], "grayscale": 0.0, "perspective": 0.0}
 """Random crops, without changes of colour and perspective."""
 
@@ -90,20 +94,20 @@ def test_the_same_seed_gives_the_same_random_view_and_leaves_the_global_generato
     image, config = noise(90, 120), ViewConfig(kind="random")
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
-    first = random_view(image, (32, 48), config, seed=3)
+    first = viewed(image, (32, 48), config, seed=3)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(8)
-    assert same(first, random_view(image, (32, 48), config, seed=3))
+    assert same(first, viewed(image, (32, 48), config, seed=3))
     assert first.size == (48, 32)
-    assert not same(first, random_view(image, (32, 48), config, seed=4))
+    assert not same(first, viewed(image, (32, 48), config, seed=4))
 
 
 def test_about_half_of_the_random_views_are_mirrored_and_none_without_flip() -> None:
     image = noise(90, 120)
     mirrored = 0
     for seed in range(40):
-        plain = random_view(image, (32, 32), ViewConfig(**PLAIN, flip=False), seed)
-        maybe = random_view(image, (32, 32), ViewConfig(**PLAIN, flip=True), seed)
+        plain = viewed(image, (32, 32), ViewConfig(**PLAIN, flip=False), seed)
+        maybe = viewed(image, (32, 32), ViewConfig(**PLAIN, flip=True), seed)
         if not same(plain, maybe):
             assert same(plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT), maybe)
             mirrored += 1
@@ -117,7 +121,7 @@ def test_a_random_view_of_the_whole_area_sees_all_of_a_photograph_of_its_own_sha
 
     def uniform(scale: list[float]) -> int:
         config = ViewConfig(**PLAIN, scale=scale)
-        return sum(len(set(random_view(image, (16, 16), config, seed).get_flattened_data())) == 1 for seed in range(30))
+        return sum(len(set(viewed(image, (16, 16), config, seed).get_flattened_data())) == 1 for seed in range(30))
 
     assert uniform([1.0, 1.0]) == 0
     assert uniform([0.05, 0.1]) > 5
@@ -126,7 +130,7 @@ def test_a_random_view_of_the_whole_area_sees_all_of_a_photograph_of_its_own_sha
 def changed(image: Image.Image, seed: int = 0, **options: Any) -> np.ndarray:
     """The whole image at its own size, but for the changes that the options ask for."""
     config = ViewConfig.model_validate({**PLAIN, "scale": [1.0, 1.0], "flip": False, **options})
-    return np.asarray(random_view(image, (image.height, image.width), config, seed)).astype(int)
+    return np.asarray(viewed(image, (image.height, image.width), config, seed)).astype(int)
 
 
 def test_brightness_is_one_factor_for_the_whole_view() -> None:
@@ -251,8 +255,15 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_a_random_view_needs_as_many_pixels_as_its_share(
     box: tuple[int, ...], enough: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = []
+
+    def load(size: tuple[int, int]) -> Image.Image:
+        asked.append(size)
+        return noise(600, 800)
+
     monkeypatch.setattr(views, "_random_box", lambda *_: box)
-    assert views.enough_for_random_view((600, 800), (64, 64), ViewConfig(**PLAIN), 0) == enough
+    random_view(load, (600, 800), (64, 64), ViewConfig(**PLAIN), 0)
+    assert asked == [enough]
 
 
 def test_views_of_reduced_and_whole_jpegs_are_alike(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +272,7 @@ def test_views_of_reduced_and_whole_jpegs_are_alike(large: Path, monkeypatch: py
     whole = load_image(large / "large.jpg")
     differences = []
     for epoch in range(20):
-        expected = np.asarray(random_view(whole, (64, 64), reduced.config, seed_of(0, epoch, 0))).astype(int)
+        expected = np.asarray(viewed(whole, (64, 64), reduced.config, seed_of(0, epoch, 0))).astype(int)
         found = reduced[epoch, 0].pixels.permute(1, 2, 0).numpy()
         differences.append(np.abs(found - expected).mean())
     assert {height for height, _ in seen} == {75, 150, 300}  # crops of 6 % of the area are 147 pixels high

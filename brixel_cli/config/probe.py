@@ -75,6 +75,9 @@ class ApplyOptions:
         inputs: folders, images, globs or lists.
         output: folder of the predictions; None: beside the input.
         checkpoint, backbone_weights: in place of those that the head was trained on, where these have moved.
+
+    Raises:
+        UsageError: there is no input, or no such device.
     """
 
     head: Path
@@ -88,3 +91,5 @@ class ApplyOptions:
 
     def __post_init__(self) -> None:
         check_device(self.device)
+        if not self.inputs:
+            raise UsageError("--apply needs --input: a folder, an image, a quoted glob, or a .txt list of paths.")
