@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
 
 def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool, as_json: bool) -> None:
-    """Carry out `brixel benchmark` with options as the user gave them; see `app.benchmark` for what they mean.
-
-    Raises:
-        BrixelError: an error that the user can fix.
-    """
+    """Carry out `brixel benchmark` with options as the user gave them; see `app.benchmark` for what they mean."""
     # torch takes seconds to import: only now, when there is work for it.
     if options.curve:
         if dry_run or report:

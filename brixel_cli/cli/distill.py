@@ -28,11 +28,7 @@ def run_distill(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Carry out `brixel distill` with options as the user gave them; see `app.distill` for what they mean.
-
-    Raises:
-        BrixelError: something the user can fix.
-    """
+    """Carry out `brixel distill` with options as the user gave them; see `app.distill` for what they mean."""
     if verify is not None:
         from brixel_cli.engines.distilling.run_folder import RunFolder
 

@@ -87,11 +87,7 @@ def probe_options(
 
 
 def run_probe(options: ProbeOptions, per_class: bool, dry_run: bool, as_json: bool) -> None:
-    """Carry out `brixel probe`.
-
-    Raises:
-        BrixelError: something the user can fix.
-    """
+    """Carry out `brixel probe`."""
     # torch takes seconds to import: only now, when there is work for it.
     from brixel_cli.engines.probing.probing import plan_only, probe
     from brixel_cli.engines.probing.results import as_dict
