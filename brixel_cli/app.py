@@ -237,12 +237,7 @@ def probe(
         Path | None, _option(OUTPUT, "Folder of the results. Default: runs/probe/NAME of the recipe.")
     ] = None,
     features: Annotated[
-        Path | None,
-        _option(
-            OUTPUT,
-            "Folder of stored features, which probes can share. Default: runs/probe/features; with "
-            "--output, features in it.",
-        ),
+        Path | None, _option(OUTPUT, "Stored features, to be shared. Default: runs/probe/features, or within --output.")
     ] = None,
     verify: Annotated[Path | None, _option(OUTPUT, "Read all of a probe again; name what is damaged.")] = None,
     per_class: Annotated[bool, _option(OUTPUT, "Also print the IoU of each class.", "--per-class")] = False,
@@ -351,9 +346,7 @@ def benchmark(
         str | None,
         _option(ABLATION, "Also probe each variant, by a recipe of brixel probe: camvid ...", metavar="RECIPE"),
     ] = None,
-    probe_data: Annotated[
-        Path | None, _option(ABLATION, "With --probe: folder of the labelled set.", metavar="DIR")
-    ] = None,
+    probe_data: Annotated[Path | None, _option(ABLATION, "With --probe: the labelled set.", metavar="DIR")] = None,
     output: Annotated[
         Path, _option(OUTPUT, "Folder of results and pictures.", show_default=True)
     ] = BenchmarkOptions.output,
