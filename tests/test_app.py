@@ -282,6 +282,7 @@ def test_the_recipes_that_are_promised_are_there() -> None:
         "siglip2_vitb",
         "dinov2_vits",
         "dinov2_vits_tuned",
+        "dinov2_vits_x2",
         "demo",
     }
     assert promised <= set(shipped_recipes())

@@ -115,7 +115,8 @@ def test_an_update(
     """All of it but the backward pass, which needs a driver: gradients are put in its place."""
     recipe = with_changes(tiny_recipe_file, f"adapter.kind={kind}", "optim.map_noise=0.5", "optim.accumulate=2")
     adapter = on_gpu(lambda: build_adapter(64, 4, recipe.adapter))
-    batch = batch_on_gpu(backbone_on_gpu(), runtime)
+    backbone = backbone_on_gpu()
+    batch = batch_on_gpu(backbone, runtime)
 
     def backward(loss: torch.Tensor) -> None:
         assert (loss.device, loss.dtype, loss.requires_grad) == (CUDA, torch.float32, True)
@@ -124,7 +125,7 @@ def test_an_update(
 
     monkeypatch.setattr("torch.Tensor.backward", backward)
     monkeypatch.setattr("torch.nn.Module.to", lambda module, *_: module)  # there already; a fake cannot be swapped
-    trainer = Trainer(recipe, adapter, backbone_on_gpu(), runtime)
+    trainer = Trainer(recipe, adapter, backbone, runtime)
     trainer.loss.basis = fit_basis(batch.targets, 8, seed=0)
     values, names = trainer.update(iter([batch, batch]), lr=1e-3)
     assert set(values) == {"loss", "l1", "edge", "spectral", "cosine", "grad_norm"}
