@@ -157,7 +157,7 @@ def test_a_student_of_another_rank_does_not_start_a_run(
     other = recipe.model_copy(
         update={"init": str(tmp_path / "run"), "adapter": recipe.adapter.model_copy(update={"lora_rank": 3})}
     )
-    with pytest.raises(UsageError, match=r"adapter.lora_rank: recipe 3, file 2"):
+    with pytest.raises(UsageError, match=r"adapter.lora_rank: 2 -> 3"):
         make_adapter(other, backbone)
 
 
