@@ -260,6 +260,7 @@ def test_every_shipped_recipe_costs_and_trains_on_tiny_settings(name: str, photo
         "backbone.name=test_vit",
         "backbone.weights=random",
         "init=null",
+        *(["views.per_image=2"] if load_recipe(name).views.kind == "fixed" else []),
     ]
     changes = [*factor_and_patch, "optim.steps=2", f"data.images={photographs}", "data.val_images=null", "data.min_side=100",
                "run.workers=0", "run.tensorboard=false"]  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks import options
 from conftest import Listener
 from PIL import Image
 from probe_sets import MACHINE, options_of, probed, segmentation
@@ -16,7 +18,10 @@ from results_page import parse, read_notes, write_page
 from results_sections import LARGEST, WIDEST, picture
 from test_benchmark_report import fidelity, make_ablations, make_results
 
+from brixel_cli.cli.tables import curve_tables
 from brixel_cli.config.distill import Recipe
+from brixel_cli.core.metric_titles import gap_text
+from brixel_cli.engines.benchmarking.curve import measure_curve
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.probing.folder import ProbeFolder
@@ -101,7 +106,35 @@ def test_the_stages_of_a_training_follow_each_other(tiny_recipe: Recipe, tmp_pat
     assert text.index("results/training_maps.jpg") < text.index("results/training_maps_2.jpg")
 
 
-# Cost, fidelity, sizes
+def test_domains_have_their_own_table(
+    tiny_recipe: Recipe, photographs: Path, tmp_path: Path, listener: Listener
+) -> None:
+    folders = {name: str(tmp_path / name) for name in ("street", "rooms")}
+    for number, folder in enumerate(folders.values()):
+        Path(folder).mkdir()
+        shutil.copy(photographs / f"{number}.png", folder)
+    data = tiny_recipe.data.model_copy(update={"held_out": folders})
+    best = distill(tiny_recipe.model_copy(update={"data": data}), RunFolder(tmp_path / "run"), listener).results.best
+    text = write(tmp_path, "--distill", tmp_path / "run")
+    for domain in ("street", "rooms", "mean"):
+        assert line(text, domain)[1] == gap_text(best.domains[domain].value, best.domains[domain].spread)
+
+
+# Cost, curve, fidelity, sizes
+
+
+def test_the_curve_is_that_of_the_benchmark(run: Path, photographs: Path, tmp_path: Path, listener: Listener) -> None:
+    asked = options(
+        tmp_path / "c", highres=False, curve=True, checkpoint=str(run), sizes="32", images=photographs, max_images=2
+    )
+    curve, _ = measure_curve(asked, listener)
+    text = write(tmp_path, "--curves", tmp_path / "c", tmp_path / "c" / "curve.json")
+    assert headings(text) == ["Quality against cost"]
+    for table in curve_tables(curve):
+        for row in table.rows:
+            assert text.count(" | ".join(row)) == 2
+    assert "results/curve.svg" in text
+    assert "results/curve_2.svg" in text
 
 
 def test_cost_and_fidelity_are_those_of_the_benchmark(tmp_path: Path) -> None:

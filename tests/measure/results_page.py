@@ -1,7 +1,7 @@
 """Write the results page, docs/RESULTS.md, from result files of brixel's own commands. No figure in it is set by hand.
 
-    python tests/measure/results_page.py --distill RUN --benchmark DIR --sizes DIR --probes DIR DIR --ablations DIR \
-        --tuned-runs RUN RUN --tuned-probes DIR DIR
+    python tests/measure/results_page.py --distill RUN --benchmark DIR --curves DIR --sizes DIR --probes DIR DIR \
+        --ablations DIR --tuned-runs RUN RUN --tuned-probes DIR DIR
 
 Several --distill runs are the stages of one training, first to last. Several --benchmark outputs are of one student, for example at
 two batch sizes; the fidelity is taken from the first. Runs of fine-tuned students are named by their folders. A section whose input
@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from results_sections import ablations, cost, fidelity, generalisation, probes, training, tuned
+from results_sections import ablations, cost, curve, fidelity, generalisation, probes, training, tuned
 
 from brixel_cli.cli.console import error_boundary, print_files, warn
 from brixel_cli.config.distill import Recipe
@@ -37,7 +37,7 @@ LEAD = (
     "[PROBE.md](PROBE.md)."
 )
 SECTIONS = (
-    "Training", "Cost", "Fidelity", "Generalisation over input sizes", "Probes", "Fine-tuning", "Ablations",
+    "Training", "Cost", "Quality against cost", "Fidelity", "Generalisation over input sizes", "Probes", "Fine-tuning", "Ablations",
 )  # fmt: skip
 
 
@@ -83,6 +83,7 @@ def write_page(given: argparse.Namespace) -> list[Path]:
     found: list[list[Block]] = [
         [block for number, stage in enumerate(stages, 1) for block in training(*stage, photos, number)],
         [block for results in measured for block in cost(results)],
+        [block for number, path in enumerate(given.curves, 1) for block in curve(path, number)],
         fidelity(measured[0]) if measured else [],
         generalisation(read_results(given.sizes), [recipe for _, recipe in stages]) if given.sizes else [],
         probes(given.probes, photos) if given.probes else [],
@@ -110,6 +111,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         help="outputs of brixel benchmark at the input size of the training",
     )
+    parser.add_argument("--curves", type=Path, nargs="+", default=[], help="outputs of brixel benchmark --curve")
     parser.add_argument("--sizes", type=Path, help="output of brixel benchmark at several --res")
     parser.add_argument("--probes", type=Path, nargs="+", default=[], help="outputs of brixel probe")
     parser.add_argument("--tuned-runs", type=Path, nargs="+", default=[], help="run folders of fine-tuned students")

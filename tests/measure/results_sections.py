@@ -23,8 +23,9 @@ from brixel_cli.core.metric_titles import figure_text, figure_title, gap_text
 from brixel_cli.drawing.charts import Line, line_chart
 from brixel_cli.drawing.page import Block, Chart, Commands, Photo, Table, Text
 from brixel_cli.engines.ablating.results import Ablations
+from brixel_cli.engines.benchmarking.curve import Curve
 from brixel_cli.engines.benchmarking.probes import ProbeResult, read_probe
-from brixel_cli.engines.benchmarking.results import Model, Results, Row
+from brixel_cli.engines.benchmarking.results import Model, Results, Row, read_json
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.distilling.validation import HeldOut
 from brixel_cli.engines.equal_cost import EQUAL_COST
@@ -112,6 +113,9 @@ def training(folder: RunFolder, recipe: Recipe, figures: Path | None, stage: int
         Table("", ("", ""), training_facts(folder, recipe, results, entries)),
         Table(f"{held_out}, the best student", ("", *FAITHFUL.values()), rows),
     ]
+    if best.domains:
+        gaps = [[domain, gap_text(gap.value, gap.spread)] for domain, gap in best.domains.items()]
+        blocks.append(Table("Recovered gap in cosine similarity", ("domain", "recovered gap"), gaps))
     curves = {kind: [(float(entry["step"]), entry[kind]["cosine"]) for entry in entries if entry["kind"] == "validation"
                      and entry[kind]["cosine"] is not None] for kind in ("student", "backbone")}  # fmt: skip
     colours = {"student": "blue", "backbone": "grey"}
@@ -182,6 +186,16 @@ def fidelity(results: Results) -> list[Block]:
                 command: list[Block] = [Commands([portable(results.command)])] if title else []
                 blocks += [*command, replace(table, title=title)]
     return blocks
+
+
+def curve(path: Path, number: int = 1) -> list[Block]:
+    """Fidelity against cost; `number`: of the curve, from 1, tells the pictures of several."""
+    found = read_json(path, "curve.json", Curve, "brixel benchmark --curve")
+    caption = (
+        f"Cosine similarity to the teacher at {human_size(found.teacher_size)} px against the cost of a whole pass."
+    )
+    chart = Chart("curve" if number == 1 else f"curve_{number}", found.chart(), caption)
+    return [Commands([portable(found.command)]), *tables.curve_tables(found), chart]
 
 
 def generalisation(results: Results, recipes: Sequence[Recipe]) -> list[Block]:
