@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from brixel_cli.data.images import EXTENSIONS, file_stat, files_below, is_folder, load_image, name_below, read_size
+from brixel_cli.data.images import (
+    EXTENSIONS,
+    LARGE_PIXELS,
+    decoded,
+    file_stat,
+    files_below,
+    is_folder,
+    name_below,
+    read_size,
+)
 from brixel_cli.data.video import VIDEO_EXTENSIONS, Video
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -59,23 +69,33 @@ class Inputs:
     videos: dict[Path, Video]
     passed_over: list[Path]
 
-    def load(self, item: Item, enough: tuple[int, int] | None = None) -> Image.Image:
-        """The item's pixels, upright 8-bit RGB.
+    @contextmanager
+    def decoded(self, item: Item, enough: tuple[int, int] | None = None) -> Iterator[Image.Image]:
+        """The item's pixels, upright 8-bit RGB; see `images.decoded`.
 
         Args:
             item: of these.
-            enough: height and width of which more are not needed, where an image is very large; see `load_image`.
+            enough: height and width of which more are not needed, where an image is very large.
 
         Raises:
             BrixelError: it cannot be read; the message starts with the reason.
         """
         if item.frame is None:
-            return load_image(item.path, still=True, enough=enough)
+            with decoded(item.path, still=True, enough=enough, over=LARGE_PIXELS) as image:
+                if item.height * item.width <= LARGE_PIXELS and (image.height, image.width) != (
+                    item.height,
+                    item.width,
+                ):
+                    raise BrixelError(
+                        f"its header says {item.width}x{item.height} pixels, its contents {image.width}x{image.height}"
+                    )
+                yield image
+            return
         video = self.videos[item.path]
         for other in self.videos.values():
             if other is not video:
                 other.close()  # a process may not have more than so many files open
-        return video.frame(item.frame)
+        yield video.frame(item.frame)
 
 
 def find_inputs(

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli.config.distill import ViewConfig
 from brixel_cli.core.identity import text_digest
-from brixel_cli.data.images import ImageFile, Skipped, load_image
+from brixel_cli.data.images import ImageFile, Skipped, decoded
 from brixel_cli.errors import BrixelError
 
 
@@ -176,11 +176,13 @@ class Views(Dataset[View]):
             whole, seed = (file.height, file.width), self._seed(epoch, number)
             enough = _covering(whole, size) if seed is None else enough_for_random_view(whole, size, self.config, seed)
             try:
-                image = load_image(file.path, enough=enough)
+                with decoded(file.path, enough=enough) as image:
+                    view = (
+                        centre_view(image, size) if seed is None else random_view(image, size, self.config, seed, whole)
+                    )
             except BrixelError as error:
                 skipped.append(Skipped(file.name, str(error).removesuffix(f": {file.path}")))
                 continue
-            view = centre_view(image, size) if seed is None else random_view(image, size, self.config, seed, whole)
             return View(tvf.pil_to_tensor(view), file.name, tuple(skipped))
         raise BrixelError(f"None of the {len(self.images)} images can be read; the first: {skipped[0].reason}.")
 

@@ -11,7 +11,7 @@ first (`default_student`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,16 @@ from torch import Tensor
 from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.config.extract import Source
 from brixel_cli.core.backbone import Backbone, load_backbone, same_model
+from brixel_cli.core.cost import count_cost, fake_tensors, hollow
+from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.identity import tensors_sha256
+from brixel_cli.core.memory import check_memory, is_out_of_memory
 from brixel_cli.core.shipped import DEFAULT_STUDENT, shipped_students
 from brixel_cli.core.student import FILE_NAME, StoredAdapter, Student, StudentCard, build_adapter, read_adapter
 from brixel_cli.data.resizing import snap
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime, is_out_of_memory, library_versions, release_cached
+from brixel_cli.engines.runtime import Runtime, free_memory, library_versions, release_cached
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 RUNS = "runs"
@@ -39,6 +42,8 @@ DEFAULT_FACTOR = 4
 CPU_BATCH_PIXELS = 4 * 448 * 448
 """More at once is no faster on a CPU, and costs memory."""
 LARGEST_CPU_BATCH = 16
+MAPS_ON_THE_WAY = 2
+"""Batches of maps that are converted and written while the next is computed."""
 LARGEST_BATCH = 128
 
 
@@ -325,6 +330,35 @@ class FeatureExtractor:
                 continue
             start += size
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def check_memory(self, sizes: Iterable[tuple[int, int]], batch_size: int | None) -> None:
+        """Count what the largest batch takes of memory, and say so where it is much; arguments as `batch_sizes`.
+
+        On a GPU a single image is counted: batches are halved until they fit, which a CPU's system does not allow.
+
+        Raises:
+            BrixelError: it does not fit.
+        """
+        counts = dict.fromkeys(sizes, 1)
+        if self.runtime.device.type == "cpu":
+            counts = self.batch_sizes(counts, batch_size)
+        (height, width), count = max(counts.items(), key=lambda item: item[0][0] * item[0][1] * item[1])
+        if height * width * count <= CPU_BATCH_PIXELS:
+            return
+        model = self.spec.load("meta")
+        with fake_tensors(), torch.inference_mode(), self.runtime.autocast("cpu"):
+            hollow(model)
+            images = torch.empty(count, 3, height, width)
+            cost = count_cost(lambda: model(images).float())
+        rows, columns = self.spec.grid((height, width))
+        of_images, of_maps = 12 * count * height * width, 4 * count * self.spec.embed_dim * rows * columns
+        needed, free = cost.peak_bytes + of_images + MAPS_ON_THE_WAY * of_maps, free_memory(self.runtime.device)
+        what = f"{count} image{'s' * (count > 1)} of {height}x{width} pixels at once"
+        self.reporter.say(
+            f"{what}: {cost.flop / 1e12:,.1f} TFLOP, about {human_bytes(needed)} of memory, {human_bytes(free)} free"
+        )
+        smaller = "Lower --batch-size or --res" if batch_size and count > 1 else "Lower --res"
+        check_memory(needed, free, what, f"{smaller}, or take a machine with more.")
 
     def batch_sizes(self, sizes: dict[tuple[int, int], int], batch_size: int | None) -> dict[tuple[int, int], int]:
         """How many images of each model size make a batch.

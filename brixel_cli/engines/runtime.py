@@ -16,19 +16,18 @@ from datetime import timedelta
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from brixel_cli.config.base import Precision, check_device
+from brixel_cli.core.memory import is_out_of_memory, main_memory
 from brixel_cli.errors import BrixelError, UsageError
 
 Item = TypeVar("Item")
 
 LONGEST_WAIT = timedelta(hours=12)
 """For the slowest process; torchrun ends all of them where one fails."""
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate", "alloc_failed")
 
 
 class Runtime:
@@ -82,9 +81,9 @@ class Runtime:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """The networks' arithmetic; losses stay outside."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+    def autocast(self, device: str | None = None) -> AbstractContextManager[None]:
+        """The networks' arithmetic; losses stay outside. On another kind of device, it is counted."""
+        return torch.autocast(device or self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def parallel(self, module: nn.Module) -> nn.Module:
         """A module on this device whose gradients are averaged over all processes."""
@@ -198,15 +197,9 @@ def _synchronise(device: torch.device) -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes that a process can still take on a device; on CUDA with the freed blocks that torch keeps for itself."""
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        return main_memory()
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + kept
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on whatever device."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in text for part in OUT_OF_MEMORY)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from brixel_cli.engines.distilling.training_images import TrainingImages, check_
 from brixel_cli.engines.distilling.validation import HeldOut, validate
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, memory_errors
+from brixel_cli.engines.streams import warn_of_workers
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 MOST_REFUSED = 3
@@ -79,6 +80,7 @@ def distill(
     """
     recipe = resolve_paths(recipe)
     runtime = Runtime(recipe.run.device, recipe.run.precision, training=True, device_option="run.device")
+    warn_of_workers(recipe.run.workers, "run.workers", reporter, runtime.world_size)
     share = recipe.optim.accumulate * runtime.world_size
     if recipe.optim.batch_size % share:
         raise UsageError(

@@ -106,6 +106,7 @@ def rehearse(plan: ExtractPlan, reporter: Reporter) -> Estimate:
     with _quiet_pillow():
         plan.check_disk()
         model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
+        model.check_memory(_rows_of_size(plan), options.batch_size)
         if plan.store_path.exists() and not options.overwrite:
             store = Store(plan.store_path)
             check_same(plan, model, store, reporter)
@@ -159,6 +160,7 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
     options = plan.options
     runtime.first_only(plan.check_disk)
     model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
+    model.check_memory(_rows_of_size(plan), options.batch_size)
     runtime.first_only(lambda: _open_output(plan, model, reporter))
     store = Store(plan.store_path, writable=[CHECKSUM, REASON, *plan.layout.columns])
     settled = [row for row, state in enumerate(store.status) if state != MISSING or plan.reasons[row]]
@@ -294,12 +296,10 @@ def _read_batch(plan: ExtractPlan, rows: Sequence[int], model: FeatureExtractor)
 
 def _load(plan: ExtractPlan, row: int) -> Tensor | str:
     """Pixels (3, H, W), uint8, of a row's input, or the reason why there are none."""
-    item = plan.inputs.items[row]
+    item, size = plan.inputs.items[row], plan.model_sizes[row]
     try:
-        image = plan.inputs.load(item)
-        if (image.height, image.width) != (item.height, item.width):
-            return f"its header says {item.width}x{item.height} pixels, its contents {image.width}x{image.height}"
-        return plan.resizing.apply(image)
+        with plan.inputs.decoded(item, size) as image:
+            return plan.resizing.apply(image, size)
     except BrixelError as error:
         return reason_of(error, item.path)
 

@@ -25,6 +25,7 @@ from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import CHECKSUM, FAILED, MISSING, REASON, Array, Store
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
 from brixel_cli.engines.reporting import Reporter
+from brixel_cli.engines.streams import warn_of_workers
 from brixel_cli.errors import BrixelError, UsageError
 
 DIGEST_LENGTH = 64
@@ -117,6 +118,7 @@ class ExtractPlan:
 
     def announce(self, reporter: Reporter) -> None:
         """Say what will be computed and stored."""
+        warn_of_workers(self.options.workers, "--workers", reporter)
         grids = self.layout.rows_of_grid
         shown = ", ".join(f"{h}x{w} ({len(rows)})" for (h, w), rows in list(grids.items())[:4])
         more = f" and {len(grids) - 4} more" if len(grids) > 4 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.data.crops import Crop, cut_image, cut_map, cut_target
 from brixel_cli.data.feature_layout import Grid, MapWriter, encode
-from brixel_cli.data.images import load_image
+from brixel_cli.data.images import LARGE_PIXELS, decoded
 from brixel_cli.data.labelled import LabelledSet, Sample, all_errors
 from brixel_cli.data.row_store import DONE, Array, Store, create_store, positions_within_size
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec
@@ -219,6 +220,8 @@ def _computed(
     for position in missing:
         size = model.spec.input_size(split.crops[position].size)
         rows_of_size.setdefault(size, []).append(position)
+    if missing:
+        model.check_memory(rows_of_size, None)
     batch_sizes = model.batch_sizes({size: len(rows) for size, rows in rows_of_size.items()}, None) if missing else {}
     chunks = [
         rows[at : at + batch_sizes[size]]
@@ -239,8 +242,10 @@ def _computed(
 def _image_loader(labelled: LabelledSet, crops: Sequence[Crop], spec: ModelSpec) -> Callable[[int], Array]:
     def load(position: int) -> Array:
         crop = crops[position]
-        image = load_image(labelled.root / labelled.names[crop.row])
-        return np.asarray(cut_image(image, crop, spec.input_size(crop.size)))
+        size = spec.input_size(crop.size)
+        enough = math.ceil(crop.scaled[0] * size[0] / crop.size[0]), math.ceil(crop.scaled[1] * size[1] / crop.size[1])
+        with decoded(labelled.root / labelled.names[crop.row], enough=enough, over=LARGE_PIXELS) as image:
+            return np.asarray(cut_image(image, crop, size))
 
     return load
 
