@@ -104,7 +104,7 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, num_pixels: int) -> None:
 
 def test_an_image_beyond_the_memory_is_an_error_that_says_so(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short_of_memory(monkeypatch, 500_000)
-    reason = "too large for this machine: 512,000 pixels take 5.1 MB of memory, and 5.0 MB are free: "
+    reason = "too large for this machine: 512,000 pixels take 4.9 MiB of memory, and 4.8 MiB are free: "
     with pytest.raises(BrixelError, match=reason), decoded(wide):
         pass
     with decoded(wide, enough=(320, 400)) as half:  # a part of it fits
@@ -130,7 +130,7 @@ def test_extract_lists_an_image_beyond_the_memory_and_goes_on(
     short_of_memory(monkeypatch, 100_000)
     done = extract(extract_options(inputs=[str(mixed)]), listener)
     assert set(done.failures) == {"huge.png"}
-    assert done.failures["huge.png"].startswith("too large for this machine: 120,000 pixels take 1.2 MB of memory")
+    assert done.failures["huge.png"].startswith("too large for this machine: 120,000 pixels take 1.1 MiB of memory")
 
 
 def pixels_decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
@@ -201,4 +201,4 @@ def test_a_prediction_beyond_the_memory_is_that_images_failure(
     monkeypatch.setattr(application, "free_memory", lambda device: 1_000_000)
     done = application.apply_head(ApplyOptions(head, [str(photos)], tmp_path / "predicted", device="cpu"), listener)
     assert done.num_written == 1
-    assert done.failures["huge.png"].startswith("a prediction of 400x300 pixels needs about 1.4 MB of memory")
+    assert done.failures["huge.png"].startswith("a prediction of 400x300 pixels needs about 1.4 MiB of memory")

@@ -53,13 +53,15 @@ def test_the_largest_batch_is_counted_and_refused(
     extractor.check_memory([(64, 64)], None)
     assert listener.said == []  # little
     extractor.check_memory([(64, 64), (640, 1024)], 2)
-    assert listener.said[0].startswith("2 images of 640x1024 pixels at once: ")
+    assert listener.said[0].startswith("A batch of 2 images of 640x1024 pixels: ")
     monkeypatch.setattr(models, "free_memory", lambda device: 10**6)
     with pytest.raises(BrixelError) as caught:
         extractor.check_memory([(64, 64), (640, 1024)], 2)
-    assert "2 images of 640x1024 pixels at once needs about" in str(caught.value)
-    assert " and 1.0 MB are free. Lower --batch-size or --res, or take a machine with more." in str(caught.value)
-    with pytest.raises(BrixelError, match=r"1 image of 20000x20000 pixels at once needs .* free. Lower --res, or take"):
+    assert "A batch of 2 images of 640x1024 pixels needs about" in str(caught.value)
+    assert " and 976.6 KiB are free. Lower --batch-size or --res, or take a machine with more." in str(caught.value)
+    with pytest.raises(
+        BrixelError, match=r"A batch of 1 image of 20000x20000 pixels needs .* free. Lower --res, or take"
+    ):
         extractor.check_memory([(20000, 20000)], None)
 
 
@@ -88,12 +90,12 @@ def test_extract_refuses_what_cannot_fit_before_it_starts(
     monkeypatch.setattr(models, "CPU_BATCH_PIXELS", 0)
     monkeypatch.setattr(models, "free_memory", lambda device: 1000)
     options = extract_options()
-    with pytest.raises(BrixelError, match="1 image of 64x80 pixels at once needs about .* Lower --res"):
+    with pytest.raises(BrixelError, match="A batch of [48] images? of 64x80 pixels needs about .* Lower --res"):
         rehearse(make_plan(options, listener), listener) if dry else extract(options, listener)
     assert not (tmp_path / "out.h5").exists()
     if not dry:
         assert listener.said[0].startswith("8 images, 0 of them unusable; grids 16x20 (8)")
-        assert listener.said[-1].startswith("1 image of 64x80 pixels at once: ")
+        assert listener.said[-1].startswith("A batch of ")
 
 
 def test_the_command_prints_the_figures_and_then_the_reason(

@@ -243,15 +243,24 @@ def is_folder(path: Path) -> bool:
     return False
 
 
-def files_below(folder: Path, extensions: Collection[str] = EXTENSIONS) -> list[Path]:
-    """Files below a folder that have one of these extensions, sorted; hidden files and folders are passed over."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in extensions
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and _may_be_file(path)
-    ]
+def files_below(
+    folder: Path, extensions: Collection[str] = EXTENSIONS, unreadable: list[Path] | None = None
+) -> list[Path]:
+    """Files below a folder that have one of these extensions, sorted; hidden files and folders are passed over.
+
+    Folders that may not be looked into are added to `unreadable`.
+    """
+
+    def refused(error: OSError) -> None:
+        if unreadable is not None:
+            unreadable.append(Path(error.filename))
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=refused):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in extensions and _may_be_file(path)]
+    return sorted(found)
 
 
 def _may_be_file(path: Path) -> bool:
@@ -282,7 +291,10 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[ImageFile], list[Skip
         raise BrixelError(f"No folder of images at {folder}. Name yours with --images DIR.")
     found: list[ImageFile] = []
     skipped: list[Skipped] = []
-    for path in files_below(folder):
+    unreadable: list[Path] = []
+    files = files_below(folder, unreadable=unreadable)
+    skipped += [Skipped(f"{name_below(folder, path)}/", "a folder that cannot be read") for path in unreadable]
+    for path in files:
         name = name_below(folder, path)
         try:
             height, width = read_size(path)

@@ -353,7 +353,7 @@ class FeatureExtractor:
         rows, columns = self.spec.grid((height, width))
         of_images, of_maps = 12 * count * height * width, 4 * count * self.spec.embed_dim * rows * columns
         needed, free = cost.peak_bytes + of_images + MAPS_ON_THE_WAY * of_maps, free_memory(self.runtime.device)
-        what = f"{count} image{'s' * (count > 1)} of {height}x{width} pixels at once"
+        what = f"A batch of {count} image{'s' * (count > 1)} of {height}x{width} pixels"
         self.reporter.say(
             f"{what}: {cost.flop / 1e12:,.1f} TFLOP, about {human_bytes(needed)} of memory, {human_bytes(free)} free"
         )

@@ -20,7 +20,7 @@ from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.identity import files_sha256
 from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile
 from brixel_cli.data.feature_layout import FORMAT, Layout, text_array
-from brixel_cli.data.inputs import Inputs, default_output, describe_videos, find_inputs
+from brixel_cli.data.inputs import Inputs, default_output, describe_unreadable, describe_videos, find_inputs
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import CHECKSUM, FAILED, MISSING, REASON, Array, Store
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
@@ -134,6 +134,8 @@ class ExtractPlan:
                 f"{self.num_snapped} sizes were rounded to multiples of the patch, {self.spec.patch_size} pixels, "
                 f"by {self.most_snapped:.1f} at most"
             )
+        if self.inputs.unreadable:
+            reporter.warn(describe_unreadable(self.inputs.unreadable))
         if self.inputs.passed_over:
             reporter.say(describe_videos(self.inputs.passed_over))
 

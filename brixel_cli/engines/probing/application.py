@@ -24,7 +24,7 @@ from brixel_cli.core.identity import file_sha256, tensors_sha256
 from brixel_cli.core.memory import check_memory
 from brixel_cli.data.crops import Crop, CropKind, cut_image, plan_crops
 from brixel_cli.data.feature_layout import picture_names
-from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, reason_of
+from brixel_cli.data.inputs import Inputs, Item, default_output, describe_unreadable, find_inputs, reason_of
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import Array
 from brixel_cli.drawing.predictions import (
@@ -98,6 +98,8 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     spec, size = _model_spec(options, said)
     output = options.output or default_output(options.inputs, f"_{said.recipe.task}")
     inputs = find_inputs(options.inputs, every=1, without=[output])
+    if inputs.unreadable:
+        reporter.warn(describe_unreadable(inputs.unreadable))
     model = FeatureExtractor(spec, runtime, reporter)
     _check_weights(options.head, said, spec, model.backbone)
     unit = depth_unit(head.spec.depth_range[1])

@@ -101,9 +101,20 @@ class Targets:
         """For each quantity: labels (H, W) uint8, depth (1, H, W) or normals (3, H, W); 255 or 0 counts nowhere."""
         return {quantity: torch.from_numpy(np.array(self.view(quantity, row))) for quantity in self.quantities}
 
-    def count_anywhere(self) -> bool:
-        """Whether each quantity has a pixel that counts, in any row."""
+    def count_anywhere(self, num_classes: int) -> bool:
+        """Whether each quantity has a pixel that counts, in any row.
+
+        Raises:
+            BrixelError: a label is no class.
+        """
         nothing = {"segmentation": IGNORE}
+        for row in range(len(self.sizes)) if "segmentation" in self.quantities else ():
+            labels = self.view("segmentation", row)
+            if ((labels >= num_classes) & (labels != IGNORE)).any():
+                raise BrixelError(
+                    f"{self.store.path} is damaged: its row {row} has labels beyond the {num_classes} classes. Delete "
+                    "the file, and give the same command again: it is made anew."
+                )
         return all(
             any((self.view(quantity, row) != nothing.get(quantity, 0)).any() for row in range(len(self.sizes)))
             for quantity in self.quantities
