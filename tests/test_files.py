@@ -126,8 +126,8 @@ def test_a_damaged_npy_file_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 HEADERS = (
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}", "{'descr': '<f4', 'fortran_order': False, 'shape': (0, 1%s)}" % ("0" * 30),
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (1%s, 1%s)}" % ("0" * 4000, "0" * 4000),
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}", "{'descr': '<f4', 'fortran_order': False, 'shape': (0, " + "9" * 30 + ")}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 4000 + ", " + "9" * 4000 + ")}",
     "{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -2)}", "{'descr': '|V0', 'fortran_order': False, 'shape': (4,)}",
     "{'descr': '<U1', 'fortran_order': False, 'shape': (4,)}", "{'descr': '<c8', 'fortran_order': False, 'shape': (2,)}",
     "{'descr': '<M8[s]', 'fortran_order': False, 'shape': (2,)}", "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (2,)}",

@@ -97,6 +97,7 @@ def closed(photographs: Path, tmp_path: Path) -> Iterator[Path]:
     for name in ("0.png", "closed/1.png"):
         shutil.copy(photographs / "0.png", folder / name)
     (folder / "closed").chmod(0)
+    folder.chmod(0o777)
     with without_privileges(tmp_path):
         yield folder
     (folder / "closed").chmod(0o755)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -143,8 +143,11 @@ def build_head(spec: HeadSpec, seed: int) -> Head:
 
 def save_head(path: Path, head: Head, description: Mapping[str, Any]) -> None:
     """Write a head and what is to be known of it (recipe, classes, source ...), atomically; JSON-able values."""
-    spec = {name: getattr(head.spec, name) for name in HeadSpec.__dataclass_fields__}
-    metadata = {"format": FORMAT, "head": json.dumps(spec), "description": json.dumps(description, sort_keys=True)}
+    metadata = {
+        "format": FORMAT,
+        "head": json.dumps(asdict(head.spec)),
+        "description": json.dumps(description, sort_keys=True),
+    }
     save_tensors(path, head.state_dict(), metadata)
 
 

@@ -78,7 +78,7 @@ class Skipped:
 
 
 def load_image(path: Path, still: bool = False) -> Image.Image:
-    """Read an image as `decoded` does; for one at a time, or where all of it is kept."""
+    """Read an image as `decoded` does, to keep all of it."""
     with decoded(path, still) as image:
         return image
 
@@ -169,7 +169,7 @@ _room = _Room(threading)
 def share_room() -> None:
     """Have the worker processes that are forked next take room from one store, so that all of them are bounded."""
     global _room
-    _room = _Room(multiprocessing)  # type: ignore[arg-type]
+    _room = _Room(multiprocessing)
 
 
 def room_for(num_pixels: int) -> AbstractContextManager[None]:
@@ -292,9 +292,7 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[ImageFile], list[Skip
     found: list[ImageFile] = []
     skipped: list[Skipped] = []
     unreadable: list[Path] = []
-    files = files_below(folder, unreadable=unreadable)
-    skipped += [Skipped(f"{name_below(folder, path)}/", "a folder that cannot be read") for path in unreadable]
-    for path in files:
+    for path in files_below(folder, unreadable=unreadable):
         name = name_below(folder, path)
         try:
             height, width = read_size(path)
@@ -305,6 +303,7 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[ImageFile], list[Skip
             skipped.append(Skipped(name, f"too small: {width}x{height}, shorter side under {min_side}"))
         else:
             found.append(ImageFile(path, name, height, width))
+    skipped += [Skipped(f"{name_below(folder, path)}/", "a folder that cannot be read") for path in unreadable]
     if not found:
         others = sum(_may_be_file(path) for path in folder.rglob("*")) - len(skipped)
         reasons = f"\n{describe_skipped(skipped, 5)}" if skipped else ""

@@ -296,12 +296,10 @@ def _read_batch(plan: ExtractPlan, rows: Sequence[int], model: FeatureExtractor)
 
 def _load(plan: ExtractPlan, row: int) -> Tensor | str:
     """Pixels (3, H, W), uint8, of a row's input, or the reason why there are none."""
-    item, size = plan.inputs.items[row], plan.model_sizes[row]
     try:
-        with plan.inputs.decoded(item, size) as image:
-            return plan.resizing.apply(image, size)
+        return plan.pixels(row)
     except BrixelError as error:
-        return reason_of(error, item.path)
+        return reason_of(error, plan.inputs.items[row].path)
 
 
 def _stack(loaded: Sequence[Tensor | str]) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.section import difference_lines, differences
@@ -146,6 +147,17 @@ class ExtractPlan:
         with reporter.bar("reading contents", len(paths), unit="file") as bar:
             known = dict(zip(paths, files_sha256(paths, bar.update), strict=True))
         return [known.get(item.path, "") for item in items]
+
+    def pixels(self, row: int, resizing: Resizing | None = None) -> Tensor:
+        """Pixels (3, H, W), uint8, of a row's image as the model sees it, or resized otherwise.
+
+        Raises:
+            BrixelError: it cannot be read; the message starts with the reason.
+        """
+        item, resizing = self.inputs.items[row], resizing or self.resizing
+        size = resizing.model_size(item.height, item.width)
+        with self.inputs.decoded(item, size) as image:
+            return resizing.apply(image, size)
 
     def filled(self, digests: Sequence[str]) -> dict[str, Array]:
         """Datasets that are known before the first forward pass, with the SHA-256 of each row's file."""
