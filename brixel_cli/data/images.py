@@ -183,10 +183,8 @@ def _take_room(stack: ExitStack, num_pixels: int) -> None:
     large = num_pixels > STRIP_PIXELS
     stack.enter_context(room_for(MAX_PIXELS if large and needed > main_memory() else num_pixels))
     if large and needed > (free := main_memory()):
-        raise ValueError(
-            f"too large for this machine: {num_pixels:,} pixels take {human_bytes(needed)} of memory, and "
-            f"{human_bytes(free)} are free"
-        )
+        sizes = f"{human_bytes(needed)} of memory, and {human_bytes(free)} are free"
+        raise ValueError(f"too large for this machine: {num_pixels:,} pixels take {sizes}")
 
 
 def file_stat(path: Path) -> os.stat_result:

@@ -95,7 +95,12 @@ def distill(
         "(--set adapter.checkpointing=true), hold the backbone in bfloat16 (--set backbone.dtype=bfloat16), or lower "
         "optim.batch_size.",
     )
-    with ExitStack() as stack, out_of_memory:
+    resuming = f"-m brixel_cli distill --resume --output {folder.path}"
+    gone = runtime.losing_others(
+        "What was saved stays; continue with: "
+        f"torchrun --standalone --nproc-per-node {runtime.world_size} {resuming}, or alone: python {resuming}"
+    )
+    with ExitStack() as stack, out_of_memory, gone:
         runtime.first_only(lambda: stack.enter_context(locked(folder.path)))
         if resume or not overwrite:
             runtime.first_only(lambda: folder.check(recipe, resume))

@@ -151,7 +151,8 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     with _quiet_pillow():
         plan = make_plan(options, reporter)
         plan.announce(reporter)
-        with ExitStack() as stack:
+        again = "What was computed stays: give the same command again, with torchrun or alone."
+        with ExitStack() as stack, runtime.losing_others(again):
             runtime.first_only(lambda: stack.enter_context(locked(plan.output)))
             return _extract(plan, runtime, reporter)
 
