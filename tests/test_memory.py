@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 from brixel_cli.app import app
 from brixel_cli.core import memory
 from brixel_cli.core.memory import main_memory
-from brixel_cli.engines import models
+from brixel_cli.engines import memory as memory_of_batches
 from brixel_cli.engines.distilling import batches, distillation
 from brixel_cli.engines.distilling import plan as plan_of_distilling
 from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.engines.extracting.extraction import extract, rehearse
 from brixel_cli.engines.extracting.plan import make_plan
+from brixel_cli.engines.memory import check_batch
 from brixel_cli.engines.models import FeatureExtractor, model_spec
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.engines.streams import num_workers
@@ -50,19 +51,19 @@ def test_the_largest_batch_is_counted_and_refused(
 ) -> None:
     spec = model_spec(name, checkpoint=model[0])  # type: ignore[arg-type]
     extractor = FeatureExtractor(spec, Runtime("cpu", "float32"), listener)
-    extractor.check_memory([(64, 64)], None)
+    check_batch(extractor, [(64, 64)], None)
     assert listener.said == []  # little
-    extractor.check_memory([(64, 64), (640, 1024)], 2)
+    check_batch(extractor, [(64, 64), (640, 1024)], 2)
     assert listener.said[0].startswith("A batch of 2 images of 640x1024 pixels: ")
-    monkeypatch.setattr(models, "free_memory", lambda device: 10**6)
+    monkeypatch.setattr(memory_of_batches, "free_memory", lambda device: 10**6)
     with pytest.raises(BrixelError) as caught:
-        extractor.check_memory([(64, 64), (640, 1024)], 2)
+        check_batch(extractor, [(64, 64), (640, 1024)], 2)
     assert "A batch of 2 images of 640x1024 pixels needs about" in str(caught.value)
     assert " and 976.6 KiB are free. Lower --batch-size or --res, or take a machine with more." in str(caught.value)
     with pytest.raises(
         BrixelError, match=r"A batch of 1 image of 20000x20000 pixels needs .* free. Lower --res, or take"
     ):
-        extractor.check_memory([(20000, 20000)], None)
+        check_batch(extractor, [(20000, 20000)], None)
 
 
 def test_what_is_counted_is_what_is_taken(
@@ -70,8 +71,8 @@ def test_what_is_counted_is_what_is_taken(
 ) -> None:
     extractor = FeatureExtractor(model_spec("student", checkpoint=model[0]), Runtime("cpu", "float32"), listener)
     needed: list[int] = []
-    monkeypatch.setattr(models, "check_memory", lambda number, *_: needed.append(number))
-    extractor.check_memory([(1024, 1024)], 1)
+    monkeypatch.setattr(memory_of_batches, "check_memory", lambda number, *_: needed.append(number))
+    check_batch(extractor, [(1024, 1024)], 1)
     with torch.profiler.profile(profile_memory=True) as profile:
         maps = extractor.maps(torch.zeros(1, 3, 1024, 1024, dtype=torch.uint8))
     alive = peak = 0
@@ -79,7 +80,7 @@ def test_what_is_counted_is_what_is_taken(
         if event.name() == "[memory]":
             alive += event.nbytes()
             peak = max(peak, alive)
-    on_the_way = models.MAPS_ON_THE_WAY * maps.numel() * 4
+    on_the_way = memory_of_batches.MAPS_ON_THE_WAY * maps.numel() * 4
     assert 0.8 * peak < needed[0] - on_the_way < 1.6 * peak
 
 
@@ -87,8 +88,8 @@ def test_what_is_counted_is_what_is_taken(
 def test_extract_refuses_what_cannot_fit_before_it_starts(
     dry: bool, extract_options: Callable, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "CPU_BATCH_PIXELS", 0)
-    monkeypatch.setattr(models, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory_of_batches, "CPU_BATCH_PIXELS", 0)
+    monkeypatch.setattr(memory_of_batches, "free_memory", lambda device: 1000)
     options = extract_options()
     with pytest.raises(BrixelError, match="A batch of 1 image of 64x80 pixels needs about .* Lower --res"):
         rehearse(make_plan(options, listener), listener) if dry else extract(options, listener)

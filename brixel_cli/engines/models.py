@@ -11,7 +11,6 @@ first (`default_student`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,22 @@ from torch import Tensor
 from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.config.extract import Source
 from brixel_cli.core.backbone import Backbone, load_backbone, same_model
-from brixel_cli.core.cost import count_cost, fake_tensors, hollow
-from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.identity import tensors_sha256
-from brixel_cli.core.memory import check_memory, is_out_of_memory
-from brixel_cli.core.shipped import DEFAULT_STUDENT, shipped_students
-from brixel_cli.core.student import FILE_NAME, StoredAdapter, Student, StudentCard, build_adapter, read_adapter
+from brixel_cli.core.memory import is_out_of_memory
+from brixel_cli.core.shipped import DEFAULT_STUDENT, shipped_student, shipped_students
+from brixel_cli.core.student import (
+    FILE_NAME,
+    StoredAdapter,
+    Student,
+    StudentCard,
+    build_adapter,
+    read_adapter,
+    read_card,
+)
 from brixel_cli.data.resizing import snap
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime, free_memory, library_versions, release_cached
+from brixel_cli.engines.runtime import Runtime, library_versions, release_cached
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 RUNS = "runs"
@@ -42,8 +47,6 @@ DEFAULT_FACTOR = 4
 CPU_BATCH_PIXELS = 4 * 448 * 448
 """More at once is no faster on a CPU, and costs memory."""
 LARGEST_CPU_BATCH = 16
-MAPS_ON_THE_WAY = 2
-"""Batches of maps that are converted and written while the next is computed."""
 LARGEST_BATCH = 128
 
 
@@ -118,6 +121,12 @@ class ModelSpec:
         adapter = build_adapter(self.embed_dim, self.factor, self.adapter)
         student = Student(backbone, adapter.to(device, getattr(torch, self.dtype)))
         return student.eval().requires_grad_(False)
+
+    def load_student(self, device: str = "cpu") -> Student:
+        """The same, of the source `student`."""
+        student = self.load(device)
+        assert isinstance(student, Student)
+        return student
 
 
 def model_spec(
@@ -194,7 +203,7 @@ def default_student(backbone: str | None, reporter: Reporter, res: int | None = 
         UsageError: the students that come with brixel belong to other backbones.
         WeightsError: what comes with brixel is missing or damaged.
     """
-    cards = {name: read_adapter(name).card for name in dict.fromkeys((DEFAULT_STUDENT, *shipped_students()))}
+    cards = {name: read_card(shipped_student(name)) for name in dict.fromkeys((DEFAULT_STUDENT, *shipped_students()))}
     found = {name: card for name, card in cards.items() if not backbone or same_model(backbone, card.backbone)}
     trained = _trained_here(backbone)
     if not found:
@@ -231,7 +240,7 @@ def _trained_here(backbone: str | None) -> list[str]:
     found: list[str] = []
     for student in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            card = read_adapter(str(student)).card
+            card = read_card(student)
         except WeightsError:
             continue
         if card.backbone_weights != "random" and (backbone is None or same_model(card.backbone, backbone)):
@@ -269,7 +278,7 @@ class FeatureExtractor:
         model = spec.load(str(runtime.device))
         self.student = model if isinstance(model, Student) else None
         self.backbone: Backbone = model.backbone if isinstance(model, Student) else model
-        self._call: Callable[[Tensor], Tensor] = model
+        self._call = runtime.in_precision(model)
         self.most_at_once = batch_size
 
     def describe(self) -> dict[str, Any]:
@@ -331,35 +340,6 @@ class FeatureExtractor:
             start += size
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def check_memory(self, sizes: Iterable[tuple[int, int]], batch_size: int | None) -> None:
-        """Count what the largest batch takes of memory, and say so where it is much; arguments as `batch_sizes`.
-
-        On a GPU a single image is counted: batches are halved until they fit, which a CPU's system does not allow.
-
-        Raises:
-            BrixelError: it does not fit.
-        """
-        counts = dict.fromkeys(sizes, 1)
-        if self.runtime.device.type == "cpu":
-            counts = self.batch_sizes(counts, batch_size)
-        (height, width), count = max(counts.items(), key=lambda item: item[0][0] * item[0][1] * item[1])
-        if height * width * count <= CPU_BATCH_PIXELS:
-            return
-        model = self.spec.load("meta")
-        with fake_tensors(), torch.inference_mode(), self.runtime.autocast("cpu"):
-            hollow(model)
-            images = torch.empty(count, 3, height, width)
-            cost = count_cost(lambda: model(images).float())
-        rows, columns = self.spec.grid((height, width))
-        of_images, of_maps = 12 * count * height * width, 4 * count * self.spec.embed_dim * rows * columns
-        needed, free = cost.peak_bytes + of_images + MAPS_ON_THE_WAY * of_maps, free_memory(self.runtime.device)
-        what = f"A batch of {count} image{'s' * (count > 1)} of {height}x{width} pixels"
-        self.reporter.say(
-            f"{what}: {cost.flop / 1e12:,.1f} TFLOP, about {human_bytes(needed)} of memory, {human_bytes(free)} free"
-        )
-        smaller = "Lower --batch-size or --res" if batch_size and count > 1 else "Lower --res"
-        check_memory(needed, free, what, f"{smaller}, or take a machine with more.")
-
     def batch_sizes(self, sizes: dict[tuple[int, int], int], batch_size: int | None) -> dict[tuple[int, int], int]:
         """How many images of each model size make a batch.
 
@@ -379,9 +359,7 @@ class FeatureExtractor:
     @torch.inference_mode()
     def _forward(self, pixels: Tensor) -> Tensor:
         on_device = pixels.to(self.runtime.device, non_blocking=True)
-        images = normalise_pixels(on_device, self.backbone.mean, self.backbone.std)
-        with self.runtime.autocast():
-            return self._call(images).float()
+        return self._call(normalise_pixels(on_device, self.backbone.mean, self.backbone.std))
 
     def _largest_batch(self, size: tuple[int, int]) -> int:
         fits, batch = 1, 1

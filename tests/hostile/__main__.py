@@ -92,7 +92,7 @@ def run_case(world: World, name: str, place: Path) -> Outcome:
     does = case.does
     function = sandbox.command(does) if not callable(does) else lambda: _reads(does)
     ended = sandbox.Child(function, place, case.limits).wait()
-    faults = list(_faults(ended))
+    faults = list(faults_of(ended))
     if case.again:
         second = sandbox.run(case.again, place)
         if second.code != 0:
@@ -117,7 +117,8 @@ def _reads(does: object) -> int:
     return 0
 
 
-def _faults(ended: sandbox.Ended) -> Iterator[str]:
+def faults_of(ended: sandbox.Ended) -> Iterator[str]:
+    """What is wrong with how a command ended, and with what it printed."""
     tail = ended.err[-600:]
     if ended.code is None:
         yield f"a hang: still there after {ended.seconds:.0f} s: {tail}"

@@ -6,6 +6,7 @@ set torch's number of threads either, as a pool of threads does not outlive a fo
 
 from __future__ import annotations
 
+import codecs
 import concurrent.futures.process  # noqa: F401  # a child without the rights of root may not read it
 import fcntl
 import json
@@ -39,6 +40,7 @@ import brixel_cli.engines.probing.probing
 import brixel_cli.engines.probing.report  # noqa: F401
 from brixel_cli.app import app
 
+codecs.lookup("unicode_escape")  # the same: what is imported late
 NOBODY = 65534
 TRACEBACK = 70
 """Exit code of an exception that no command has caught."""
