@@ -51,19 +51,19 @@ def test_the_largest_batch_is_counted_and_refused(
 ) -> None:
     spec = model_spec(name, checkpoint=model[0])  # type: ignore[arg-type]
     extractor = FeatureExtractor(spec, Runtime("cpu", "float32"), listener)
-    check_batch(extractor, [(64, 64)], None)
+    check_batch(extractor, {(64, 64): 9}, None)
     assert listener.said == []  # little
-    check_batch(extractor, [(64, 64), (640, 1024)], 2)
+    check_batch(extractor, {(64, 64): 9, (640, 1024): 9}, 2)
     assert listener.said[0].startswith("A batch of 2 images of 640x1024 pixels: ")
     monkeypatch.setattr(memory_of_batches, "free_memory", lambda device: 10**6)
     with pytest.raises(BrixelError) as caught:
-        check_batch(extractor, [(64, 64), (640, 1024)], 2)
+        check_batch(extractor, {(64, 64): 9, (640, 1024): 9}, 2)
     assert "A batch of 2 images of 640x1024 pixels needs about" in str(caught.value)
     assert " and 976.6 KiB are free. Lower --batch-size or --res, or take a machine with more." in str(caught.value)
     with pytest.raises(
         BrixelError, match=r"A batch of 1 image of 20000x20000 pixels needs .* free. Lower --res, or take"
     ):
-        check_batch(extractor, [(20000, 20000)], None)
+        check_batch(extractor, {(20000, 20000): 9}, None)
 
 
 def test_what_is_counted_is_what_is_taken(
@@ -72,7 +72,7 @@ def test_what_is_counted_is_what_is_taken(
     extractor = FeatureExtractor(model_spec("student", checkpoint=model[0]), Runtime("cpu", "float32"), listener)
     needed: list[int] = []
     monkeypatch.setattr(memory_of_batches, "check_memory", lambda number, *_: needed.append(number))
-    check_batch(extractor, [(1024, 1024)], 1)
+    check_batch(extractor, {(1024, 1024): 9}, 1)
     with torch.profiler.profile(profile_memory=True) as profile:
         maps = extractor.maps(torch.zeros(1, 3, 1024, 1024, dtype=torch.uint8))
     alive = peak = 0
@@ -91,7 +91,7 @@ def test_extract_refuses_what_cannot_fit_before_it_starts(
     monkeypatch.setattr(memory_of_batches, "CPU_BATCH_PIXELS", 0)
     monkeypatch.setattr(memory_of_batches, "free_memory", lambda device: 1000)
     options = extract_options()
-    with pytest.raises(BrixelError, match="A batch of 1 image of 64x80 pixels needs about .* Lower --res"):
+    with pytest.raises(BrixelError, match="A batch of 8 images of 64x80 pixels needs about .* Lower --res"):
         rehearse(make_plan(options, listener), listener) if dry else extract(options, listener)
     assert not (tmp_path / "out.h5").exists()
     if not dry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 
@@ -16,14 +16,14 @@ MAPS_ON_THE_WAY = 2
 """Batches of maps that are converted and written while the next is computed."""
 
 
-def check_batch(model: FeatureExtractor, sizes: Iterable[tuple[int, int]], batch_size: int | None) -> None:
+def check_batch(model: FeatureExtractor, sizes: Mapping[tuple[int, int], int], batch_size: int | None) -> None:
     """Count what the largest batch takes of memory, and say so where it is much.
 
     On a GPU a single image is counted: batches are halved until they fit, which a CPU's system does not allow.
 
     Args:
         model: that computes them.
-        sizes: of the model's inputs, (height, width) in pixels.
+        sizes: number of images of each size of the model's input, (height, width) in pixels.
         batch_size: as asked for; None: by memory.
 
     Raises:
@@ -31,7 +31,7 @@ def check_batch(model: FeatureExtractor, sizes: Iterable[tuple[int, int]], batch
     """
     counts = dict.fromkeys(sizes, 1)
     if model.runtime.device.type == "cpu":
-        counts = model.batch_sizes(counts, batch_size)
+        counts = {size: min(most, sizes[size]) for size, most in model.batch_sizes(counts, batch_size).items()}
     (height, width), count = max(counts.items(), key=lambda item: item[0][0] * item[0][1] * item[1])
     if height * width * count <= CPU_BATCH_PIXELS:
         return

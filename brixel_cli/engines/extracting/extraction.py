@@ -108,7 +108,7 @@ def rehearse(plan: ExtractPlan, reporter: Reporter) -> Estimate:
     with _quiet_pillow():
         plan.check_disk()
         model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
-        check_batch(model, plan.rows_of_size, options.batch_size)
+        check_batch(model, plan.num_of_size, options.batch_size)
         if plan.store_path.exists() and not options.overwrite:
             store = Store(plan.store_path)
             check_same(plan, model, store, reporter)
@@ -163,7 +163,7 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
     options = plan.options
     runtime.first_only(plan.check_disk)
     model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
-    check_batch(model, plan.rows_of_size, options.batch_size)
+    check_batch(model, plan.num_of_size, options.batch_size)
     runtime.first_only(lambda: _open_output(plan, model, reporter))
     store = Store(plan.store_path, writable=[CHECKSUM, REASON, *plan.layout.columns])
     settled = [row for row, state in enumerate(store.status) if state != MISSING or plan.reasons[row]]
@@ -215,9 +215,7 @@ def _open_output(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter)
 
 
 def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> None:
-    batch_sizes = model.batch_sizes(
-        {size: len(rows) for size, rows in plan.rows_of_size.items()}, plan.options.batch_size
-    )
+    batch_sizes = model.batch_sizes(plan.num_of_size, plan.options.batch_size)
     description = describe(plan, model) | {
         "root": str(plan.inputs.root),
         "threads": torch.get_num_threads(),

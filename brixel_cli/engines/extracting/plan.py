@@ -89,6 +89,11 @@ class ExtractPlan:
         return rows_by_size(sizes, sizes.__getitem__)
 
     @property
+    def num_of_size(self) -> dict[tuple[int, int], int]:
+        """How many rows each model size has."""
+        return {size: len(rows) for size, rows in self.rows_of_size.items()}
+
+    @property
     def store_path(self) -> Path:
         """The .h5 file with the status of every row; the feature file itself, unless single files are written."""
         return self.output if self.options.storage == "h5" else self.output / INDEX_NAME

@@ -228,9 +228,10 @@ def _computed(
 ) -> Iterator[tuple[Sequence[int], Array]]:
     """Maps of the missing crops, batch by batch of one size."""
     rows_of_size = rows_by_size(missing, lambda position: model.spec.input_size(split.crops[position].size))
+    counts = {size: len(rows) for size, rows in rows_of_size.items()}
     if missing:
-        check_batch(model, rows_of_size, None)
-    batch_sizes = model.batch_sizes({size: len(rows) for size, rows in rows_of_size.items()}, None) if missing else {}
+        check_batch(model, counts, None)
+    batch_sizes = model.batch_sizes(counts, None) if missing else {}
     chunks = [chunk for size, rows in rows_of_size.items() for chunk in in_batches(rows, batch_sizes[size])]
     polite = model.runtime.device.type == "cpu"
     load = _image_loader(split.labelled, split.crops, model.spec)
