@@ -331,7 +331,7 @@ def benchmark(
         str | None,
         _option(
             ABLATION,
-            "Train variants of a recipe instead: losses, spectral, residual, adapter, context, linear, "
+            "Train variants of a recipe instead: losses, spectral, residual, adapter, context, linear, lora, "
             "views, schedule, rate, noise, average, edge, cosine, seed, or a YAML file of your own, by commas.",
             metavar="GROUPS",
         ),
