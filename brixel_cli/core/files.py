@@ -131,13 +131,24 @@ def check_files(checks: Mapping[Path, Callable[[Path], object]]) -> dict[Path, s
     return found
 
 
-def read_npy(path: Path) -> npt.NDArray[Any]:
+def check_regular(path: Path) -> None:
+    """Raise an OSError unless a path is that of a regular file: opening a pipe would wait for ever."""
+    if not path.is_file():
+        raise OSError("it is missing, or no regular file")
+
+
+def read_npy(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
     """The array of a .npy file, which may be read in several threads at once.
+
+    Args:
+        path: of the file.
+        mapped: whether no more than its header is read now.
 
     Raises:
         BrixelError: the file is missing, damaged, shorter than its header says, or holds Python objects.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             with _PARSER:
                 version = np.lib.format.read_magic(file)
@@ -148,6 +159,8 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
                 raise ValueError("it holds Python objects")
             if count * dtype.itemsize > there:
                 raise ValueError(f"its header says {count * dtype.itemsize} bytes, and {there} follow")
+            if mapped and count:
+                return np.memmap(path, dtype, "r", file.tell(), shape, "F" if columns_first else "C")
             values = np.fromfile(file, dtype, count)
     except (OSError, ValueError) as error:
         raise BrixelError(f"{path} is no .npy file that can be read: {error}") from error

@@ -16,7 +16,7 @@ import os
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -360,10 +360,22 @@ class Store:
         """Set the status of a row, after its values."""
         self.put(STATUS, row, np.array(status, np.uint8))
 
-    def write(self, row: int, values: Mapping[str, Array]) -> None:
-        """Write one row of every dataset, then mark it done."""
-        for name, value in values.items():
-            self.put(name, row, value)
+    def write(self, row: int, values: Mapping[str, Array], places: Mapping[str, int] | None = None) -> None:
+        """Write a row, then its checksum where the file has checksums, then mark it done; errors as `put`.
+
+        Args:
+            row: of `status`.
+            values: by dataset, in the order of the checksum.
+            places: the row within those datasets that have not all rows.
+        """
+        for name, array in values.items():
+            self.put(name, (places or {}).get(name, row), array)
+        self.settle(row, values.values())
+
+    def settle(self, row: int, values: Iterable[Array]) -> None:
+        """Write the checksum of a row's values where the file has checksums, and mark it done; errors as `put`."""
+        if CHECKSUM in self:
+            self.put(CHECKSUM, row, np.array(checksum(*values), np.uint32))
         self.mark(row, DONE)
 
     def flush(self) -> None:
