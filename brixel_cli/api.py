@@ -150,8 +150,7 @@ def load_student(
     weights = None if backbone_weights is None else str(backbone_weights)
     chosen = default_student(backbone, Silent(), res) if checkpoint is None else str(checkpoint)
     spec = model_spec("student", checkpoint=chosen, backbone=backbone, weights=weights, dtype=dtype)
-    loaded = spec.load(str(where))
-    assert isinstance(loaded, Student)
+    loaded = spec.load_student(str(where))
     student = ImageStudent(loaded.backbone, loaded.adapter)
     student.released = loaded.released
     return student.eval()

@@ -237,12 +237,7 @@ def probe(
         Path | None, _option(OUTPUT, "Folder of the results. Default: runs/probe/NAME of the recipe.")
     ] = None,
     features: Annotated[
-        Path | None,
-        _option(
-            OUTPUT,
-            "Folder of stored features, which probes can share. Default: runs/probe/features; with "
-            "--output, features in it.",
-        ),
+        Path | None, _option(OUTPUT, "Stored features, to be shared. Default: runs/probe/features, or within --output.")
     ] = None,
     verify: Annotated[Path | None, _option(OUTPUT, "Read all of a probe again; name what is damaged.")] = None,
     per_class: Annotated[bool, _option(OUTPUT, "Also print the IoU of each class.", "--per-class")] = False,
@@ -259,9 +254,10 @@ def probe(
     The same command again continues an interrupted probe, source by source and seed by seed.
     """
     with error_boundary():
-        from brixel_cli.cli.probe import apply_options, probe_options, run_apply, run_probe, verify_probe
+        from brixel_cli.cli.probe import probe_options, run_apply, run_probe, verify_probe
         from brixel_cli.cli.recipes import recipes_only
         from brixel_cli.config.labelled import ProbeRecipe
+        from brixel_cli.config.probe import ApplyOptions
 
         set_quiet(quiet)
         if recipes_only(ProbeRecipe, list_recipes, copy_recipe, as_json):
@@ -275,8 +271,10 @@ def probe(
                       "--dry-run": dry_run}  # fmt: skip
             if given := [name for name, value in others.items() if value]:
                 raise UsageError(f"--apply takes all from the head; leave out {', '.join(given)}.")
-            run_apply(apply_options(apply, input_ or [], output, checkpoint or [], backbone_weights, device, precision,
-                                    overwrite), as_json)  # fmt: skip
+            if len(checkpoint or []) > 1:
+                raise UsageError("--apply takes one --checkpoint: the student that the head was trained on.")
+            run_apply(ApplyOptions(apply, input_ or [], output, checkpoint[0] if checkpoint else None, backbone_weights,
+                                   device, precision, overwrite), as_json)  # fmt: skip
             return
         if input_:
             raise UsageError("--input goes with --apply; the images of a probe are those of the recipe: --data DIR.")
@@ -348,9 +346,7 @@ def benchmark(
         str | None,
         _option(ABLATION, "Also probe each variant, by a recipe of brixel probe: camvid ...", metavar="RECIPE"),
     ] = None,
-    probe_data: Annotated[
-        Path | None, _option(ABLATION, "With --probe: folder of the labelled set.", metavar="DIR")
-    ] = None,
+    probe_data: Annotated[Path | None, _option(ABLATION, "With --probe: the labelled set.", metavar="DIR")] = None,
     output: Annotated[
         Path, _option(OUTPUT, "Folder of results and pictures.", show_default=True)
     ] = BenchmarkOptions.output,

@@ -118,7 +118,7 @@ def test_extract_writes_and_reads_what_the_command_does(
     folder = images[0].parent
     features = brixel_cli.extract(
         folder, res=32, checkpoint=model[0], backbone_weights=model[1], dtype="float32", device="cpu",
-        output=folder / "out.h5",
+        precision="float32", output=folder / "out.h5",
     )  # fmt: skip
     assert sorted(features.paths) == ["tall.png", "turned.png", "wide.png"]
     for path in images:

@@ -13,6 +13,8 @@ import brixel_cli
 
 PACKAGE = Path(brixel_cli.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
+LONGEST = 400
+"""Lines of a file."""
 
 # What a module or subpackage may import of the package, besides modules of its own subpackage.
 BELOW = {
@@ -168,3 +170,8 @@ def test_the_command_line_starts_without_the_heavy_libraries(module: str) -> Non
     code = f"import sys, brixel_cli.{module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("path", [*MODULES, *sorted(Path(__file__).parent.rglob("*.py"))], ids=lambda path: path.name)
+def test_no_file_is_longer_than_one_reads_at_a_time(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
+import probe_speed
 import pytest
 import torch
 from conftest import Listener
@@ -14,6 +17,7 @@ from probe_sets import (
     make_options,
     make_set,
     one_hot,
+    recipe_file,
     write_features,
 )
 
@@ -87,3 +91,19 @@ def test_memory_that_runs_out_names_the_options_to_change(
     monkeypatch.setattr(probing, name, full)
     with pytest.raises(BrixelError, match=message):
         probe(make_options(root, tmp_path / "out", checkpoints=[model[0]], overrides=FAST), listener)
+
+
+def test_the_script_that_measures_the_speed(
+    root: Path,
+    tmp_path: Path,
+    model: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--recipe", str(recipe_file(root)), "--output", str(tmp_path), "--steps", "2", "--source", "student"]
+    arguments += ["--checkpoint", model[0], "--backbone-weights", model[1], "--set", FAST[0], "--set", FAST[1]]
+    monkeypatch.setattr(sys, "argv", ["probe_speed.py", *arguments])
+    probe_speed.main()
+    speed = json.loads(capsys.readouterr().out)["sources"]["student"]
+    assert speed["stored_steps_per_second"] > 0
+    assert speed["in_loop_steps_per_second"] > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli.config.distill import ViewConfig
 from brixel_cli.data import views
-from brixel_cli.data.images import ImageFile, Skipped, load_image, scan_folder
+from brixel_cli.data.images import Skipped, load_image, scan_folder
 from brixel_cli.data.views import (
     Views,
     centre_view,
-    hold_out,
     normalise_pixels,
     random_view,
     reduce_view,
@@ -37,6 +35,10 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 def same(first: Image.Image, second: Image.Image) -> bool:
     return np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def viewed(image: Image.Image, size: tuple[int, int], config: ViewConfig, seed: int) -> Image.Image:
+    return random_view(lambda _: image, (image.height, image.width), size, config, seed)
 
 
 PLAIN: dict[str, Any] = {"kind": "random", "jitter": [0.0, 0.0, 0.0, 0.0], "grayscale": 0.0, "perspective": 0.0}
@@ -92,20 +94,20 @@ def test_the_same_seed_gives_the_same_random_view_and_leaves_the_global_generato
     image, config = noise(90, 120), ViewConfig(kind="random")
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
-    first = random_view(image, (32, 48), config, seed=3)
+    first = viewed(image, (32, 48), config, seed=3)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(8)
-    assert same(first, random_view(image, (32, 48), config, seed=3))
+    assert same(first, viewed(image, (32, 48), config, seed=3))
     assert first.size == (48, 32)
-    assert not same(first, random_view(image, (32, 48), config, seed=4))
+    assert not same(first, viewed(image, (32, 48), config, seed=4))
 
 
 def test_about_half_of_the_random_views_are_mirrored_and_none_without_flip() -> None:
     image = noise(90, 120)
     mirrored = 0
     for seed in range(40):
-        plain = random_view(image, (32, 32), ViewConfig(**PLAIN, flip=False), seed)
-        maybe = random_view(image, (32, 32), ViewConfig(**PLAIN, flip=True), seed)
+        plain = viewed(image, (32, 32), ViewConfig(**PLAIN, flip=False), seed)
+        maybe = viewed(image, (32, 32), ViewConfig(**PLAIN, flip=True), seed)
         if not same(plain, maybe):
             assert same(plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT), maybe)
             mirrored += 1
@@ -119,7 +121,7 @@ def test_a_random_view_of_the_whole_area_sees_all_of_a_photograph_of_its_own_sha
 
     def uniform(scale: list[float]) -> int:
         config = ViewConfig(**PLAIN, scale=scale)
-        return sum(len(set(random_view(image, (16, 16), config, seed).get_flattened_data())) == 1 for seed in range(30))
+        return sum(len(set(viewed(image, (16, 16), config, seed).get_flattened_data())) == 1 for seed in range(30))
 
     assert uniform([1.0, 1.0]) == 0
     assert uniform([0.05, 0.1]) > 5
@@ -128,7 +130,7 @@ def test_a_random_view_of_the_whole_area_sees_all_of_a_photograph_of_its_own_sha
 def changed(image: Image.Image, seed: int = 0, **options: Any) -> np.ndarray:
     """The whole image at its own size, but for the changes that the options ask for."""
     config = ViewConfig.model_validate({**PLAIN, "scale": [1.0, 1.0], "flip": False, **options})
-    return np.asarray(random_view(image, (image.height, image.width), config, seed)).astype(int)
+    return np.asarray(viewed(image, (image.height, image.width), config, seed)).astype(int)
 
 
 def test_brightness_is_one_factor_for_the_whole_view() -> None:
@@ -253,8 +255,15 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_a_random_view_needs_as_many_pixels_as_its_share(
     box: tuple[int, ...], enough: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = []
+
+    def load(size: tuple[int, int]) -> Image.Image:
+        asked.append(size)
+        return noise(600, 800)
+
     monkeypatch.setattr(views, "_random_box", lambda *_: box)
-    assert views.enough_for_random_view((600, 800), (64, 64), ViewConfig(**PLAIN), 0) == enough
+    random_view(load, (600, 800), (64, 64), ViewConfig(**PLAIN), 0)
+    assert asked == [enough]
 
 
 def test_views_of_reduced_and_whole_jpegs_are_alike(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +272,7 @@ def test_views_of_reduced_and_whole_jpegs_are_alike(large: Path, monkeypatch: py
     whole = load_image(large / "large.jpg")
     differences = []
     for epoch in range(20):
-        expected = np.asarray(random_view(whole, (64, 64), reduced.config, seed_of(0, epoch, 0))).astype(int)
+        expected = np.asarray(viewed(whole, (64, 64), reduced.config, seed_of(0, epoch, 0))).astype(int)
         found = reduced[epoch, 0].pixels.permute(1, 2, 0).numpy()
         differences.append(np.abs(found - expected).mean())
     assert {height for height, _ in seen} == {75, 150, 300}  # crops of 6 % of the area are 147 pixels high
@@ -344,62 +353,6 @@ def test_a_set_of_damaged_photographs_is_an_error_that_tells_the_first_reason(da
         _ = views[0, 2]
     assert str(caught.value) == (
         "None of the 4 images can be read; the first: not an image of a format that brixel reads."
-    )
-
-
-# --- holding out ---
-
-
-def listed(count: int, prefix: str = "photo") -> list[ImageFile]:
-    return [ImageFile(Path(f"{prefix}{number}.jpg"), f"{prefix}{number}.jpg", 100, 100) for number in range(count)]
-
-
-@pytest.mark.parametrize(
-    ("count", "fraction", "most", "held_out"),
-    [(40, 0.5, 7, 7), (40, 0.0, 64, 1), (2, 1.0, 64, 1), (5, 1.0, 64, 4), (2, 0.05, 64, 1)],
-)
-def test_at_least_one_photograph_is_held_out_at_most_so_many_and_never_all(
-    count: int, fraction: float, most: int, held_out: int
-) -> None:
-    everything = listed(count)
-    training, kept = hold_out(everything, fraction, most)
-    assert len(kept) == held_out
-    assert not set(training) & set(kept)
-    # What is held out beyond `most` is not trained on either.
-    assert (
-        Counter(training + kept) == Counter(everything) if held_out < most else len(training + kept) < len(everything)
-    )
-    assert training == [item for item in everything if item in training]  # in the order they came
-
-
-def test_about_the_share_asked_for_is_held_out() -> None:
-    assert 70 <= len(hold_out(listed(400), 0.25, 400)[1]) <= 130  # 100 +- 30: over three standard deviations
-
-
-def test_the_split_depends_neither_on_order_nor_on_folder() -> None:
-    everything = listed(30)
-    moved = [ImageFile(Path("elsewhere") / item.name, item.name, 5, 5) for item in reversed(everything)]
-    first = {item.name for item in hold_out(everything, 0.2, 64)[1]}
-    assert {item.name for item in hold_out(moved, 0.2, 64)[1]} == first
-
-
-@pytest.mark.parametrize("added", [1, 10, 40, 200])
-def test_a_growing_folder_keeps_its_held_out_photographs(added: int) -> None:
-    moved = []
-    for name in "abcdefgh":
-        before = listed(40, name)
-        held_out = {item.name for item in hold_out(before, 0.25, 100)[1]}
-        training = {item.name for item in hold_out(before + listed(added, f"new-{name}"), 0.25, 100)[0]}
-        moved += sorted(held_out & training)
-    assert moved == []
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_one_photograph_cannot_be_split(count: int) -> None:
-    with pytest.raises(BrixelError) as caught:
-        hold_out(listed(count), 0.5, 64)
-    assert str(caught.value) == (
-        "One image cannot be split into training and held-out ones: add more, or give data.val_images."
     )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 
-from brixel_cli.cli.console import Progress, print_files, print_json, say
+from brixel_cli.cli.console import Progress, print_json, print_results, say
 from brixel_cli.cli.probe import probe_options
 from brixel_cli.config.benchmark import PROBE_SEEDS, AblationOptions
 from brixel_cli.config.probe import ProbeOptions
@@ -31,12 +31,8 @@ def run_ablation(options: AblationOptions, report: Path | None, dry_run: bool, a
     results = ablate(options, Progress(), probe)
     files = [options.output / FILE_NAME, options.output / TABLE_NAME]
     files += report_of(options.output, report) if report else []
-    if as_json:
-        print_json({**json.loads(results.to_json()), "files": [str(file) for file in files]})
-    else:
-        for group in results.groups():
-            show(ablation_tables(results, group))
-        print_files([str(file) for file in files])
+    tables = (table for group in results.groups() for table in ablation_tables(results, group))
+    print_results(asdict(results), files, as_json, lambda: show(tables))
     failed = [f"{item.name}: {item.failed}" for item in results.variants if item.failed]
     if failed:
         raise BrixelError("Variants that did not reach their end:\n  " + "\n  ".join(failed))
@@ -46,11 +42,7 @@ def _probe(options: AblationOptions) -> ProbeOptions | None:
     """The probe of the variants, under the recipe's own protocol; where it runs and on what is each variant's."""
     if options.probe is None:
         return None
-    return probe_options(
-        options.probe, data=options.probe_data, protocol=None, size=None, overrides=[],
-        output=options.output, features=None, sources=[], checkpoints=[], backbone=None, backbone_weights=None,
-        seeds=PROBE_SEEDS, device="auto", precision="auto", overwrite=False,
-    )  # fmt: skip
+    return probe_options(options.probe, data=options.probe_data, output=options.output, seeds=PROBE_SEEDS)
 
 
 def _show_plan(options: AblationOptions, probe: ProbeOptions | None, as_json: bool) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, say
+from brixel_cli.cli.console import Progress, print_notes, print_results, say
 from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.errors import UsageError
 
@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
 
 def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool, as_json: bool) -> None:
-    """Carry out `brixel benchmark` with options as the user gave them; see `app.benchmark` for what they mean.
-
-    Raises:
-        BrixelError: an error that the user can fix.
-    """
+    """Carry out `brixel benchmark` with options as the user gave them; see `app.benchmark` for what they mean."""
     # torch takes seconds to import: only now, when there is work for it.
     if options.curve:
         if dry_run or report:
@@ -35,11 +31,7 @@ def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool,
     else:
         results, files = benchmark(options, Progress())
         files += report_of(options.output, report) if report else []
-    if as_json:
-        print_json({**json.loads(results.to_json()), "files": [str(file) for file in files]})
-    else:
-        _show(results)
-        print_files([str(file) for file in files])
+    print_results(asdict(results), files, as_json, lambda: _show(results))
     if dry_run:
         say("dry run: counted only; nothing was run or written")
 
@@ -49,11 +41,7 @@ def _run_curve(options: BenchmarkOptions, as_json: bool) -> None:
     from brixel_cli.engines.benchmarking.curve import measure_curve
 
     curve, files = measure_curve(options, Progress())
-    if as_json:
-        print_json({**json.loads(curve.to_json()), "files": [str(file) for file in files]})
-        return
-    show(curve_tables(curve))
-    print_files([str(file) for file in files])
+    print_results(asdict(curve), files, as_json, lambda: show(curve_tables(curve)))
 
 
 def _show(results: Results) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,10 +140,19 @@ def print_version(version: str) -> None:
     sys.stdout.write(f"brixel {version}\n")
 
 
-def print_files(files: Sequence[str]) -> None:
+def print_files(files: Sequence[Path]) -> None:
     """Name the files that a command wrote, to stdout."""
     if is_first_process():
-        sys.stdout.write("".join(f"wrote {printable(file)}\n" for file in files))
+        sys.stdout.write("".join(f"wrote {printable(str(file))}\n" for file in files))
+
+
+def print_results(results: Mapping[str, Any], files: Sequence[Path], as_json: bool, show: Callable[[], object]) -> None:
+    """What a command found out, and the files that it wrote: as a line of JSON, or as the tables that `show` prints."""
+    if as_json:
+        print_json({**results, "files": files})
+        return
+    show()
+    print_files(files)
 
 
 def show_verified(folder: Path, found: Mapping[Path, str], advice: str, as_json: bool) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brixel_cli.cli.console import Progress, print_files, print_json, print_table, say, show_verified
+from brixel_cli.cli.console import Progress, print_json, print_results, print_table, say, show_verified
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe
 from brixel_cli.core.formatting import human_bytes, human_seconds
@@ -28,11 +28,7 @@ def run_distill(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Carry out `brixel distill` with options as the user gave them; see `app.distill` for what they mean.
-
-    Raises:
-        BrixelError: something the user can fix.
-    """
+    """Carry out `brixel distill` with options as the user gave them; see `app.distill` for what they mean."""
     if verify is not None:
         from brixel_cli.engines.distilling.run_folder import RunFolder
 
@@ -53,12 +49,7 @@ def run_distill(
     from brixel_cli.engines.distilling.run_folder import RunFolder
 
     done = distill(recipe, RunFolder(folder), Progress(), resume=resume, overwrite=overwrite)
-    files = [str(path) for path in done.files]
-    if as_json:
-        print_json({**dataclasses.asdict(done.results), "files": files})
-    else:
-        _show_results(done.results, recipe)
-        print_files(files)
+    print_results(dataclasses.asdict(done.results), done.files, as_json, lambda: _show_results(done.results, recipe))
     if recipe.backbone.weights != "random":  # those are gone with this process
         say(f'load it: brixel_cli.load_student("{folder}")')
 

@@ -116,7 +116,7 @@ def _show_result(done: Extracted) -> None:
     ]
     print_table(str(done.output), ["", ""], rows)
     show_failures(done.failures, "features")
-    print_files([str(done.output), *(str(path) for path in done.pictures)])
+    print_files([done.output, *done.pictures])
 
 
 def _verify(path: Path, as_json: bool) -> None:
@@ -160,4 +160,4 @@ def _export(options: ExtractOptions, path: Path, as_json: bool) -> None:
         rows,
         [f"Dynamic: {done.dynamic}."],
     )
-    print_files([str(done.path)])
+    print_files([done.path])

@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brixel_cli.cli.console import Progress, print_files, print_json, print_notes, print_table, say, show_verified
+from brixel_cli.cli.console import (
+    Progress,
+    print_files,
+    print_json,
+    print_notes,
+    print_results,
+    print_table,
+    say,
+    show_verified,
+)
 from brixel_cli.config.base import Device, Precision, did_you_mean, parse_size
 from brixel_cli.config.files import load_recipe, shipped_recipes, with_overrides
 from brixel_cli.config.labelled import ProbeRecipe
@@ -38,20 +47,20 @@ RECOVERED_TITLE = "recovered gap"
 def probe_options(
     recipe: str | None,
     *,
-    data: Path | None,
-    protocol: str | None,
-    size: str | None,
-    overrides: Sequence[str],
-    output: Path | None,
-    features: Path | None,
-    sources: Sequence[str],
-    checkpoints: Sequence[str],
-    backbone: str | None,
-    backbone_weights: str | None,
-    seeds: int,
-    device: Device,
-    precision: Precision,
-    overwrite: bool,
+    data: Path | None = None,
+    protocol: str | None = None,
+    size: str | None = None,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    features: Path | None = None,
+    sources: Sequence[str] = (),
+    checkpoints: Sequence[str] = (),
+    backbone: str | None = None,
+    backbone_weights: str | None = None,
+    seeds: int = 3,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    overwrite: bool = False,
 ) -> ProbeOptions:
     """A probe from what the user gave; see `app.probe` for what the options mean.
 
@@ -77,35 +86,8 @@ def probe_options(
     )  # fmt: skip
 
 
-def apply_options(
-    head: Path,
-    inputs: Sequence[str],
-    output: Path | None,
-    checkpoints: Sequence[str],
-    backbone_weights: str | None,
-    device: Device,
-    precision: Precision,
-    overwrite: bool,
-) -> ApplyOptions:
-    """The options of `--apply`.
-
-    Raises:
-        UsageError: there is no input, or more than one student.
-    """
-    if not inputs:
-        raise UsageError("--apply needs --input: a folder, an image, a quoted glob, or a .txt list of paths.")
-    if len(checkpoints) > 1:
-        raise UsageError("--apply takes one --checkpoint: the student that the head was trained on.")
-    checkpoint = checkpoints[0] if checkpoints else None
-    return ApplyOptions(head, inputs, output, checkpoint, backbone_weights, device, precision, overwrite)
-
-
 def run_probe(options: ProbeOptions, per_class: bool, dry_run: bool, as_json: bool) -> None:
-    """Carry out `brixel probe`.
-
-    Raises:
-        BrixelError: something the user can fix.
-    """
+    """Carry out `brixel probe`."""
     # torch takes seconds to import: only now, when there is work for it.
     from brixel_cli.engines.probing.probing import plan_only, probe
     from brixel_cli.engines.probing.results import as_dict
@@ -114,12 +96,7 @@ def run_probe(options: ProbeOptions, per_class: bool, dry_run: bool, as_json: bo
         _show_plan(plan_only(options, Progress()), as_json)
         return
     done = probe(options, Progress())
-    files = [str(path) for path in done.files]
-    if as_json:
-        print_json({**as_dict(done.results), "files": files})
-        return
-    _show_results(done, per_class)
-    print_files(files)
+    print_results(as_dict(done.results), done.files, as_json, lambda: _show_results(done, per_class))
     say(f"use a head: brixel probe --apply {options.output}/heads/HEAD.safetensors --input IMAGES")
 
 
@@ -165,7 +142,7 @@ def run_apply(options: ApplyOptions, as_json: bool) -> None:
         ]
         print_table(f"{done.output}: {done.what}", ["", ""], rows, done.notes)
         show_failures(done.failures, "a prediction")
-        print_files([str(path) for path in done.files])
+        print_files(done.files)
     if done.failures:
         raise BrixelError(
             f"{len(done.failures)} of {done.num_images} images failed; the predictions of the others are in "

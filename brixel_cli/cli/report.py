@@ -146,19 +146,16 @@ def _ablation_headline(ablations: Ablations) -> str:
     )
 
 
-def _seconds(row: Row) -> float | None:
-    return row.seconds and row.seconds * 1e3
-
-
-def _mebibytes(row: Row) -> float | None:
-    return row.peak_bytes and row.peak_bytes / 2**20
-
-
 Quantity = Callable[[Row], float | None]
 COSTS: dict[str, tuple[str, str, Quantity, Callable[[Row], str]]] = {
-    "time": ("Time of a call", "ms", _seconds, lambda row: human_seconds(row.seconds)),
+    "time": (
+        "Time of a call",
+        "ms",
+        lambda row: row.seconds and row.seconds * 1e3,
+        lambda row: human_seconds(row.seconds),
+    ),
     "gflop": ("Arithmetic of an image", "GFLOP", lambda row: row.gflop, lambda row: f"{row.gflop:,.1f}"),
-    "memory": ("Peak memory above weights", "MiB", _mebibytes, memory_text),
+    "memory": ("Peak memory above weights", "MiB", lambda row: row.peak_bytes and row.peak_bytes / 2**20, memory_text),
 }
 
 

@@ -1,4 +1,4 @@
-"""Every option of a benchmark, typed, with its unit; `app.benchmark` says what each means to the user."""
+"""Every option of a benchmark, typed, with its unit."""
 
 from __future__ import annotations
 
@@ -17,21 +17,7 @@ PROBE_SEEDS = 3
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """The options of `brixel benchmark`; checked at construction.
-
-    Attributes:
-        highres: whether the teacher is a row.
-        curve: whether the plain backbone at a series of inputs is compared with students, instead of all else.
-        models: recipes, run folders, shipped students or `hf-hub:user/name`, by commas; None: the shipped student.
-        sizes: student inputs in pixels, as `parse_sizes` reads them; None: those of the training.
-        checkpoint: a student, as `load_student` takes it; the only model.
-        backbone_weights: `pretrained` or a file, for all models.
-        images: folder of images for the fidelity; None: the held-out ones of the run.
-        max_images: of them, at most.
-        batch_size: images at once, in timing and memory.
-        seconds: of timing for each model and size.
-        budget: such as `4GB`.
-        baselines: functions from elsewhere, `module:function` or `file.py:function`.
+    """The options of `brixel benchmark`, checked at construction; `app.benchmark` says what each means to the user.
 
     Raises:
         UsageError: a value is out of range, or two do not go together.
@@ -100,17 +86,7 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True)
 class AblationOptions:
-    """The options of `brixel benchmark --ablate`; checked at construction.
-
-    Attributes:
-        groups: names of built-in groups, or YAML files of variants, by commas.
-        recipe: the base recipe.
-        overrides: of the base recipe, as `--set` takes them.
-        steps: updates of each variant; None: 300, unless `train_seconds` is given.
-        train_seconds: of updates for each variant; as many as fit, by the time of one measured before.
-        output: folder of the results; the runs lie in its folder `ablations`.
-        probe: recipe of a probe of every variant, or None.
-        probe_data: folder of its labelled set; None: the recipe's.
+    """The options of `brixel benchmark --ablate`, checked at construction; `app.benchmark` says what each means.
 
     Raises:
         UsageError: a value is out of range, or two do not go together.

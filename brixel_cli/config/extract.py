@@ -1,4 +1,4 @@
-"""Every option of an extraction, typed, with its unit; `app.extract` says what each means to the user."""
+"""Every option of an extraction, typed, with its unit."""
 
 from __future__ import annotations
 
@@ -18,20 +18,7 @@ Number = Literal["float16", "float32", "int8"]
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """The options of `brixel extract`; checked at construction.
-
-    Attributes:
-        inputs: folders, images, videos, globs, text lists.
-        res: side in pixels of the student's input; the teacher's is `factor` times that.
-        fit: what `res` is the side of: the shorter side, the middle square, or the squeezed image.
-        output: feature file, or folder of single files; None: beside the input.
-        pca: number of principal components stored; None: the maps themselves.
-        batch_size: images at once; None: as many as memory takes.
-        workers: decoding threads; None: by the cores.
-        every: of a video, every so many frames.
-        page: HTML file to look at the features with; None: none.
-        page_sources: whose maps it shows; None: the student's or those of `source`, and the backbone's.
-        page_images: so many images of it at most, evenly chosen.
+    """The options of `brixel extract`, checked at construction; `app.extract` says what each means to the user.
 
     Raises:
         UsageError: a value is out of range, or two do not go together.

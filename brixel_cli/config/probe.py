@@ -17,16 +17,11 @@ OUTPUT = Path("runs/probe")
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """A probe to be carried out; checked at construction.
+    """A probe to be carried out, checked at construction; `app.probe` says what each option means to the user.
 
     Attributes:
         recipe: task and data set.
         protocol: rules of training and evaluation, with what the user changed of them.
-        sources: `backbone`, `student`, `teacher`, or feature files; empty: the first three.
-        checkpoints: students; empty: the shipped one.
-        output: folder of the results.
-        features: folder of the stored features, which other probes may share.
-        seeds: number of trainings of each source: seeds 0, 1, ...
 
     Raises:
         UsageError: the protocol is for other tasks, or a value is out of range.
@@ -67,13 +62,13 @@ class ProbeOptions:
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """The options of `brixel probe --apply`.
+    """The options of `brixel probe --apply`, checked at construction.
 
     Attributes:
-        head: file of a saved head.
-        inputs: folders, images, globs or lists.
-        output: folder of the predictions; None: beside the input.
         checkpoint, backbone_weights: in place of those that the head was trained on, where these have moved.
+
+    Raises:
+        UsageError: there is no input, or no such device.
     """
 
     head: Path
@@ -87,3 +82,5 @@ class ApplyOptions:
 
     def __post_init__(self) -> None:
         check_device(self.device)
+        if not self.inputs:
+            raise UsageError("--apply needs --input: a folder, an image, a quoted glob, or a .txt list of paths.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import datetime
 import io
 import json
 import math
@@ -67,7 +69,7 @@ def human_percent(share: float | None) -> str:
 
 
 def human_size(size: tuple[int, int]) -> str:
-    """Height and width: 112x112."""
+    """Height and width: 112x112. Names of datasets hold sizes in this form."""
     return f"{size[0]}x{size[1]}"
 
 
@@ -83,6 +85,19 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON as the standard has it: nan and infinity become null, other objects their text."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
+
+
+def now() -> str:
+    """Date and time, ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class Stored:
+    """A dataclass of results that is kept as JSON."""
+
+    def to_json(self) -> str:
+        """As its file has it; nan becomes null."""
+        return to_json(dataclasses.asdict(self), indent=2) + "\n"  # type: ignore[call-overload]
 
 
 def _finite(value: Any) -> Any:

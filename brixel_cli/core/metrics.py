@@ -9,9 +9,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from brixel_cli.core.losses import Basis, cosine_error, edge_parts, fit_basis, spectral_error
@@ -25,6 +27,8 @@ MOST_DOMAINS = 20
 """Images in more folders are no domains."""
 COMPONENTS = 8
 """Principal components of the target in which edges are compared."""
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""As it is read back: JSON has no nan, and there it is null."""
 
 
 @torch.no_grad()
@@ -76,8 +80,8 @@ class Gap:
         spread: its standard deviation; nan where it is not known.
     """
 
-    value: float = math.nan
-    spread: float = math.nan
+    value: Number = math.nan
+    spread: Number = math.nan
 
 
 Figure = tuple[float, float]

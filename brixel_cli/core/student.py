@@ -28,6 +28,7 @@ from brixel_cli.core.weights import (
     ReleasedStudent,
     check_keys,
     import_released,
+    load_metadata,
     load_pth,
     load_tensors,
     save_tensors,
@@ -233,11 +234,20 @@ def read_adapter(reference: str) -> StoredAdapter:
         return StoredAdapter(path, released.tensors, card, released)
     tensors, metadata = load_tensors(path)
     full = {key: tensor.float() if tensor.dtype == torch.float16 else tensor for key, tensor in tensors.items()}
+    return StoredAdapter(path, full, _card(metadata, path), None)
+
+
+def read_card(path: Path) -> StudentCard:
+    """The card of one of our students, whose weights are not looked at; errors as `read_adapter`."""
+    return _card(load_metadata(path), path)
+
+
+def _card(metadata: dict[str, str], path: Path) -> StudentCard:
     card, recipe = StudentCard.from_metadata(metadata, path), path.parent / "recipe.yaml"
     if not card.trained_sides and path.name == FILE_NAME and recipe.is_file():  # a run of an earlier version
         with suppress(BrixelError):
             card = dataclasses.replace(card, trained_sides=load_recipe(str(recipe)).trained_sides)
-    return StoredAdapter(path, full, card, None)
+    return card
 
 
 def _locate(reference: str) -> Path:

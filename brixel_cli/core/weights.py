@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,18 +72,30 @@ def _umask() -> int:
     return mask
 
 
+def load_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file alone, without looking at its tensors; errors as `load_tensors`."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (OSError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+
+
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a .safetensors file: tensors on the CPU, and its metadata.
 
     Raises:
         WeightsError: the file is missing or damaged; in one of `save_tensors` every change is noticed.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            metadata = dict(file.metadata() or {})
-    except (OSError, ValueError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata() or {})
     marked = [key for key, text in metadata.items() if key == CHECKSUM or text.startswith(MARK)]
     expected = [metadata.pop(key) for key in marked]  # earlier versions wrote none
     if expected and expected != [_checksum(tensors, metadata)]:

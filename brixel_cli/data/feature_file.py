@@ -14,7 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brixel_cli.config.extract import Number, Storage
+<<<<<<< HEAD
 from brixel_cli.core.files import check_regular, read_npy
+=======
+from brixel_cli.core.files import read_npy
+from brixel_cli.core.formatting import human_size
+>>>>>>> main
 from brixel_cli.data.feature_layout import FORMAT, Grid, inside, map_checksum, single_file_names
 from brixel_cli.data.row_store import (
     CHECKSUM,
@@ -119,7 +124,7 @@ class FeatureFile:
                     raise ValueError(f"its dataset {name} has {shape[0]} rows")
 
     def _dataset(self, part: str, grid: Grid) -> str:
-        return part if part in self._store else f"{part}/{grid[0]}x{grid[1]}"
+        return part if part in self._store else f"{part}/{human_size(grid)}"
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from brixel_cli.config.extract import Number, Storage
 from brixel_cli.core.files import LONGEST_NAME, make_folder, replacing
+from brixel_cli.core.formatting import human_size
 from brixel_cli.core.identity import text_digest
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.weights import save_tensors
@@ -64,7 +65,7 @@ class Layout:
         """The dataset that holds a part (`features`, `scale`) of an image's map, and the map's row in it."""
         grid = self.grids[row]
         mixed = len(self.rows_of_grid) > 1 and grid is not None
-        return f"{part}/{grid[0]}x{grid[1]}" if grid and mixed else part, int(self.grid_rows[row])
+        return f"{part}/{human_size(grid)}" if grid and mixed else part, int(self.grid_rows[row])
 
     def shapes(self, grid: Grid) -> dict[str, Column]:
         """The datasets that one map consists of, without their place."""
@@ -85,7 +86,7 @@ class Layout:
                 if len(rows_of_grid) == 1:
                     columns[name] = Column(column.shape, column.dtype, len(self.grids), rows)
                 else:
-                    columns[f"{name}/{grid[0]}x{grid[1]}"] = Column(column.shape, column.dtype, len(rows))
+                    columns[f"{name}/{human_size(grid)}"] = Column(column.shape, column.dtype, len(rows))
         return columns
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +218,12 @@ def _scan(path: Path, root: Path) -> Item | None:
     except BrixelError as error:
         reason = reason_of(error, path)
     return Item(path, name_below(root, path), height, width, reason, size, modified)
+
+
+def none_usable(failures: Mapping[str, str]) -> BrixelError:
+    """The error that no image can be used, with the first reasons by name."""
+    listed = "".join(f"\n  {name}: {reason}" for name, reason in list(failures.items())[:5])
+    return BrixelError(f"None of the {len(failures)} images found can be used.{listed}\nName others with --input.")
 
 
 def reason_of(error: BrixelError, path: Path) -> str:

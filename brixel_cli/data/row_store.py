@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
@@ -42,6 +42,7 @@ MOST_UNPACKED = 1 << 31
 FOLD_WORDS = 1021
 """8-byte words that `checksum` adds up; a prime, so that a page of the disk in another's place is noticed."""
 Array = npt.NDArray[Any]
+Size = TypeVar("Size", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -199,12 +200,22 @@ def positions_within_size(sizes: Sequence[Hashable]) -> list[int]:
     return positions
 
 
-def batches_of_one_size(rows: Sequence[int], size: Callable[[int], Hashable], at_once: int) -> list[list[int]]:
+def batches_of_one_size(rows: Sequence[int], size: Callable[[int], Hashable], at_once: int) -> list[Sequence[int]]:
     """Rows in batches of at most `at_once`, those of a batch of one size; sizes in the order of their first row."""
-    of_size: dict[Hashable, list[int]] = {}
+    return [batch for same in rows_by_size(rows, size).values() for batch in in_batches(same, at_once)]
+
+
+def rows_by_size(rows: Iterable[int], size: Callable[[int], Size]) -> dict[Size, list[int]]:
+    """Rows of each size, the sizes in the order of their first row."""
+    of_size: dict[Size, list[int]] = {}
     for row in rows:
         of_size.setdefault(size(row), []).append(row)
-    return [same[at : at + at_once] for same in of_size.values() for at in range(0, len(same), at_once)]
+    return of_size
+
+
+def in_batches(rows: Sequence[int], at_once: int) -> list[Sequence[int]]:
+    """Rows in batches of at most `at_once`."""
+    return [rows[at : at + at_once] for at in range(0, len(rows), at_once)]
 
 
 class Store:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,11 @@ def _covering(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
 
 
 def random_view(
-    image: Image.Image, size: tuple[int, int], config: ViewConfig, seed: int, whole: tuple[int, int] | None = None
+    load: Callable[[tuple[int, int]], Image.Image],
+    whole: tuple[int, int],
+    size: tuple[int, int],
+    config: ViewConfig,
+    seed: int,
 ) -> Image.Image:
     """A random resized crop to `size` (height, width), with the recipe's further changes of place and colour.
 
@@ -49,16 +53,17 @@ def random_view(
     Beyer et al., Knowledge distillation: a good teacher is patient and consistent, arXiv 2106.05237.
 
     Args:
-        image: of which a part is taken.
+        load: the image, of which a part is taken, at this height and width or more: there the crop has as many pixels
+            as the view.
+        whole: height and width of the image file.
         size: of the view.
         config: the recipe's `views` section.
         seed: of all that is random.
-        whole: height and width of the image file, where `image` was decoded at a part of them; the crop is the same.
     """
-    whole = whole or (image.height, image.width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         top, left, height, width = _random_box(whole, size, config)
+        image = load((math.ceil(size[0] * whole[0] / height), math.ceil(size[1] * whole[1] / width)))
         down, across = image.height / whole[0], image.width / whole[1]
         box = left * across, top * down, (left + width) * across, (top + height) * down
         first = math.floor(box[0]), math.floor(box[1])
@@ -78,16 +83,6 @@ def _random_box(whole: tuple[int, int], size: tuple[int, int], config: ViewConfi
         torch.empty(0, *whole), list(config.scale), [aspect * 3 / 4, aspect * 4 / 3]
     )
     return int(top), int(left), int(height), int(width)
-
-
-def enough_for_random_view(
-    whole: tuple[int, int], size: tuple[int, int], config: ViewConfig, seed: int
-) -> tuple[int, int]:
-    """Height and width of an image at which the crop of `random_view` has as many pixels as the view."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        _, _, height, width = _random_box(whole, size, config)
-    return math.ceil(size[0] * whole[0] / height), math.ceil(size[1] * whole[1] / width)
 
 
 def _changed(view: Image.Image, config: ViewConfig) -> Image.Image:
@@ -166,6 +161,15 @@ class Views(Dataset[View]):
             return None
         return seed_of(self.seed, epoch if self.config.kind == "random" else 0, number)
 
+    def _view(self, file: ImageFile, size: tuple[int, int], seed: int | None) -> Image.Image:
+        def load(enough: tuple[int, int]) -> Image.Image:
+            return load_image(file.path, enough=enough)
+
+        whole = file.height, file.width
+        if seed is None:
+            return centre_view(load(_covering(whole, size)), size)
+        return random_view(load, whole, size, self.config, seed)
+
     def __getitem__(self, key: tuple[int, int]) -> View:
         epoch, number = key
         first = number // self.config.per_image
@@ -173,14 +177,11 @@ class Views(Dataset[View]):
         for offset in range(len(self.images)):
             file = self.images[(first + offset) % len(self.images)]
             size = self.config.teacher_sizes[self.size_number(epoch, number)]
-            whole, seed = (file.height, file.width), self._seed(epoch, number)
-            enough = _covering(whole, size) if seed is None else enough_for_random_view(whole, size, self.config, seed)
             try:
-                image = load_image(file.path, enough=enough)
+                view = self._view(file, size, self._seed(epoch, number))
             except BrixelError as error:
                 skipped.append(Skipped(file.name, str(error).removesuffix(f": {file.path}")))
                 continue
-            view = centre_view(image, size) if seed is None else random_view(image, size, self.config, seed, whole)
             return View(tvf.pil_to_tensor(view), file.name, tuple(skipped))
         raise BrixelError(f"None of the {len(self.images)} images can be read; the first: {skipped[0].reason}.")
 

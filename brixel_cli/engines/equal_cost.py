@@ -86,10 +86,4 @@ def equal_cost_size(student: Student, size: Size, runtime: Runtime, seconds: flo
 
 
 def _timed(call: Callable[[Tensor], Tensor], size: Size, runtime: Runtime, batch_size: int) -> Callable[[], Tensor]:
-    images = torch.randn(batch_size, 3, *size, device=runtime.device)
-
-    def passed(images: Tensor) -> Tensor:
-        with runtime.autocast():
-            return call(images).float()
-
-    return partial(passed, images)
+    return partial(runtime.in_precision(call), torch.randn(batch_size, 3, *size, device=runtime.device))

@@ -11,7 +11,6 @@ first (`default_student`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,16 @@ from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.config.extract import Source
 from brixel_cli.core.backbone import Backbone, load_backbone, same_model
 from brixel_cli.core.identity import tensors_sha256
-from brixel_cli.core.shipped import DEFAULT_STUDENT, shipped_students
-from brixel_cli.core.student import FILE_NAME, StoredAdapter, Student, StudentCard, build_adapter, read_adapter
+from brixel_cli.core.shipped import DEFAULT_STUDENT, shipped_student, shipped_students
+from brixel_cli.core.student import (
+    FILE_NAME,
+    StoredAdapter,
+    Student,
+    StudentCard,
+    build_adapter,
+    read_adapter,
+    read_card,
+)
 from brixel_cli.data.resizing import snap
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.reporting import Reporter
@@ -114,6 +121,12 @@ class ModelSpec:
         student = Student(backbone, adapter.to(device, getattr(torch, self.dtype)))
         return student.eval().requires_grad_(False)
 
+    def load_student(self, device: str = "cpu") -> Student:
+        """The same, of the source `student`."""
+        student = self.load(device)
+        assert isinstance(student, Student)
+        return student
+
 
 def model_spec(
     source: Source,
@@ -189,7 +202,7 @@ def default_student(backbone: str | None, reporter: Reporter, res: int | None = 
         UsageError: the students that come with brixel belong to other backbones.
         WeightsError: what comes with brixel is missing or damaged.
     """
-    cards = {name: read_adapter(name).card for name in dict.fromkeys((DEFAULT_STUDENT, *shipped_students()))}
+    cards = {name: read_card(shipped_student(name)) for name in dict.fromkeys((DEFAULT_STUDENT, *shipped_students()))}
     found = {name: card for name, card in cards.items() if not backbone or same_model(backbone, card.backbone)}
     trained = _trained_here(backbone)
     if not found:
@@ -226,7 +239,7 @@ def _trained_here(backbone: str | None) -> list[str]:
     found: list[str] = []
     for student in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            card = read_adapter(str(student)).card
+            card = read_card(student)
         except WeightsError:
             continue
         if card.backbone_weights != "random" and (backbone is None or same_model(card.backbone, backbone)):
@@ -264,7 +277,7 @@ class FeatureExtractor:
         model = spec.load(str(runtime.device))
         self.student = model if isinstance(model, Student) else None
         self.backbone: Backbone = model.backbone if isinstance(model, Student) else model
-        self._call: Callable[[Tensor], Tensor] = model
+        self._call = runtime.in_precision(model)
         self.most_at_once = batch_size
 
     def describe(self) -> dict[str, Any]:
@@ -345,9 +358,7 @@ class FeatureExtractor:
     @torch.inference_mode()
     def _forward(self, pixels: Tensor) -> Tensor:
         on_device = pixels.to(self.runtime.device, non_blocking=True)
-        images = normalise_pixels(on_device, self.backbone.mean, self.backbone.std)
-        with self.runtime.autocast():
-            return self._call(images).float()
+        return self._call(normalise_pixels(on_device, self.backbone.mean, self.backbone.std))
 
     def _largest_batch(self, size: tuple[int, int]) -> int:
         fits, batch = 1, 1

@@ -86,6 +86,15 @@ class Runtime:
         """The networks' arithmetic; losses stay outside."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
+    def in_precision(self, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """A model in this arithmetic, which gives float32."""
+
+        def computed(images: Tensor) -> Tensor:
+            with self.autocast():
+                return call(images).float()
+
+        return computed
+
     def parallel(self, module: nn.Module) -> nn.Module:
         """A module on this device whose gradients are averaged over all processes."""
         module = module.to(self.device)

@@ -3,7 +3,8 @@
 python tests/measure/probe_speed.py --recipe camvid --data DIR --checkpoint RUN [--backbone-weights FILE] [--size 112]
 
 For each source: steps per second of the training as it is, from stored features, and of the same steps where images
-are read, cut and run through the model each time. Prints one line of JSON. Features go to --output and stay there.
+are read, cut and run through the model each time. Seconds are of processor time, so that other jobs on the machine do not
+count: run it on a CPU with one thread, OMP_NUM_THREADS=1. Prints one line of JSON. Features go to --output and stay there.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ def seconds_per_step(plan: ProbePlan, item: SourcePlan, runtime: Runtime, model,
     def load(position: int) -> np.ndarray:
         crop = item.train.crops[position]
         image = load_image(item.train.labelled.root / item.train.labelled.names[crop.row])
-        return np.asarray(cut_image(image, crop, item.source.enlarge))
+        return np.asarray(cut_image(image, crop, item.source.spec.input_size(crop.size)))
 
     every = batches(item.train.positions, stored.grids, protocol.batch_size, steps + 2, seed=0)
     source = ((batch, None) for batch in every) if model is None else read_ahead(every, load, num_workers(), True)
     began = 0.0
     for number, (batch, pixels) in enumerate(itertools.islice(source, steps + 2)):
         if number == 2:  # the first two warm up
-            began = time.perf_counter()
+            began = time.process_time()
         if pixels is not None:
             given.given = model.maps(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()).clone()
         loss = batch_loss(
@@ -71,7 +72,7 @@ def seconds_per_step(plan: ProbePlan, item: SourcePlan, runtime: Runtime, model,
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
-    return (time.perf_counter() - began) / steps
+    return (time.process_time() - began) / steps
 
 
 def main() -> None:

@@ -124,4 +124,4 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     with error_boundary():
-        print_files([str(path) for path in write_page(parse())])
+        print_files(write_page(parse()))

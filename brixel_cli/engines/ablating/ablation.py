@@ -7,7 +7,6 @@ that was interrupted goes on, and two groups that have a variant in common share
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.files import locked, write_text
+from brixel_cli.core.formatting import now
 from brixel_cli.core.identity import json_digest
 from brixel_cli.engines.ablating.cost import Inference, UpdateTime, UpdateTimes, measure_inference
 from brixel_cli.engines.ablating.probing import VariantProbes
@@ -91,7 +91,7 @@ def _ablate(options: AblationOptions, reporter: Reporter, probe: ProbeOptions | 
     base = recipes[0]
     results = Ablations(
         commands=(options.command,),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=now(),
         recipe=base.name,
         digest=_short(_recipe(options, Variant("base")).model_dump()),
         backbone=base.backbone.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,20 +117,12 @@ def measure_inference(recipes: Sequence[Recipe], runtime: Runtime, reporter: Rep
         backbone = backbones[recipe.backbone.name]
         student = Student(backbone, make_adapter(recipe, backbone).to(runtime.device)).eval()
         image = torch.randn(1, 3, *recipe.student_hw, device=runtime.device)
-        calls[key] = _in_precision(student, image, runtime)
+        calls[key] = partial(runtime.in_precision(student), image)
     reporter.say(f"timing an image through {len(calls)} students, with random weights")
     with torch.inference_mode():
         latencies = interleaved(calls, runtime.device, INFERENCE_SECONDS)
     found = {key: Inference(_gflop(recipe), latencies[key]) for key, recipe in distinct.items()}
     return [found[key] for key in keys]
-
-
-def _in_precision(student: Student, image: torch.Tensor, runtime: Runtime) -> Callable[[], object]:
-    def call() -> object:
-        with runtime.autocast():
-            return student(image)
-
-    return call
 
 
 def _gflop(recipe: Recipe) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from brixel_cli.core.formatting import csv_text, to_json
+from brixel_cli.core.formatting import Stored, csv_text
 from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.engines.benchmarking.environment import Environment
 from brixel_cli.engines.benchmarking.probes import ProbeResult
@@ -78,8 +78,8 @@ class VariantResult:
 
 
 @dataclass(frozen=True)
-class Ablations:
-    """All groups of one base recipe.
+class Ablations(Stored):
+    """All groups of one base recipe, as ablations.json has them.
 
     Attributes:
         commands: the lines that make them again.
@@ -124,10 +124,6 @@ class Ablations:
         kept = tuple(item for item in earlier.variants if item.group not in self.groups())
         commands = tuple(dict.fromkeys((*earlier.commands, *self.commands)))
         return dataclasses.replace(self, commands=commands if kept else self.commands, variants=kept + self.variants)
-
-    def to_json(self) -> str:
-        """As ablations.json has it; nan becomes null."""
-        return to_json(dataclasses.asdict(self), indent=2) + "\n"
 
     def to_csv(self) -> str:
         """A line for each variant."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.core.files import locked, make_folder, write_text
-from brixel_cli.core.formatting import human_bytes, human_size
+from brixel_cli.core.formatting import human_bytes, human_size, now
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.cost import (
     can_measure,
@@ -160,7 +159,7 @@ class _Benchmark:
         probes = {model.name: tuple(probes_of(model.student_sha256)) for model in self.models if model.student_sha256}
         return Results(
             command=self.options.command,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            created=now(),
             environment=self.environment,
             settings=self.settings,
             models=tuple(self.models),
@@ -191,7 +190,7 @@ class _Benchmark:
         for size, rows in groups:
             if self._take_over(self.models[-1], size, len(rows) + len(self.baselines)):
                 continue
-            self.reporter.say(f"{candidate.name} at {size[0]}x{size[1]} px")
+            self.reporter.say(f"{candidate.name} at {human_size(size)} px")
             if student is None and self._fits(rows[0]):
                 was_random = candidate.random
                 candidate, student = load_or_randomise(candidate, self.options, str(self.device), self.reporter)
@@ -202,7 +201,7 @@ class _Benchmark:
                 why = f"{TOO_LARGE_TO_LOAD} {human_bytes(rows[0].weights_bytes)}"
                 self.rows += [replace(row, note=why) for row in rows]
             else:
-                with memory_errors(f"in measuring {candidate.name} at {size[0]}x{size[1]} px", f"{ADVICE}."):
+                with memory_errors(f"in measuring {candidate.name} at {human_size(size)} px", f"{ADVICE}."):
                     self.rows += self._measure_size(candidate, student, size, rows, image_set)
             self.save()
 
@@ -218,7 +217,7 @@ class _Benchmark:
             return False
         if any(self._fits(row) for row in lacked_memory):  # there may be more memory by now
             return False
-        self.reporter.say(f"{model.name} at {size[0]}x{size[1]} px: measured before; --overwrite measures anew")
+        self.reporter.say(f"{model.name} at {human_size(size)} px: measured before; --overwrite measures anew")
         self.rows += rows
         self.pictures += [item for item in self.earlier.pictures if (item.model, item.size) == (model.name, size)]
         return True
@@ -336,7 +335,7 @@ class _Benchmark:
     ) -> None:
         """Add the fidelity of the rows whose maps are compared with the teacher's; draw some images."""
         views = image_set.views(student.backbone, candidate.spec.factor, size)
-        title = f"fidelity, {size[0]}x{size[1]} px"
+        title = f"fidelity, {human_size(size)} px"
         found = measure_fidelity(compared, views, student.backbone, self.reporter, title)
         ranked = found["student" if "student" in found else "bilinear"].worst_images
         folder = self.options.output
@@ -379,4 +378,4 @@ def _notes(rows: Sequence[Row], models: Sequence[Model]) -> list[str]:
     unseen = sorted({name for row in rows for name in row.uncounted})
     if unseen:
         notes.append(f"Operators that the counter does not know: {', '.join(unseen)}.")
-    return notes + [f"{row.model} {row.label} {row.size[0]}x{row.size[1]}: {row.note}" for row in rows if row.note]
+    return notes + [f"{row.model} {row.label} {human_size(row.size)}: {row.note}" for row in rows if row.note]

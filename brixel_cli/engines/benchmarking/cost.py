@@ -34,7 +34,7 @@ def count_rows(candidate: Candidate, size: Size, highres: bool, batch_size: int)
     Raises:
         SizeError: the size is no multiple of the patch.
     """
-    student = candidate.load("meta")
+    student = candidate.spec.load_student("meta")
     with fake_tensors(), torch.inference_mode():
         hollow(student)
         methods = make_methods(student, size, highres)
@@ -73,7 +73,7 @@ def largest_sizes(candidate: Candidate, labels: Sequence[str], budget_bytes: int
 
     A row that does not fit at a single patch has no entry.
     """
-    student = candidate.load("meta")
+    student = candidate.spec.load_student("meta")
     patch = student.backbone.patch_size
     found = []
     with fake_tensors(), torch.inference_mode():
@@ -137,7 +137,7 @@ def peak_in_fresh_process(candidate: Candidate, row: Row, options: BenchmarkOpti
 def _measure(candidate: Candidate, row: Row, options: BenchmarkOptions, threads: int) -> PeakMemory:
     torch.set_num_threads(threads)
     map_every_tensor()
-    student = candidate.load("cpu")
+    student = candidate.spec.load_student("cpu")
     baselines = [load_baseline(reference) for reference in options.baselines]
     methods = [*make_methods(student, row.size, True, baselines), enlarged(student, row.input_size, row.size)]
     method = in_precision(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +16,14 @@ from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.config.distill import ViewConfig
 from brixel_cli.core.adapter import resize
 from brixel_cli.core.files import make_folder, write_text
-from brixel_cli.core.formatting import human_size, to_json
+from brixel_cli.core.formatting import human_size, now
 from brixel_cli.core.student import Student
 from brixel_cli.data.images import ImageFile
 from brixel_cli.data.resizing import snap
 from brixel_cli.data.views import Views
 from brixel_cli.drawing.charts import SERIES, Line, line_chart
 from brixel_cli.engines.benchmarking.cost import count_row
-from brixel_cli.engines.benchmarking.environment import Environment, describe_environment
+from brixel_cli.engines.benchmarking.environment import Record, describe_environment
 from brixel_cli.engines.benchmarking.fidelity import measure_fidelity
 from brixel_cli.engines.benchmarking.methods import Method, enlarged, in_precision, make_methods
 from brixel_cli.engines.benchmarking.models import find_candidates, find_images_of, sizes_of
@@ -45,13 +43,10 @@ Cost = Callable[[Row], float | None]
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Record):
     """What a curve found out, as curve.json has it.
 
     Attributes:
-        command: the line that makes it again.
-        created: date and time, ISO 8601, UTC.
-        environment: where.
         batch_size: images at once, in timing.
         backbone: timm name.
         teacher_size: its input (height, width) in pixels, towards which all rows are compared.
@@ -62,9 +57,6 @@ class Curve:
         format: of the file.
     """
 
-    command: str
-    created: str
-    environment: Environment
     batch_size: int
     backbone: str
     teacher_size: Size
@@ -72,10 +64,6 @@ class Curve:
     num_images: int
     rows: tuple[Row, ...]
     format: str = FORMAT
-
-    def to_json(self) -> str:
-        """As curve.json has it; nan becomes null."""
-        return to_json(dataclasses.asdict(self), indent=2) + "\n"
 
     @property
     def lines(self) -> dict[str, list[Row]]:
@@ -150,7 +138,7 @@ def measure_curve(options: BenchmarkOptions, reporter: Reporter) -> tuple[Curve,
         key=math.prod,
     )
     home = min((size for some in sizes.values() for size in some), key=math.prod)
-    students = {candidate.name: candidate.load(str(runtime.device)) for candidate in candidates}
+    students = {candidate.name: candidate.spec.load_student(str(runtime.device)) for candidate in candidates}
     methods = [*_backbones(students[first.name], home, large, patch)]
     grid = large[0] // patch, large[1] // patch
     for name, student in students.items():
@@ -160,7 +148,7 @@ def measure_curve(options: BenchmarkOptions, reporter: Reporter) -> tuple[Curve,
         rows = _measure(options, runtime, methods, first.name, students[first.name], large, images.files, reporter)
     curve = Curve(
         command=options.command,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=now(),
         environment=describe_environment(runtime),
         batch_size=options.batch_size,
         backbone=first.spec.backbone,

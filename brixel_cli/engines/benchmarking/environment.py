@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from brixel_cli.core.formatting import Stored
 from brixel_cli.engines.runtime import Runtime, library_versions
 
 
@@ -40,6 +41,21 @@ class Environment:
     def hardware(self) -> str:
         """The processor, with what its speed depends on."""
         return f"{self.processor} ({self.device}, {self.threads} threads)"
+
+
+@dataclass(frozen=True)
+class Record(Stored):
+    """The head of what a benchmark keeps.
+
+    Attributes:
+        command: the line that makes it again.
+        created: date and time, ISO 8601, UTC.
+        environment: where.
+    """
+
+    command: str
+    created: str
+    environment: Environment
 
 
 def describe_environment(runtime: Runtime) -> Environment:

@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.files import make_folder, save_picture, write_text
+from brixel_cli.core.formatting import human_size
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.metrics import FIDELITY, fidelity, fidelity_basis, gap_over_images, gaps_by_domain
 from brixel_cli.data.views import Views, normalise_pixels, resize_view
@@ -149,13 +150,13 @@ def draw_examples(
             denormalise(resize_view(large, size)[0], backbone.mean, backbone.std),
             *pca_colours([*maps, target], reference=target),
         ]
-        titles = [f"input {size[0]}x{size[1]} px", *(row.label for row in shown), "teacher"]
-        path = folder / "pictures" / f"{model}_{size[0]}x{size[1]}_rank{rank}.png"
+        titles = [f"input {human_size(size)} px", *(row.label for row in shown), "teacher"]
+        path = folder / "pictures" / f"{model}_{human_size(size)}_rank{rank}.png"
         save_picture(panel(titles, [tiles]), path)
         named = dict(zip(titles[1:], (map_.cpu() for map_ in [*maps, target]), strict=True))
         seen.append(PageImage(f"{image.name}, number {rank} from the worst", to_pil_image(pixels), named))
         pictures.append(Picture(model, size, image.name, rank, str(path.relative_to(folder))))
-    page = feature_page(f"Feature maps of {model} at {size[0]}x{size[1]} px", seen)
+    page = feature_page(f"Feature maps of {model} at {human_size(size)} px", seen)
     write_text(folder / pictures[0].page, page.html)
     return pictures
 

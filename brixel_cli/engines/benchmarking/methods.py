@@ -165,10 +165,5 @@ def enlarged(student: Student, input_size: Size, size: Size) -> Method:
 
 def in_precision(method: Method, runtime: Runtime, compiled: bool = False) -> Method:
     """A method in the arithmetic of a runtime, and compiled by torch if asked for."""
-    inner = torch.compile(method.call, dynamic=False) if compiled else method.call
-
-    def call(images: Tensor) -> Tensor:
-        with runtime.autocast():
-            return inner(images).float()
-
-    return replace(method, call=call)
+    call = torch.compile(method.call, dynamic=False) if compiled else method.call
+    return replace(method, call=runtime.in_precision(call))

@@ -64,16 +64,6 @@ class Candidate:
         """The same model with random weights."""
         return replace(self, spec=replace(self.spec, weights="random", stored=None, chosen_by=None))
 
-    def load(self, device: str) -> Student:
-        """The model itself; on the device `meta` its shapes alone.
-
-        Raises:
-            WeightsError: weights cannot be had, or do not belong together.
-        """
-        student = self.spec.load(device)
-        assert isinstance(student, Student)
-        return student
-
     def describe(self, images: ImageSet | None) -> Model:
         """For the results; files are read for their SHA-256, so that changed ones are told from those measured."""
         spec = self.spec
@@ -167,7 +157,7 @@ def load_or_randomise(
         WeightsError: the weights that --backbone-weights names do not do.
     """
     try:
-        return candidate, candidate.load(device)
+        return candidate, candidate.spec.load_student(device)
     except WeightsError as error:
         if options.backbone_weights:
             raise
@@ -175,7 +165,7 @@ def load_or_randomise(
             f"{candidate.name}: cost only, with random weights. {str(error).splitlines()[0]} "
             "Give --backbone-weights PATH (.safetensors or .pth) for the fidelity."
         )
-        return candidate.randomised(), candidate.randomised().load(device)
+        return candidate.randomised(), candidate.randomised().spec.load_student(device)
 
 
 def sizes_of(candidate: Candidate, options: BenchmarkOptions) -> list[Size]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
-from brixel_cli.core.formatting import csv_text, to_json
+from brixel_cli.core.formatting import csv_text, human_size
 from brixel_cli.core.metrics import FIDELITY, domain_of
-from brixel_cli.engines.benchmarking.environment import Environment
+from brixel_cli.engines.benchmarking.environment import Record
 from brixel_cli.engines.benchmarking.probes import ProbeResult
 from brixel_cli.engines.latency import Latency
 from brixel_cli.errors import BrixelError
@@ -239,17 +238,14 @@ class Picture:
     @property
     def page(self) -> str:
         """The page to look at the features of its model and size with; older results have none."""
-        return f"pictures/{self.model}_{self.size[0]}x{self.size[1]}.html"
+        return f"pictures/{self.model}_{human_size(self.size)}.html"
 
 
 @dataclass(frozen=True)
-class Results:
-    """A whole benchmark.
+class Results(Record):
+    """A whole benchmark, as results.json has it.
 
     Attributes:
-        command: the line that makes it again.
-        created: date and time, ISO 8601, UTC.
-        environment: where.
         settings: how.
         models: of which the rows speak.
         rows: by model, then size, in the order in which they are printed.
@@ -259,9 +255,6 @@ class Results:
         probes: by model, what probes under ./runs/probe found out about its student.
     """
 
-    command: str
-    created: str
-    environment: Environment
     settings: Settings
     models: tuple[Model, ...]
     rows: tuple[Row, ...]
@@ -316,17 +309,13 @@ class Results:
         """Throughput of a row."""
         return _over(self.settings.batch_size, row.seconds)
 
-    def to_json(self) -> str:
-        """As results.json has it; nan becomes null."""
-        return to_json(dataclasses.asdict(self), indent=2) + "\n"
-
     def to_csv(self) -> str:
         """A line for each row, all columns of the table."""
         return csv_text(_COLUMNS, [self._cells(row) for row in self.rows])
 
     def _cells(self, row: Row) -> list[object]:
         ratios, latency, fidelity = self.ratios(row), row.latency, row.fidelity
-        sizes = [f"{height}x{width}" for height, width in (row.size, row.input_size, row.grid)]
+        sizes = map(human_size, (row.size, row.input_size, row.grid))
         gaps = fidelity.recovered_gap if fidelity else {}
         return [
             row.model, row.label, *sizes, row.frozen_parameters, row.adapter_parameters, row.gflop, row.weights_bytes,

@@ -16,7 +16,7 @@ from torch import Tensor
 from brixel_cli.config.distill import Recipe
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.files import clear_partials
-from brixel_cli.core.formatting import human_bytes
+from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.identity import files_sha256, json_digest
 from brixel_cli.data.images import Skipped, load_image
 from brixel_cli.data.row_store import (
@@ -65,7 +65,7 @@ class CacheLayout:
 
     def dataset(self, kind: str, row: int) -> str:
         """Name of the dataset of a kind that a row is in."""
-        return _dataset(kind, self.sizes[row])
+        return f"{kind}/{human_size(self.sizes[row])}"
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -80,12 +80,8 @@ class CacheLayout:
                 "targets": (self.embed_dim, self.factor * h, self.factor * w),
             }
             for kind, shape in shapes.items():
-                columns[_dataset(kind, (height, width))] = Column(shape, "float16", count)
+                columns[f"{kind}/{human_size((height, width))}"] = Column(shape, "float16", count)
         return columns
-
-
-def _dataset(kind: str, size: tuple[int, int]) -> str:
-    return f"{kind}/{size[0]}x{size[1]}"
 
 
 def cache_layout(parts: Sequence[Views], backbone: Backbone) -> CacheLayout:

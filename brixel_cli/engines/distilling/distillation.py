@@ -17,7 +17,7 @@ from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import dump_recipe
 from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.files import locked, save_picture, write_text
-from brixel_cli.core.formatting import to_json
+from brixel_cli.core.formatting import Stored
 from brixel_cli.core.student import StudentCard, read_adapter, save_student
 from brixel_cli.data.images import Skipped, describe_skipped
 from brixel_cli.data.views import Views
@@ -36,7 +36,7 @@ MOST_REFUSED = 3
 
 
 @dataclass(frozen=True)
-class Results:
+class Results(Stored):
     """How a run ended, as results.json has it.
 
     Attributes:
@@ -48,10 +48,6 @@ class Results:
     steps: int
     best: HeldOut
     num_skipped: int
-
-    def to_json(self) -> str:
-        """As results.json has it; nan becomes null."""
-        return to_json(dataclasses.asdict(self), indent=2) + "\n"
 
 
 @dataclass(frozen=True)

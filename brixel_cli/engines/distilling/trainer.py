@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from brixel_cli.config.base import scheduled_rate
 from brixel_cli.config.distill import AdapterConfig, OptimConfig, Recipe
+from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.adapter import Adapter
 from brixel_cli.core.backbone import Backbone, same_model
 from brixel_cli.core.losses import Basis, DistillationLoss
@@ -206,13 +207,9 @@ def make_adapter(recipe: Recipe, backbone: Backbone, reporter: Reporter | None =
     card = stored.card
     wanted = _architecture(backbone.embed_dim, recipe.views.factor, recipe.adapter)
     found = _architecture(card.embed_dim, card.factor, card.adapter)
-    different = [
-        f"{key}: recipe {wanted.get(key, '-')}, file {found.get(key, '-')}"
-        for key in wanted | found
-        if wanted.get(key) != found.get(key)
-    ]
-    if different:
-        raise UsageError(f"init: {stored.path} does not fit the recipe:\n  " + "\n  ".join(different))
+    if different := difference_lines(differences(found, wanted)):
+        listed = "\n  ".join(different)
+        raise UsageError(f"init: {stored.path} does not fit the recipe (in the file -> in the recipe):\n  {listed}")
     if reporter and stored.released:
         reporter.say(f"init: {stored.path}: {stored.released.summary}")
     if reporter and card.backbone and not same_model(card.backbone, backbone.name):

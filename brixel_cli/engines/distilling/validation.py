@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
+from pydantic import AliasChoices, Field, TypeAdapter
 
 from brixel_cli.core.adapter import Adapter, resize
 from brixel_cli.core.backbone import Backbone
-from brixel_cli.core.metrics import FIDELITY, Gap, fidelity, fidelity_basis, gap_over_images, gaps_by_domain
+from brixel_cli.core.metrics import FIDELITY, Gap, Number, fidelity, fidelity_basis, gap_over_images, gaps_by_domain
 from brixel_cli.drawing.feature_maps import denormalise, panel, pca_colours
 from brixel_cli.engines.distilling.batches import Batches, check_finite
 from brixel_cli.engines.runtime import Runtime
@@ -38,22 +39,16 @@ class HeldOut:
 
     step: int
     num_images: int
-    backbone: dict[str, float]
-    student: dict[str, float]
-    recovered_gap: dict[str, float]
-    gap_spread: dict[str, float] = field(default_factory=dict)
+    backbone: dict[str, Number]
+    student: dict[str, Number]
+    recovered_gap: Annotated[dict[str, Number], Field(validation_alias=AliasChoices("recovered_gap", "gap_closed"))]
+    gap_spread: dict[str, Number] = field(default_factory=dict)
     domains: dict[str, Gap] = field(default_factory=dict)
 
     @staticmethod
     def from_json(stored: Mapping[str, Any]) -> HeldOut:
-        """Read back from a line of metrics.jsonl, a state or results.json, where null stands for nan.
-
-        Earlier versions called the recovered gap `gap_closed`.
-        """
-        stored = {"recovered_gap": stored.get("gap_closed"), "gap_spread": {}, **stored}
-        groups = {name: _with_nan(stored[name]) for name in ("backbone", "student", "recovered_gap", "gap_spread")}
-        domains = {domain: Gap(**_with_nan(gap)) for domain, gap in stored.get("domains", {}).items()}
-        return HeldOut(stored["step"], stored["num_images"], domains=domains, **groups)
+        """Read back from a line of metrics.jsonl, a state or results.json, also of an earlier version."""
+        return TypeAdapter(HeldOut).validate_python(stored)
 
     @property
     def main_gap(self) -> float:
@@ -66,10 +61,6 @@ class HeldOut:
             return True
         mine, former = self.student["cosine"], other.student["cosine"]
         return math.isfinite(mine) and (not math.isfinite(former) or mine > former)
-
-
-def _with_nan(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 @torch.no_grad()

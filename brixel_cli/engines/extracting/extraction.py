@@ -16,12 +16,13 @@ from torch import Tensor
 
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.core.files import locked, writing
+from brixel_cli.core.formatting import human_size
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_layout import FORMAT, MapWriter, encode
 from brixel_cli.data.inputs import reason_of
-from brixel_cli.data.row_store import CHECKSUM, DONE, FAILED, MISSING, REASON, Array, Store, create_store
+from brixel_cli.data.row_store import CHECKSUM, DONE, FAILED, MISSING, REASON, Array, Store, create_store, in_batches
 from brixel_cli.engines.extracting.plan import (
     CONTACT_SHEET,
     ExtractPlan,
@@ -112,7 +113,7 @@ def rehearse(plan: ExtractPlan, reporter: Reporter) -> Estimate:
             missing = set(np.flatnonzero(store.status == MISSING).tolist())
         else:
             missing = {row for row, size in enumerate(plan.model_sizes) if size is not None}
-        rows_of_size = {size: [r for r in rows if r in missing] for size, rows in _rows_of_size(plan).items()}
+        rows_of_size = {size: [r for r in rows if r in missing] for size, rows in plan.rows_of_size.items()}
         rows_of_size = {size: rows for size, rows in rows_of_size.items() if rows}
         if not rows_of_size:
             return Estimate(0, 0.0, "nothing is left to be computed")
@@ -132,7 +133,7 @@ def rehearse(plan: ExtractPlan, reporter: Reporter) -> Estimate:
     return Estimate(
         sum(len(rows) for rows in rows_of_size.values()),
         of_batch / len(batch) * area / (size[0] * size[1]),
-        f"one batch of {len(batch)} images of {size[0]}x{size[1]} pixels was computed{others}",
+        f"one batch of {len(batch)} images of {human_size(size)} pixels was computed{others}",
     )
 
 
@@ -195,21 +196,11 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
     )
 
 
-def plan_chunks(plan: ExtractPlan, store: Store) -> list[list[int]]:
+def plan_chunks(plan: ExtractPlan, store: Store) -> list[Sequence[int]]:
     """All rows in batches of one model size, by the batch sizes that the file was begun with, in order of first row."""
-    chunks: list[list[int]] = []
-    for size, rows in _rows_of_size(plan).items():
-        step = int(store.description["batch_sizes"][f"{size[0]}x{size[1]}"])
-        chunks += [rows[at : at + step] for at in range(0, len(rows), step)]
-    return sorted(chunks, key=lambda chunk: chunk[0])
-
-
-def _rows_of_size(plan: ExtractPlan) -> dict[tuple[int, int], list[int]]:
-    rows: dict[tuple[int, int], list[int]] = {}
-    for row, size in enumerate(plan.model_sizes):
-        if size is not None:
-            rows.setdefault(size, []).append(row)
-    return rows
+    at_once = store.description["batch_sizes"]
+    batches = (in_batches(rows, int(at_once[human_size(size)])) for size, rows in plan.rows_of_size.items())
+    return sorted((batch for some in batches for batch in some), key=lambda batch: batch[0])
 
 
 def _open_output(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> None:
@@ -223,12 +214,12 @@ def _open_output(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter)
 
 def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> None:
     batch_sizes = model.batch_sizes(
-        {size: len(rows) for size, rows in _rows_of_size(plan).items()}, plan.options.batch_size
+        {size: len(rows) for size, rows in plan.rows_of_size.items()}, plan.options.batch_size
     )
     description = describe(plan, model) | {
         "root": str(plan.inputs.root),
         "threads": torch.get_num_threads(),
-        "batch_sizes": {f"{h}x{w}": count for (h, w), count in batch_sizes.items()},
+        "batch_sizes": {human_size(size): count for size, count in batch_sizes.items()},
     }
     filled = plan.filled(plan.digests(reporter))
     if plan.options.pca is not None:
@@ -241,7 +232,7 @@ def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> N
 
 
 def _compute(
-    plan: ExtractPlan, model: FeatureExtractor, store: Store, status: Array, chunks: Sequence[list[int]]
+    plan: ExtractPlan, model: FeatureExtractor, store: Store, status: Array, chunks: Sequence[Sequence[int]]
 ) -> Iterator[int]:
     """Fill the missing rows of these chunks; yields the number of rows settled, chunk by chunk."""
     polite = model.runtime.device.type == "cpu"

@@ -16,13 +16,13 @@ import numpy as np
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_disk, free_bytes
-from brixel_cli.core.formatting import human_bytes
+from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.identity import files_sha256
 from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile
 from brixel_cli.data.feature_layout import FORMAT, Layout, text_array
-from brixel_cli.data.inputs import Inputs, default_output, describe_videos, find_inputs
+from brixel_cli.data.inputs import Inputs, default_output, describe_videos, find_inputs, none_usable
 from brixel_cli.data.resizing import Resizing
-from brixel_cli.data.row_store import CHECKSUM, FAILED, MISSING, REASON, Array, Store
+from brixel_cli.data.row_store import CHECKSUM, FAILED, MISSING, REASON, Array, Store, rows_by_size
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
@@ -73,6 +73,12 @@ class ExtractPlan:
         channels = self.spec.embed_dim if self.options.pca is None else self.options.pca
         return Layout(grids, channels, self.options.dtype, self.options.storage)
 
+    @cached_property
+    def rows_of_size(self) -> dict[tuple[int, int], list[int]]:
+        """Rows that will be computed, by the size of their input, in order of first row."""
+        sizes = {row: size for row, size in enumerate(self.model_sizes) if size is not None}
+        return rows_by_size(sizes, sizes.__getitem__)
+
     @property
     def store_path(self) -> Path:
         """The .h5 file with the status of every row; the feature file itself, unless single files are written."""
@@ -118,7 +124,7 @@ class ExtractPlan:
     def announce(self, reporter: Reporter) -> None:
         """Say what will be computed and stored."""
         grids = self.layout.rows_of_grid
-        shown = ", ".join(f"{h}x{w} ({len(rows)})" for (h, w), rows in list(grids.items())[:4])
+        shown = ", ".join(f"{human_size(grid)} ({len(rows)})" for grid, rows in list(grids.items())[:4])
         more = f" and {len(grids) - 4} more" if len(grids) > 4 else ""
         reporter.say(
             f"{len(self.reasons)} images, {len(self.reasons) - self.num_usable} of them unusable; grids {shown}{more}, "
@@ -167,7 +173,7 @@ class ExtractPlan:
             "output": str(self.output),
             "images": len(self.reasons),
             "unusable": len(self.reasons) - self.num_usable,
-            "grids": {f"{h}x{w}": len(rows) for (h, w), rows in self.layout.rows_of_grid.items()},
+            "grids": {human_size(grid): len(rows) for grid, rows in self.layout.rows_of_grid.items()},
             "channels": self.layout.channels,
             "dtype": self.options.dtype,
             "source": self.spec.source,
@@ -221,10 +227,7 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
         model_sizes.append(size)
         reasons.append(reason)
     if not any(model_sizes):
-        listed = "".join(
-            f"\n  {item.name}: {reason}" for item, reason in list(zip(inputs.items, reasons, strict=True))[:5]
-        )
-        raise BrixelError(f"None of the {len(reasons)} images found can be used.{listed}\nName others with --input.")
+        raise none_usable({item.name: reason for item, reason in zip(inputs.items, reasons, strict=True)})
     snapped = [snap for snap in snaps if snap > 1e-6]
     return ExtractPlan(
         options, spec, resizing, inputs, model_sizes, reasons, len(snapped), max(snapped, default=0.0), output
@@ -295,7 +298,7 @@ def check_same(plan: ExtractPlan, model: FeatureExtractor, store: Store, reporte
 def _kept_batch_sizes(plan: ExtractPlan, store: Store) -> dict[str, int]:
     found = store.description.get("batch_sizes")
     kept = found if isinstance(found, dict) else {}
-    sizes = {f"{size[0]}x{size[1]}" for size in plan.model_sizes if size is not None}
+    sizes = set(map(human_size, plan.rows_of_size))
     counts = [store.description.get("threads"), *(kept.get(size) for size in sizes)]
     if not all(type(count) is int and count > 0 for count in counts):
         raise BrixelError(

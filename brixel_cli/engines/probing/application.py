@@ -23,7 +23,7 @@ from brixel_cli.core.heads import Head, load_head
 from brixel_cli.core.identity import file_sha256, tensors_sha256
 from brixel_cli.data.crops import Crop, CropKind, cut_image, plan_crops
 from brixel_cli.data.feature_layout import picture_names
-from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, reason_of
+from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, none_usable, reason_of
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import Array
 from brixel_cli.drawing.predictions import (
@@ -126,10 +126,7 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
                 bar.update(1)
     seconds = time.perf_counter() - began
     if not num_written:
-        listed = "".join(f"\n  {name}: {reason}" for name, reason in list(failures.items())[:5])
-        raise BrixelError(
-            f"None of the {len(inputs.items)} images found can be used.{listed}\nName others with --input."
-        )
+        raise none_usable(failures)
     what = f"{said.recipe.task} by {said.label}, trained on {said.recipe.name}"
     notes = [f"{quantity}: {meaning}." for quantity, meaning in units.items()]
     folders = [output / folder for quantity in head.spec.quantities for folder in (quantity, f"{quantity}_preview")]

@@ -11,17 +11,16 @@ from torch import Tensor
 
 from brixel_cli.config.labelled import IGNORE
 from brixel_cli.core.files import clear_partials
-from brixel_cli.core.formatting import human_bytes
+from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.data.crops import Crop, cut_image, cut_map, cut_target
 from brixel_cli.data.feature_layout import Grid, MapWriter, encode
 from brixel_cli.data.images import load_image
 from brixel_cli.data.labelled import LabelledSet, Sample, all_errors
-from brixel_cli.data.row_store import DONE, Array, Store, create_store, positions_within_size
+from brixel_cli.data.row_store import DONE, Array, Store, create_store, in_batches, positions_within_size, rows_by_size
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec
 from brixel_cli.engines.probing.plan import (
     ProbePlan,
-    Size,
     SourcePlan,
     SplitPlan,
     StoredPart,
@@ -110,7 +109,7 @@ class Targets:
 
     def view(self, quantity: str, row: int) -> Array:
         """The same for one quantity, not copied; read-only."""
-        values: Array = self.store.array(_dataset(quantity, self.sizes[row]))[self._places[row]]
+        values: Array = self.store.array(f"{quantity}/{human_size(self.sizes[row])}")[self._places[row]]
         return values
 
 
@@ -166,7 +165,7 @@ def _fill_targets(split: SplitPlan, task: str, reporter: Reporter) -> None:
                 continue
             for row, values in zip(rows, cut, strict=True):
                 for quantity, value in values.items():
-                    store.put(_dataset(quantity, split.target_sizes[row]), places[row], value)
+                    store.put(f"{quantity}/{human_size(split.target_sizes[row])}", places[row], value)
                 store.mark(row, DONE)
             bar.update(len(rows))
     store.flush()
@@ -215,16 +214,9 @@ def _computed(
     model: FeatureExtractor, split: SplitPlan, missing: Sequence[int]
 ) -> Iterator[tuple[Sequence[int], Array]]:
     """Maps of the missing crops, batch by batch of one size."""
-    rows_of_size: dict[Size, list[int]] = {}
-    for position in missing:
-        size = model.spec.input_size(split.crops[position].size)
-        rows_of_size.setdefault(size, []).append(position)
+    rows_of_size = rows_by_size(missing, lambda position: model.spec.input_size(split.crops[position].size))
     batch_sizes = model.batch_sizes({size: len(rows) for size, rows in rows_of_size.items()}, None) if missing else {}
-    chunks = [
-        rows[at : at + batch_sizes[size]]
-        for size, rows in rows_of_size.items()
-        for at in range(0, len(rows), batch_sizes[size])
-    ]
+    chunks = [chunk for size, rows in rows_of_size.items() for chunk in in_batches(rows, batch_sizes[size])]
     polite = model.runtime.device.type == "cpu"
     load = _image_loader(split.labelled, split.crops, model.spec)
     for chunk, pixels in read_ahead(chunks, load, num_workers(), polite):
@@ -256,7 +248,3 @@ def _opened(part: StoredPart) -> Store:
     if not part.path.exists():
         create_store(part.path, part.num_rows, part.columns, part.description)
     return Store(part.path, writable=True)
-
-
-def _dataset(quantity: str, size: Size) -> str:
-    return f"{quantity}/{size[0]}x{size[1]}"

@@ -17,6 +17,7 @@ from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.config.protocols import CropConfig
 from brixel_cli.config.section import Side
 from brixel_cli.core.files import check_disk, free_bytes
+from brixel_cli.core.formatting import human_size
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.core.identity import json_digest
 from brixel_cli.data.crops import Crop, cut_target, plan_crops
@@ -245,7 +246,7 @@ def target_columns(task: str, sizes: Sequence[Size], split: Split) -> dict[str, 
     for size, count in Counter(sizes).items():
         for quantity in QUANTITIES[task]:
             lead, dtype = kinds[quantity]
-            columns[f"{quantity}/{size[0]}x{size[1]}"] = Column((*lead, *size), dtype, count)
+            columns[f"{quantity}/{human_size(size)}"] = Column((*lead, *size), dtype, count)
     return columns
 
 

@@ -177,7 +177,7 @@ def _run_source(
             final_loss=trained.curve[-1]["loss"],
             train_seconds=round(trained.seconds, 3),
             evaluate_seconds=round(time.perf_counter() - began, 3),
-            steps_per_second=round(trained.steps_per_second, 2),
+            steps_per_second=round(plan.num_steps / trained.seconds, 2),
             versions=_versions(),
         )
 

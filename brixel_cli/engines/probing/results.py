@@ -9,18 +9,16 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import AliasChoices, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from brixel_cli.config.labelled import ProbeRecipe, Split, SplitConfig, Task
 from brixel_cli.config.protocols import Protocol
 from brixel_cli.config.section import Side
 from brixel_cli.core.formatting import to_json
-from brixel_cli.core.metrics import Gap, gap_over_seeds
+from brixel_cli.core.metrics import Gap, Number, gap_over_seeds
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
 
 FORMAT = "brixel-probe-1"
-Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-"""JSON has no nan: there it is null."""
 Value = Number | list[Number]
 """A metric of a whole set, or of each class."""
 Versions = dict[str, str | int]

@@ -14,7 +14,6 @@ from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.identity import tensors_sha256
-from brixel_cli.core.student import Student
 from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile
 from brixel_cli.data.feature_layout import Grid
 from brixel_cli.data.resizing import snap
@@ -194,9 +193,7 @@ def _at_equal_cost(
     if measure and earlier is None:
         height, width = (snap(side, spec.patch_size) for side in height_width(options.size))
         student = model_spec("student", checkpoint=checkpoint, backbone=spec.backbone, weights=spec.weights)
-        loaded = student.load(str(runtime.device))
-        assert isinstance(loaded, Student)
-        found = equal_cost_size(loaded, (height, width), runtime)
+        found = equal_cost_size(student.load_student(str(runtime.device)), (height, width), runtime)
         scale = min(found) / min(height, width)
         reporter.say(
             f"{EQUAL_COST}: at {human_size(found)} px it takes no longer than the student at {height}x{width} px"

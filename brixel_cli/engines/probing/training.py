@@ -45,13 +45,11 @@ class TrainedHead:
         head: in eval mode.
         curve: mean loss over stretches of steps, as {step, loss, lr}.
         seconds: that the steps took.
-        steps_per_second: of them.
     """
 
     head: Head
     curve: list[dict[str, float]]
     seconds: float
-    steps_per_second: float
 
 
 def batches(
@@ -138,8 +136,7 @@ def train_head(
             curve.append({"step": step + 1, "loss": mean, "lr": lr})
             recent.clear()
         bar.update(1)
-    seconds = time.perf_counter() - began
-    return TrainedHead(head.eval().requires_grad_(False), curve, seconds, total / seconds)
+    return TrainedHead(head.eval().requires_grad_(False), curve, time.perf_counter() - began)
 
 
 def batch_loss(
