@@ -14,12 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brixel_cli.config.extract import Number, Storage
-<<<<<<< HEAD
 from brixel_cli.core.files import check_regular, read_npy
-=======
-from brixel_cli.core.files import read_npy
 from brixel_cli.core.formatting import human_size
->>>>>>> main
 from brixel_cli.data.feature_layout import FORMAT, Grid, inside, map_checksum, single_file_names
 from brixel_cli.data.row_store import (
     CHECKSUM,
