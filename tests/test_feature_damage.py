@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 import brixel_cli
 from brixel_cli.app import app
+from brixel_cli.core.identity import checksum
 from brixel_cli.data.feature_layout import Layout, MapWriter, map_checksum
-from brixel_cli.data.row_store import CHECKSUMS, Store, checksum
+from brixel_cli.data.row_store import CHECKSUMS, Store
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.errors import BrixelError, UsageError
 

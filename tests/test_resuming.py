@@ -284,3 +284,20 @@ def test_a_flipped_bit_of_the_cache_is_noticed_and_that_view_computed_again(
     distill(recipe, folder, listener, resume=True)
     assert cache.read_bytes() == before
     assert folder.student.read_bytes() == (tmp_path / "whole" / "student.safetensors").read_bytes()
+
+
+def test_a_cache_of_earlier_versions_has_no_checksums(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    recipe = with_changes(tiny_recipe_file, "views.kind=centre", "cache.enabled=true")
+    distill(recipe, RunFolder(tmp_path / "whole"), listener)
+    shutil.copytree(tmp_path / "whole" / "cache", tmp_path / "run" / "cache")
+    (cache,) = (tmp_path / "run" / "cache").glob("*.h5")
+    with h5py.File(cache, "r+") as file:
+        del file["checksum"]
+    before = cache.read_bytes()
+    distill(recipe, RunFolder(tmp_path / "run"), listener)
+    assert cache.read_bytes() == before
+    assert (tmp_path / "run" / "student.safetensors").read_bytes() == (
+        tmp_path / "whole" / "student.safetensors"
+    ).read_bytes()

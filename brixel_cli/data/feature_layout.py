@@ -17,10 +17,10 @@ from torch import Tensor
 from brixel_cli.config.extract import Number, Storage
 from brixel_cli.core.files import LONGEST_NAME, make_folder, replacing
 from brixel_cli.core.formatting import human_size
-from brixel_cli.core.identity import text_digest
+from brixel_cli.core.identity import checksum, text_digest
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.weights import save_tensors
-from brixel_cli.data.row_store import Array, Column, Store, checksum, positions_within_size
+from brixel_cli.data.row_store import Array, Column, Store, positions_within_size
 from brixel_cli.errors import BrixelError
 
 FORMAT = "brixel-features-1"

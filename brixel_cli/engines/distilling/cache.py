@@ -17,7 +17,7 @@ from brixel_cli.config.distill import Recipe
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.files import clear_partials
 from brixel_cli.core.formatting import human_bytes, human_size
-from brixel_cli.core.identity import files_sha256, json_digest
+from brixel_cli.core.identity import checksum, files_sha256, json_digest
 from brixel_cli.data.images import Skipped, load_image
 from brixel_cli.data.row_store import (
     CHECKSUM,
@@ -27,7 +27,6 @@ from brixel_cli.data.row_store import (
     Store,
     batches_of_one_size,
     bytes_needed,
-    checksum,
     create_store,
     positions_within_size,
 )
