@@ -154,6 +154,7 @@ def test_the_output_lies_beside_the_input(tree: Path):
     assert default_output([str(tree / "a.jpg")], ".h5") == tree / "a.h5"
     assert default_output([str(tree / "*.jpg")], ".h5") == tree.parent / "tree.h5"
     assert default_output([str(tree / "a.jpg"), str(tree)], ".h5") == tree / "features.h5"
+    assert default_output(["/"], ".h5") == Path("features.h5")  # beside the root there is nothing
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "I;16", "F"])
