@@ -298,7 +298,7 @@ def benchmark(
         _option(MODEL, "Instead, draw fidelity against cost: the backbone at many inputs, and students.", "--curve"),
     ] = False,
     models: Annotated[
-        str | None, _option(MODEL, f"Recipes, run folders, shipped students or hf-hub:user/name, by commas. {SHIPPED}")
+        str | None, _option(MODEL, f"Recipes and students (as for --checkpoint), by commas. {SHIPPED}")
     ] = None,
     checkpoint: Annotated[str | None, _option(MODEL, f"One student: {STUDENT}")] = None,
     backbone_weights: Weights = None,

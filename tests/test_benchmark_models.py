@@ -53,6 +53,14 @@ def test_weights_that_were_named_must_do(run: Path, tmp_path: Path, listener: Li
         benchmark(options(tmp_path / "out", checkpoint=str(run), backbone_weights="absent.pth"), listener)
 
 
+def test_a_file_is_a_student_among_models_as_alone(run: Path, tmp_path: Path, listener: Listener) -> None:
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes((run / "student.safetensors").read_bytes())
+    found = find_candidates(options(tmp_path, models=f"{file},{run / 'student.safetensors'}"), listener)
+    assert [candidate.name for candidate in found] == ["mine", "run"]
+    assert all(candidate.spec.stored for candidate in found)
+
+
 def test_two_models_of_one_name_are_refused(run: Path, tmp_path: Path, listener: Listener) -> None:
     with pytest.raises(UsageError, match="--models: two models are called run"):
         benchmark(options(tmp_path / "out", models=f"{run},{run}"), listener)

@@ -117,7 +117,8 @@ def find_candidates(options: BenchmarkOptions, reporter: Reporter) -> list[Candi
 
 
 def _is_student(name: str) -> bool:
-    return name in shipped_students() or name.startswith(HUB) or (Path(name) / FILE_NAME).is_file()
+    is_file = Path(name).suffix in (".safetensors", ".pth")
+    return is_file or name in shipped_students() or name.startswith(HUB) or (Path(name) / FILE_NAME).is_file()
 
 
 def _of_recipe(name: str, options: BenchmarkOptions) -> Candidate:
