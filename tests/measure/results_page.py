@@ -30,7 +30,7 @@ from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError
 
 LEAD = (
-    "Results of the student that comes with brixel: its training, its cost, how close its feature maps are to the teacher's, and "
+    "Results of the students that come with brixel: their training, their cost, how close their feature maps are to the teacher's, and "
     "what they are worth on labelled data. All figures were measured on a CPU. `tests/measure/results_page.py` takes every figure "
     "in a table from the result files of the command above it; the remarks are written by hand, in `results/notes.md`. Recovered "
     "gap: (student - backbone) / (teacher - backbone). How each figure is measured: [BENCHMARK.md](BENCHMARK.md), "
