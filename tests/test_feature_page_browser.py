@@ -165,7 +165,8 @@ def test_the_mask_hides_what_is_less_similar_and_is_outlined(opened, data, vecto
     frames(page)
     heat = heat_maps(vectors, "student", vectors[0]["student"][:, 3, 4])[0]
     sure = np.abs(heat - 0.7) > 0.001
-    assert ((indices(page, 0, 0) >= 0) == (heat >= 0.7))[sure].all()
+    inside = indices(page, 0, 0) >= 0
+    assert (inside == (heat >= 0.7))[sure].all()
     scale, pixels = page.evaluate(
         """(() => {
             const { line, map } = cards[0].views[0], { height, width } = line;
@@ -175,7 +176,6 @@ def test_the_mask_hides_what_is_less_similar_and_is_outlined(opened, data, vecto
         })()"""
     )
     expected = np.zeros_like(pixels := np.array(pixels))  # 1 black, within 2 pixels of a border; 2 white, within 1
-    inside = heat >= 0.7
     for colour, thick in ((1, 2), (2, 1)):
         for y, x in np.argwhere(inside[1:] != inside[:-1]):
             at = (y + 1) * scale
@@ -184,7 +184,6 @@ def test_the_mask_hides_what_is_less_similar_and_is_outlined(opened, data, vecto
             at = (x + 1) * scale
             expected[max(y * scale - thick, 0) : (y + 1) * scale + thick, at - thick : at + thick] = colour
     assert (expected == 2).any()
-    assert sure.all()
     np.testing.assert_array_equal(pixels, expected)
     page.keyboard.press("Escape")
     frames(page)
@@ -263,8 +262,12 @@ def test_keys_move_pin_enlarge_and_clear(opened, data) -> None:
     assert f"image=1&y={height // 2 - 2}&x={width // 2 + 1}" in page.url
     page.keyboard.press("f")
     assert page.locator(".card.large .photo img").is_visible()
+    page.keyboard.press("o")
+    original = page.locator(".card.original .photo .view")
+    assert original.evaluate("(box) => [box.offsetWidth, box.offsetHeight]") == [256, 192]  # as large as it is
+    assert page.locator(".card.original .view:visible").count() == 1
     page.keyboard.press("Escape")
-    assert page.locator(".card.large").count() == 0
+    assert page.locator(".card.large, .card.original").count() == 0
     page.keyboard.press("Escape")
     assert page.locator(".mark.pin").count() == 0
     page.keyboard.press("c")
@@ -273,18 +276,50 @@ def test_keys_move_pin_enlarge_and_clear(opened, data) -> None:
     assert page.locator("#threshold-value").inner_text() == "0.02"
 
 
-def test_without_a_pin_equal_features_have_equal_colours(opened, data, file: Path) -> None:
+def test_without_a_pin_equal_features_have_equal_colours(opened, data) -> None:
     page = opened()
-    values = page.evaluate("Array.from(cards[0].views[0].canvas.getContext('2d').getImageData(0, 0, 1, 1).data)")
-    planes = page.evaluate("[1, 2, 3].map((k) => cards[0].maps[0].planes[k * cards[0].maps[0].heat.length])")
-    for value, plane, low, high in zip(values, planes, data["low"][1:], data["high"][1:], strict=False):
-        assert value == pytest.approx(np.clip(255 * (plane - low) / (high - low), 0, 255), abs=1)
+    for chosen in range(3):  # components 1-3, 4-6, 7-9
+        page.locator("#components").select_option(index=chosen)
+        frames(page)
+        shown = page.evaluate("Array.from(cards[0].views[0].canvas.getContext('2d').getImageData(0, 0, 1, 1).data)")
+        assert shown == pytest.approx([*colours(page, data, 3 * chosen)[0], 255], abs=1)
 
 
 def test_names_are_text(opened) -> None:
     page = opened()
     assert HOSTILE in page.locator(".card figcaption span").all_inner_texts()
     assert page.locator("img:not([src^='blob:'])").count() == 0
+
+
+def test_what_is_pointed_at_is_shown_and_goes_with_the_pointer(opened, data, vectors) -> None:
+    page = opened()
+    box = page.locator(".card").nth(1).locator(".view").nth(1).bounding_box()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.6 * box["height"])
+    frames(page)
+    height, width = data["images"][1]["grids"][0]
+    cell = int(0.6 * height), int(0.3 * width)
+    for image, heat in enumerate(heat_maps(vectors, "student", vectors[1]["student"][:, *cell])[:2]):
+        assert np.abs(indices(page, image, 0) - as_indices(heat, data["floor"])).max() <= 1
+    assert page.evaluate("cards[1].views.map((view) => view.value.textContent)") == ["1.00"] * 3
+    assert page.locator("i.mark:visible").count() == 3
+    page.mouse.move(2, 2)
+    frames(page)
+    assert page.locator("i.mark:visible").count() == 0
+    assert page.evaluate("cards[1].views[0].canvas.getContext('2d').getImageData(0, 0, 1, 1).data[0]") == pytest.approx(
+        colours(page, data, 0)[1][0], abs=1
+    )
+
+
+def colours(page: Any, data: dict, first: int) -> list[list[float]]:
+    """Red, green and blue of the first location of each image, of the components from `first` on."""
+    planes = page.evaluate(
+        "cards.map((card) => [...Array(K).keys()].map((k) => card.maps[0].planes[k * card.maps[0].heat.length]))"
+    )
+    parts = range(first + 1, first + 4)
+    return [
+        [np.clip(255 * (values[k] - data["low"][k]) / (data["high"][k] - data["low"][k]), 0, 255) for k in parts]
+        for values in planes
+    ]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -329,7 +364,7 @@ def test_the_heat_map_of_a_pin_follows_over_the_frames_of_a_video(opened, film: 
     for number, heat in enumerate(heats):
         slider.evaluate(f"(slider) => {{ slider.value = {number}; slider.oninput(); }}")
         frames(page)
-        assert page.locator(".card:visible figcaption span").inner_text() == f"clip.mp4#{2 * number:02}"
+        assert page.locator(".card:visible figcaption > span").first.inner_text() == f"clip.mp4#{2 * number:02}"
         assert np.abs(indices(page, number, 0) - as_indices(heat, data["floor"])).max() <= 1
         assert page.locator(".card:visible .mark.pin").count() == (2 if number == 1 else 0)
     assert slider.evaluate("(slider) => [slider.min, slider.max, slider.value]") == ["0", "4", "4"]
@@ -341,7 +376,10 @@ def test_a_video_plays_and_stops(opened, film: Path) -> None:
     page.keyboard.press(" ")
     assert page.locator("#play").inner_text() == "Pause"
     for number in (2, 0):  # it begins again after the last
-        page.wait_for_function(f"document.querySelector('.current') === cards[{number}].element")
+        shown = f"document.querySelector('.current') === cards[{number}].element"
+        page.evaluate(
+            f"new Promise((done) => {{ const look = () => {shown} ? done() : setTimeout(look, 10); look(); }})"
+        )
     page.keyboard.press(" ")
     assert page.locator("#play").inner_text() == "Play"
     stopped = page.locator("#frame-value").inner_text()

@@ -1,5 +1,6 @@
 // What is seen of a page, and what is done with it: drawing, pins, elements and controls.
 const REGION = 0.6; // of a region's similarity where the mask is off
+const VIEWS = { large: 'Enlarge', original: 'Original' };
 const PINS = [[23, 105, 210], [194, 65, 45], [31, 138, 91], [217, 178, 95], [171, 139, 234], [76, 195, 214], [238, 124, 184]];
 const ANCHORS = [[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51], [249, 140, 10], [249, 201, 50], [252, 255, 164]];
 const RAMP = Array.from({ length: 256 }, (_, index) => {
@@ -244,16 +245,18 @@ const blobUrl = (text) => URL.createObjectURL(new Blob([Uint8Array.from(atob(tex
 
 function build(item, image, maps) {
   const card = make('figure', 'card'), caption = make('figcaption', ''), panes = make('div', 'panes');
-  const enlarge = make('button', 'enlarge', 'Enlarge'), picture = blobUrl(item.picture);
+  const buttons = make('span', 'views'), picture = blobUrl(item.picture);
   card.tabIndex = 0;
   card.setAttribute('aria-label', `${item.name}: arrow keys move the point, Enter pins it`);
-  enlarge.onclick = () => toggleLarge(card);
-  caption.append(make('span', '', item.name), enlarge);
+  for (const [view, title] of Object.entries(VIEWS)) buttons.append(Object.assign(make('button', '', title), { onclick: () => toggleView(card, view) }));
+  caption.append(make('span', '', item.name), buttons);
   const views = maps.map((map, source) => mapView(`${page.sources[source]} ${map.height}×${map.width}`, picture, map));
   const photo = pane('image', picture, 'photo');
   const layers = item.layers.map((layer) => pane(layer.title, blobUrl(layer.picture)));
   photo.image.onload = () => {
-    for (const { box } of [photo, ...views, ...layers]) box.style.aspectRatio = `${photo.image.naturalWidth} / ${photo.image.naturalHeight}`;
+    const { naturalWidth: width, naturalHeight: height } = photo.image;
+    for (const { box } of [photo, ...views, ...layers]) box.style.aspectRatio = `${width} / ${height}`;
+    photo.box.style.setProperty('--natural', `${width}px`);
   };
   for (const { whole, box } of [photo, ...views, ...layers]) { panes.append(whole); pointerOn(box, image); }
   card.append(caption, panes);
@@ -262,13 +265,15 @@ function build(item, image, maps) {
   return { element: card, image, maps, views, visible: false, stale: true };
 }
 
-function toggleLarge(card) {
-  const large = card.classList.toggle('large');
-  card.style.top = large ? `${Math.max(0, document.querySelector('.bar').getBoundingClientRect().bottom)}px` : '';
-  card.querySelector('.enlarge').textContent = large ? 'Close' : 'Enlarge';
-  document.body.style.overflow = large ? 'hidden' : '';
-  changed(true);
+// Shows a card as large as the window: all its maps, or its image at full size; or as one of many again.
+function toggleView(card, view) {
+  const open = !card.classList.contains(view);
+  for (const name in VIEWS) card.classList.toggle(name, open && name === view);
+  card.style.top = open ? `${Math.max(0, document.querySelector('.bar').getBoundingClientRect().bottom)}px` : '';
+  document.body.style.overflow = open ? 'hidden' : '';
+  Object.keys(VIEWS).forEach((name, n) => setText(card.querySelectorAll('.views button')[n], open && name === view ? 'Close' : VIEWS[name]));
   card.focus();
+  changed(true);
 }
 
 function onKey(event, image) {
@@ -279,7 +284,8 @@ function onKey(event, image) {
     const from = state.point?.image === image ? state.point : pointAt(image, 0.5, 0.5);
     moveTo(pointAt(image, from.y + move[0] / height, from.x + move[1] / width));
   } else if (event.key === 'Enter') addPin(event.shiftKey);
-  else if (event.key === 'f') toggleLarge(cards[image].element);
+  else if (event.key === 'f') toggleView(cards[image].element, 'large');
+  else if (event.key === 'o') toggleView(cards[image].element, 'original');
   else return;
   event.preventDefault();
 }
@@ -310,7 +316,11 @@ function controls() {
   element('clear').onclick = clear;
   const nudge = (id, by) => { element(id).value = Number(element(id).value) + by; element(id).oninput(); };
   const keys = {
-    Escape: () => { const large = document.querySelector('.large'); if (large) toggleLarge(large); else clear(); },
+    Escape: () => {
+      const view = Object.keys(VIEWS).find((name) => document.querySelector(`.${name}`));
+      if (view) toggleView(document.querySelector(`.${view}`), view);
+      else clear();
+    },
     c: () => { const list = element('components'); list.selectedIndex = (list.selectedIndex + 1) % list.length; list.onchange({ target: list }); },
     ' ': () => element('play').click(),
     m: () => element('matches').click(), '[': () => nudge('threshold', -2), ']': () => nudge('threshold', 2),
