@@ -256,7 +256,7 @@ function build(item, image, maps) {
   photo.image.onload = () => {
     const { naturalWidth: width, naturalHeight: height } = photo.image;
     for (const { box } of [photo, ...views, ...layers]) box.style.aspectRatio = `${width} / ${height}`;
-    photo.box.style.setProperty('--natural', `${width}px`);
+    photo.whole.style.setProperty('--natural', `${width}px`);
   };
   for (const { whole, box } of [photo, ...views, ...layers]) { panes.append(whole); pointerOn(box, image); }
   card.append(caption, panes);
