@@ -112,7 +112,7 @@ function render() {
   const points = state.pins.length ? state.pins : state.point ? [state.point] : [];
   const began = performance.now();
   if (state.dirty) {
-    page.sources.forEach((_, source) => drawSource(source, points));
+    for (const source of page.sources.keys()) drawSource(source, points);
     for (const card of cards) card.stale = !card.visible;
     state.dirty = state.colours = false;
   }
@@ -166,7 +166,7 @@ function addPin(region) {
 }
 
 function showPins() {
-  document.querySelectorAll('.mark.pin').forEach((mark) => mark.remove());
+  for (const mark of document.querySelectorAll('.mark.pin')) mark.remove();
   element('pins').replaceChildren();
   state.pins.forEach((pin, number) => {
     const colour = `rgb(${PINS[number % PINS.length]})`;
@@ -271,7 +271,8 @@ function toggleView(card, view) {
   for (const name in VIEWS) card.classList.toggle(name, open && name === view);
   card.style.top = open ? `${Math.max(0, document.querySelector('.bar').getBoundingClientRect().bottom)}px` : '';
   document.body.style.overflow = open ? 'hidden' : '';
-  Object.keys(VIEWS).forEach((name, n) => setText(card.querySelectorAll('.views button')[n], open && name === view ? 'Close' : VIEWS[name]));
+  const buttons = card.querySelectorAll('.views button');
+  for (const [n, name] of Object.keys(VIEWS).entries()) setText(buttons[n], open && name === view ? 'Close' : VIEWS[name]);
   card.focus();
   changed(true);
 }
@@ -292,7 +293,10 @@ function onKey(event, image) {
 
 function showFrame(image) {
   if (!page.video) return;
-  cards.forEach((card, number) => card.element.classList.toggle('current', (card.visible = number === image)));
+  for (const card of cards) {
+    card.visible = card.image === image;
+    card.element.classList.toggle('current', card.visible);
+  }
   element('frame').value = image;
   setText(element('frame-value'), page.images[image].name);
   changed(true);
@@ -357,7 +361,11 @@ async function start() {
   document.body.classList.toggle('video', page.video);
   element('cards').style.setProperty('--columns', Math.min(page.sources.length + page.images[0].layers.length, 4));
   page.images.forEach((item, image) => {
-    const maps = item.grids.map(([height, width]) => decodeMap(values.subarray(at, (at += height * width * K)), height, width));
+    const maps = item.grids.map(([height, width]) => {
+      const planes = values.subarray(at, at + height * width * K);
+      at += planes.length;
+      return decodeMap(planes, height, width);
+    });
     cards.push(build(item, image, maps));
   });
   const seen = new IntersectionObserver((entries) => {

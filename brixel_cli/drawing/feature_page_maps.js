@@ -82,13 +82,15 @@ function queryOf(point, source) {
       for (const next of beside) if (heat[next] >= point.region) seen.add(next); // undefined outside of the map
     }
   }
-  return (point.queries[source] = queryFrom(sum));
+  point.queries[source] = queryFrom(sum);
+  return point.queries[source];
 }
 
 // The heat map of some points: at each location the highest of their similarities, and whose that is.
 function compute(map, source, points) {
   points.forEach((point, number) => {
-    const out = number ? (map.spare ??= new Float32Array(map.heat.length)) : map.heat;
+    if (number) map.spare ??= new Float32Array(map.heat.length);
+    const out = number ? map.spare : map.heat;
     similarities(map, queryOf(point, source), out);
     if (!number) map.owner.fill(0);
     else for (let n = 0; n < out.length; n++) if (out[n] > map.heat[n]) { map.heat[n] = out[n]; map.owner[n] = number; }
