@@ -188,8 +188,8 @@ def extract(
         from brixel_cli.cli.extract import run_extract
 
         set_quiet(quiet)
-        if batch_size != "auto" and (not batch_size.isdigit() or int(batch_size) < 1):
-            raise UsageError(f"--batch-size must be auto or a number from 1 up, not {batch_size}.")
+        if batch_size != "auto" and not (batch_size.isdecimal() and len(batch_size) < 7 and int(batch_size)):
+            raise UsageError(f"--batch-size must be auto or a number from 1 up, not {batch_size[:40]}.")
         options = ExtractOptions(
             inputs=input_ or [], res=res, fit=fit, source=source, checkpoint=checkpoint, backbone=backbone,
             backbone_weights=backbone_weights, output=output, storage=format_, dtype=dtype, pca=pca, device=device,
@@ -389,8 +389,3 @@ def benchmark(
             ablate, recipe or AblationOptions.recipe, tuple(set_ or ()), steps, train_seconds, output, probe, probe_data
         )
         run_ablation(ablation, report, dry_run, as_json)
-
-
-def main() -> None:
-    """Entry point of the `brixel` command."""
-    app()

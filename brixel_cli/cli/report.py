@@ -21,7 +21,7 @@ from brixel_cli.core.metrics import FIDELITY
 from brixel_cli.drawing.charts import SERIES, Bar, Line, bar_chart, line_chart
 from brixel_cli.drawing.page import Block, Chart, Commands, File, Page, Photo, Section, Table, Text, write_page
 from brixel_cli.engines.ablating import results as ablating
-from brixel_cli.engines.ablating.results import Ablations, VariantResult
+from brixel_cli.engines.ablating.results import Ablations
 from brixel_cli.engines.benchmarking import results as benchmarking
 from brixel_cli.engines.benchmarking.environment import Environment
 from brixel_cli.engines.benchmarking.results import Model, Results, Row
@@ -270,12 +270,8 @@ def _pictures(results: Results, folder: Path) -> Iterator[Block]:
 
 
 def _ablation(ablations: Ablations, group: str) -> Iterator[Block]:
-    yield from _ablation_charts(group, [item for item in ablations.groups()[group] if item.fidelity])
-    yield from ablation_tables(ablations, group)
-
-
-def _ablation_charts(group: str, variants: Sequence[VariantResult]) -> Iterator[Chart]:
-    """Recovered gaps, the course of training, and fidelity against time, of the trained variants of a group."""
+    """Recovered gaps, the course of training, and fidelity against time, of the trained variants; then all tables."""
+    variants = [item for item in ablations.groups()[group] if item.fidelity]
     names = list(SERIES)
     coloured = [(item, names[number % len(names)]) for number, item in enumerate(variants)]
     bars = [
@@ -301,6 +297,7 @@ def _ablation_charts(group: str, variants: Sequence[VariantResult]) -> Iterator[
         x_title = "an image through backbone and adapter, ms"
         chart = line_chart(f"Fidelity against time: {group}", lines, x_title, "cosine", joined=False)
         yield Chart(f"ablation_time_{group}", chart, "Better towards the upper left.")
+    yield from ablation_tables(ablations, group)
 
 
 def _environment_table(environment: Environment) -> Table:

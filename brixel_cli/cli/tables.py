@@ -16,7 +16,7 @@ from brixel_cli.engines.ablating.results import Ablations, VariantResult
 from brixel_cli.engines.ablating.variants import Planned, Variant
 from brixel_cli.engines.benchmarking.curve import BACKBONE, Curve, quality
 from brixel_cli.engines.benchmarking.probes import ProbeResult
-from brixel_cli.engines.benchmarking.results import Fidelity, Model, Results, Row
+from brixel_cli.engines.benchmarking.results import FIGURES, Model, Results, Row
 from brixel_cli.engines.latency import Latency
 
 MOST_LISTED = 20
@@ -87,8 +87,9 @@ def fidelity_tables(results: Results, model: Model, size: tuple[int, int]) -> li
     title = f"Fidelity to the teacher at {human_size(size)} px: {num_images} images of {model.images}"
     others = [(row, fidelity) for row, fidelity in compared if row.kind != "bilinear"]
     gaps = [[row.label, *_gap_cells(fidelity.recovered_gap, fidelity.gap_spread)] for row, fidelity in others]
+    rows = [[row.label, *(f"{getattr(fidelity, name):.4f}" for name in FIGURES)] for row, fidelity in compared]
     tables = [
-        Table(title, FIDELITY_COLUMNS, [_fidelity_cells(row.label, fidelity) for row, fidelity in compared]),
+        Table(title, FIDELITY_COLUMNS, rows),
         Table("", GAP_COLUMNS, gaps, [GAP_NOTE]),
     ]
     if domains := list(others[-1][1].domains) if others else []:
@@ -292,11 +293,6 @@ def _time_cells(results: Results, row: Row, latency: Latency) -> list[str]:
 
 def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:,.1f}x"
-
-
-def _fidelity_cells(label: str, fidelity: Fidelity) -> list[str]:
-    names = ("l1", "cosine", "cosine_p5", "cosine_worst", "edge", "spectral")
-    return [label, *(f"{getattr(fidelity, name):.4f}" for name in names)]
 
 
 def _ablation_fidelity(item: VariantResult) -> list[str]:

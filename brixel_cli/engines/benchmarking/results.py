@@ -26,6 +26,8 @@ Kind = Literal["backbone", "bilinear", "equal_cost", "student", "baseline", "tea
 How = Literal["measured", "counted"]
 Size = tuple[int, int]
 """Height and width."""
+FIGURES = ("l1", "cosine", "cosine_p5", "cosine_worst", "edge", "spectral")
+"""Of a `Fidelity`, as tables have them."""
 
 RecoveredGaps = Annotated[dict[str, float | None], Field(validation_alias=AliasChoices("recovered_gap", "gap_closed"))]
 """By metric; files of earlier versions call them `gap_closed`."""
@@ -322,16 +324,15 @@ class Results(Record):
             row.peak_bytes, row.memory,
             *((latency.median, latency.low, latency.high, latency.rounds) if latency else [None] * 4),
             self.images_per_second(row), ratios.faster, ratios.less_flop, ratios.less_memory,
-            *(getattr(fidelity, name) if fidelity else None for name in _FIDELITY),
+            *(getattr(fidelity, name) if fidelity else None for name in FIGURES),
             *(gaps.get(name) for name in FIDELITY), row.note,
         ]  # fmt: skip
 
 
-_FIDELITY = ("l1", "cosine", "cosine_p5", "cosine_worst", "edge", "spectral")
 _COLUMNS = (
     "model", "row", "size", "input", "grid", "frozen_parameters", "adapter_parameters", "gflop", "weights_bytes",
     "peak_bytes", "memory", "seconds", "seconds_q10", "seconds_q90", "rounds", "images_per_second", "times_faster",
-    "times_less_flop", "times_less_memory", *_FIDELITY, *(f"recovered_gap_{name}" for name in FIDELITY), "note",
+    "times_less_flop", "times_less_memory", *FIGURES, *(f"recovered_gap_{name}" for name in FIDELITY), "note",
 )  # fmt: skip
 
 

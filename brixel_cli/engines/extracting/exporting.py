@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.core.backbone import check_size
+from brixel_cli.core.cost import count_bytes
 from brixel_cli.engines.extracting.plan import model_of
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
@@ -124,13 +125,9 @@ def _write(model: nn.Module, example: Tensor, path: Path, patch: int, free_size:
             dynamic_shapes={"images": shapes},
             opset_version=OPSET,
             dynamo=True,
-            external_data=_num_bytes(model) > LARGEST_SINGLE_FILE,
+            external_data=count_bytes(model) > LARGEST_SINGLE_FILE,
             verbose=False,
         )
-
-
-def _num_bytes(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
 def _check_graph(model: nn.Module, path: Path, sizes: list[tuple[int, int, int]]) -> dict[tuple[int, int, int], float]:

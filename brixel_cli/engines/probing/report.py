@@ -62,7 +62,7 @@ def write_pictures(folder: ProbeFolder, plan: ProbePlan, runtime: Runtime) -> li
                     "truth": rows[1][0],
                     **dict(zip((f"predicted: {label}" for label in predictions), rows[0][1:], strict=True)),
                 }
-                name = f"{titles[0]}, {_name(reference, row)}"
+                name = f"{titles[0]}, {reference.evaluate.labelled.names[number]}"
                 seen.append(PageImage(name, rows[0][0], _maps(plan, number), layers))
     if seen:
         write_text(folder.page, feature_page(f"Features of the probe {plan.options.recipe.name}", seen).html)
@@ -75,10 +75,6 @@ def _maps(plan: ProbePlan, number: int) -> dict[str, Tensor]:
     for item in plan.sources:
         found[item.source.label] = open_maps(item, item.evaluate).read(item.evaluate.positions[number][:1])[0]
     return found
-
-
-def _name(item: SourcePlan, row: int) -> str:
-    return item.evaluate.labelled.names[item.evaluate.crops[row].row]
 
 
 def _prediction(
