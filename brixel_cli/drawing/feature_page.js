@@ -100,7 +100,7 @@ function drawSource(source, points) {
     if (!card.visible || !(points.length || state.colours || card.stale)) continue;
     if (points.length) {
       paintHeat(view, points.length > 1);
-      paintOutline(view, card.element.classList.contains('large') ? 512 : 256);
+      paintOutline(view, page.video || card.element.classList.contains('large') ? 512 : 256);
     } else {
       paintColours(view);
       view.line.hidden = true;
