@@ -388,8 +388,3 @@ def benchmark(
             ablate, recipe or AblationOptions.recipe, tuple(set_ or ()), steps, train_seconds, output, probe, probe_data
         )
         run_ablation(ablation, report, dry_run, as_json)
-
-
-def main() -> None:
-    """Entry point of the `brixel` command."""
-    app()

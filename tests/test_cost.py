@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -136,11 +137,11 @@ def test_a_student_is_cheaper_than_the_released_one_and_dearer_than_its_backbone
 def test_a_dry_run_says_whether_reading_or_the_networks_limit_the_training(
     tiny_recipe_file: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch, seconds: float, limit: str, cache: str
 ) -> None:
-    def load(path: Path, **_: object) -> Image.Image:
+    def load(path: Path, **_: object) -> AbstractContextManager[Image.Image]:
         time.sleep(seconds)
         return Image.new("RGB", (128, 128))
 
-    monkeypatch.setattr("brixel_cli.data.views.load_image", load)
+    monkeypatch.setattr("brixel_cli.data.views.decoded", load)
     monkeypatch.setattr(plan_of_distilling, "READING_SECONDS", 0.2)
     changes = ("views.other_sizes=[64]", "views.kind=fixed", "views.per_image=2", f"cache.enabled={cache}")
     recipe = with_changes(tiny_recipe_file, *changes)

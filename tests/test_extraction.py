@@ -168,7 +168,7 @@ def test_kills_cost_nothing_but_time(extract_options, model, tmp_path: Path, lis
         "from brixel_cli.engines.models import FeatureExtractor as M\n"
         "maps = M.maps\n"
         "M.maps = lambda self, pixels: (time.sleep(0.05), maps(self, pixels))[1]\n"
-        "from brixel_cli.app import main; main()"
+        "from brixel_cli.app import app; app()"
     )
     arguments = ["-c", script, "extract", "--input", str(folder), "--res", "64", "--checkpoint", model[0]]
     arguments += ["--batch-size", "4", "--precision", "float32", "--device", "cpu", "--output", str(output)]
@@ -196,7 +196,7 @@ def test_kills_cost_nothing_but_time(extract_options, model, tmp_path: Path, lis
 def test_two_processes_fill_one_file(extract_options, mixed: Path, model, tmp_path: Path, listener: Listener):
     expected = every_row(extract(extract_options(inputs=[str(mixed)], batch_size=2), listener).output)
     output = tmp_path / "shared.h5"
-    threads = f"import torch; torch.set_num_threads({torch.get_num_threads()}); from brixel_cli.app import main; main()"
+    threads = f"import torch; torch.set_num_threads({torch.get_num_threads()}); from brixel_cli.app import app; app()"
     (tmp_path / "start.py").write_text(threads)
     process = run(
         *TWO_RANKS, str(tmp_path / "start.py"), "extract",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import re
 import signal
 import subprocess
@@ -122,6 +123,45 @@ def test_a_damaged_npy_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.npy").write_bytes(content)
     with pytest.raises(BrixelError, match=r"a\.npy is no \.npy file that can be read: "):
         read_npy(tmp_path / "a.npy")
+
+
+HEADERS = (
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}", "{'descr': '<f4', 'fortran_order': False, 'shape': (0, " + "9" * 30 + ")}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 4000 + ", " + "9" * 4000 + ")}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -2)}", "{'descr': '|V0', 'fortran_order': False, 'shape': (4,)}",
+    "{'descr': '<U1', 'fortran_order': False, 'shape': (4,)}", "{'descr': '<c8', 'fortran_order': False, 'shape': (2,)}",
+    "{'descr': '<M8[s]', 'fortran_order': False, 'shape': (2,)}", "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (2,)}",
+    "{'descr': ('<f4', (2, 2)), 'fortran_order': False, 'shape': (1,)}", "{'descr': '<f4', 'fortran_order': 1, 'shape': (2,)}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (2.5,)}", "{'descr': '<f4', 'fortran_order': False, 'shape': 4}",
+    "{'descr': None, 'fortran_order': False, 'shape': (2,)}", "{'descr': {}, 'fortran_order': False, 'shape': (2,)}", "{'shape': (2,)}", "[]", "1L", "((((",
+    "{" * 3000, "-" * 9000 + "1", "'" * 3 + "open", "\n \n\t x", "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), 'more': 1}", "\0\0\0", "é\udcff",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0), (4, 0), (255, 255)])
+@pytest.mark.parametrize("header", HEADERS, ids=lambda text: text[:40])
+def test_every_fault_of_a_header_is_an_error(tmp_path: Path, header: str, version: tuple[int, int]) -> None:
+    data = header.encode("utf-8", "surrogateescape")
+    length = len(data).to_bytes(2 if version == (1, 0) else 4, "little")
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY" + bytes(version) + length + data + bytes(16))
+    with pytest.raises(BrixelError, match=r"a\.npy is no \.npy file that can be read: "):
+        read_npy(tmp_path / "a.npy")
+
+
+def test_flipped_bytes_of_a_header_are_errors_or_other_numbers(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    whole = npy(tmp_path / "a.npy", np.arange(6, dtype=np.float32).reshape(2, 3)).read_bytes()
+    refused = 0
+    for _ in range(2000):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(100)] = rng.randrange(256)
+        (tmp_path / "a.npy").write_bytes(damaged)
+        try:
+            assert read_npy(tmp_path / "a.npy").dtype.kind in "biuf"
+        except BrixelError:
+            refused += 1
+    assert refused > 1000
 
 
 def test_python_objects_are_not_loaded(tmp_path: Path) -> None:

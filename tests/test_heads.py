@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from brixel_cli.core.heads import Head, HeadSpec, build_head, channel_sums, enlarge, load_head, save_head
-from brixel_cli.core.weights import save_tensors
+from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.errors import WeightsError
 
 SPECS = {
@@ -171,9 +172,44 @@ def test_other_files_are_no_heads(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="its description of the head cannot be read"):
         load_head(path)
     save_head(path, build_head(SPECS["linear"], 0), {})
-    from brixel_cli.core.weights import load_tensors
-
     tensors, metadata = load_tensors(path)
     save_tensors(path, {"other": tensors["branches.segmentation.0.bias"]}, metadata)
     with pytest.raises(WeightsError, match="does not fit its own description: 3 of its keys are wrong"):
+        load_head(path)
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"channels": 0}, "channels: Input should be greater than 0"),
+    ({"channels": 2**40}, "channels: Input should be less than or equal to 65536"),
+    ({"channels": "8"}, "channels: Input should be a valid integer"),
+    ({"bins": -1}, "bins: Input should be greater than or equal to 0"),
+    ({"num_classes": 300}, "num_classes: Input should be less than or equal to 255"),
+    ({"num_classes": 0}, "a head for segmentation with 0 classes"),
+    ({"task": "cooking"}, "task: Input should be 'segmentation'"),
+    ({"kind": "huge"}, "kind: Input should be 'linear' or 'readout'"),
+    ({"batch_norm": "yes"}, "batch_norm: Input should be a valid boolean"),
+    ({"depth_range": [1.0]}, "depth_range.1: Field required"),
+    ({"depth_range": [5.0, 1.0]}, "its depth_range (5.0, 1.0) is empty"),
+    ({"depth_range": [1.0, math.inf]}, "depth_range.1: Input should be a finite number"),
+    ({"colour": 1}, "colour: Unexpected keyword argument"),
+    (None, "head: Input should be an object"),
+])  # fmt: skip
+def test_a_head_that_is_described_wrongly_is_refused(changes: dict | None, reason: str, tmp_path: Path) -> None:
+    save_head(tmp_path / "head.safetensors", build_head(SPECS["linear"], 0), {})
+    tensors, metadata = load_tensors(tmp_path / "head.safetensors")
+    said = json.dumps(changes if changes is None else json.loads(metadata["head"]) | changes)
+    save_tensors(tmp_path / "head.safetensors", tensors, metadata | {"head": said})
+    with pytest.raises(WeightsError) as caught:
+        load_head(tmp_path / "head.safetensors")
+    assert "head.safetensors: its description of the head cannot be read: " in str(caught.value)
+    assert reason in str(caught.value)
+
+
+def test_a_head_of_another_width_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    save_head(path, build_head(SPECS["readout"], 0), {})
+    tensors, metadata = load_tensors(path)
+    said = json.loads(metadata["head"]) | {"kind": "linear", "channels": 2**16, "bins": 2**16}  # 17 GB of weights
+    save_tensors(path, tensors, metadata | {"head": json.dumps(said)})
+    with pytest.raises(WeightsError, match="does not fit its own description"):
         load_head(path)

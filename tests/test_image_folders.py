@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import Listener
 from PIL import Image
+from test_disk_faults import without_privileges
 
 from brixel_cli.data.images import ImageFile, Skipped, describe_skipped, scan_folder
-from brixel_cli.errors import BrixelError
+from brixel_cli.data.inputs import find_inputs
+from brixel_cli.engines.extracting.plan import make_plan
+from brixel_cli.errors import BrixelError, UsageError
 
 
 def test_photographs_that_are_too_small_are_skipped_by_their_shorter_side(tmp_path: Path) -> None:
@@ -81,3 +87,32 @@ def test_skipped_files_are_listed_up_to_a_limit() -> None:
     assert describe_skipped(items[:2]) == "  0.jpg: why\n  1.jpg: why"
     assert describe_skipped(items).splitlines()[9:] == ["  9.jpg: why", "  and 2 more"]
     assert describe_skipped(items[:10]).splitlines()[-1] == "  9.jpg: why"
+
+
+@pytest.fixture
+def closed(photographs: Path, tmp_path: Path) -> Iterator[Path]:
+    """A folder of two images, one of them in a folder that may not be looked into."""
+    folder = tmp_path / "images"
+    (folder / "closed").mkdir(parents=True)
+    for name in ("0.png", "closed/1.png"):
+        shutil.copy(photographs / "0.png", folder / name)
+    (folder / "closed").chmod(0)
+    folder.chmod(0o777)
+    with without_privileges(tmp_path):
+        yield folder
+    (folder / "closed").chmod(0o755)
+
+
+def test_a_folder_that_cannot_be_read_is_reported(closed: Path) -> None:
+    found, skipped = scan_folder(closed, 1)
+    assert [image.name for image in found] == ["0.png"]
+    assert skipped == [Skipped("closed/", "a folder that cannot be read")]
+
+
+def test_extract_warns_of_a_folder_that_cannot_be_read(closed: Path, extract_options: Callable) -> None:
+    listener = Listener()
+    make_plan(extract_options(inputs=[str(closed)]), listener).announce(listener)
+    assert listener.warned == [f"folders that cannot be read, whose images are left out: {closed / 'closed'}"]
+    (closed / "0.png").unlink()
+    with pytest.raises(UsageError, match=rf"No images in the folder {closed}\. Its folder {closed}/closed cannot be"):
+        find_inputs([str(closed)], 1)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,6 @@ from brixel_cli.data.images import (
     Skipped,
     load_image,
     read_size,
-    room_for,
     scan_folder,
     upright,
 )
@@ -288,26 +285,6 @@ def test_an_image_is_converted_strip_by_strip_to_the_same_pixels(mode: str, monk
     whole = np.asarray(upright(image))
     monkeypatch.setattr(images_module, "STRIP_PIXELS", 333)
     assert np.array_equal(np.asarray(upright(image)), whole)
-
-
-def test_large_images_are_not_in_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images_module, "MAX_PIXELS", 100)
-    inside, most = [0], [0]
-
-    def work(num_pixels: int) -> None:
-        with room_for(num_pixels):
-            inside[0] += num_pixels
-            most[0] = max(most[0], inside[0])
-            time.sleep(0.002)
-            inside[0] -= num_pixels
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, [60, 30, 60, 100, 10, 30] * 5))
-    assert 60 < most[0] <= 100
-    with pytest.raises(ZeroDivisionError), room_for(100):
-        raise ZeroDivisionError
-    with room_for(1000):  # more than there ever is: alone
-        pass
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "nul", "long", "loop"])

@@ -16,10 +16,15 @@ from conftest import make_photograph
 from PIL import Image
 
 from brixel_cli.data import images as images_module
-from brixel_cli.data.images import load_image, read_size
-from brixel_cli.data.inputs import default_output, find_inputs
+from brixel_cli.data.images import decoded, load_image, read_size
+from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.errors import BrixelError, UsageError
+
+
+def load(found: Inputs, item: Item) -> Image.Image:
+    with found.decoded(item) as image:
+        return image
 
 
 def names(*references: str, **options) -> list[str]:
@@ -197,8 +202,8 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(tmp_path: Path):
     picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
 
     def size(name: str, *enough: int) -> tuple[int, int]:
-        image = load_image(tmp_path / name, enough=enough)
-        return image.height, image.width
+        with decoded(tmp_path / name, enough=enough) as image:
+            return image.height, image.width
 
     assert size("whole.jpg", 160, 200) == (160, 200)  # twice as many: at a half
     assert size("whole.jpg", 161, 200) == size("whole.jpg", 160, 201) == (320, 400)
@@ -206,8 +211,8 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(tmp_path: Path):
     assert size("turned.jpg", 200, 160) == (200, 160)
     assert size("turned.jpg", 160, 200) == (400, 320)  # 320 is less than twice 200
     assert size("whole.png", 10, 10) == (320, 400)
-    half = load_image(tmp_path / "whole.jpg", enough=(160, 200))
-    reduced = picture.resize((200, 160), Image.Resampling.BOX)
+    with decoded(tmp_path / "whole.jpg", enough=(160, 200)) as half:
+        reduced = picture.resize((200, 160), Image.Resampling.BOX)
     assert np.abs(np.asarray(half).astype(int) - np.asarray(reduced)).mean() < 3
 
 
@@ -343,7 +348,7 @@ def test_no_damage_to_a_video_raises_anything_but_our_own_error(tmp_path: Path):
         found = find_inputs([str(path)], 1)
         for item in found.items:
             with contextlib.suppress(BrixelError):
-                assert item.reason or found.load(item).size
+                assert item.reason or load(found, item).size
 
 
 def test_a_playlist_is_no_video(tmp_path: Path):
@@ -356,7 +361,7 @@ def test_videos_of_telephones_are_upright(tmp_path: Path):
     path = make_video(tmp_path / "clip.mp4", turned=True)
     found = find_inputs([str(path)], every=5)
     assert (found.items[0].height, found.items[0].width) == (64, 48)
-    pixels = np.asarray(found.load(found.items[1]))
+    pixels = np.asarray(load(found, found.items[1]))
     assert pixels.shape == (64, 48, 3)
     assert pixels[4, :, 2].mean() > 200  # the blue edge, at the left of what is stored, is on top
     assert pixels[12:, :, 2].mean() < 50
@@ -368,7 +373,7 @@ def test_only_one_video_is_open(tmp_path: Path):
         (tmp_path / f"{number}.mp4").symlink_to(path)
     found = find_inputs([str(tmp_path / "?.mp4")], every=4)
     for item in found.items + found.items[::-1]:
-        found.load(item)
+        load(found, item)
         assert [video for video in found.videos.values() if video._begun] == [found.videos[item.path]]
 
 
@@ -376,9 +381,9 @@ def test_video_frames_are_items(tmp_path: Path):
     path = make_video(tmp_path / "clip.mp4")
     found = find_inputs([str(path)], every=4)
     assert [item.name for item in found.items] == ["clip.mp4#00", "clip.mp4#04", "clip.mp4#08"]
-    reds = [np.asarray(found.load(item))[..., 0].mean() for item in found.items]
+    reds = [np.asarray(load(found, item))[..., 0].mean() for item in found.items]
     assert reds == pytest.approx([0, 100, 200], abs=12)
-    assert np.asarray(found.load(found.items[0]))[..., 0].mean() == pytest.approx(0, abs=12)  # back to the beginning
+    assert np.asarray(load(found, found.items[0]))[..., 0].mean() == pytest.approx(0, abs=12)  # back to the beginning
     with pytest.raises(BrixelError, match="the video ends before this frame, after 10"):
         found.videos[path].frame(12)
     path.write_bytes(path.read_bytes()[:200])

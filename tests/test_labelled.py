@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from labelled_sets import DOWNLOAD, HEIGHT, WIDTH, fault, first, how, make_root, opened, recipe, save, save_image
+from test_disk_faults import without_privileges
 
 from brixel_cli.data.labelled import LabelledSet
 from brixel_cli.errors import BrixelError
@@ -170,3 +171,33 @@ def test_a_set_that_was_moved_or_copied_is_the_same_set(root: Path, tmp_path: Pa
         == before.image_fingerprint()
         != opened(root, split="evaluate").image_fingerprint()
     )
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_a_list_that_is_no_regular_file_is_not_read(root: Path, kind: str) -> None:
+    path = root / "train.txt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    what = "a folder" if kind == "folder" else "a pipe, socket or device, not a file"
+    assert fault(root, "data.list_file=train.txt").startswith(
+        f"ROOT/train.txt, the list of the train images of mine, cannot be read: {what}.\n"
+    )
+
+
+def test_a_pipe_among_the_images_of_a_list_is_named(root: Path) -> None:
+    os.mkfifo(root / "images/train/pipe.png")
+    (root / "train.txt").write_text("a\npipe\n")
+    assert "line 2, pipe: there is no images/train/pipe.png" in fault(root, "data.list_file=train.txt")
+
+
+def test_a_folder_that_cannot_be_read_makes_the_set_incomplete(root: Path) -> None:
+    (root / "images/train/town").chmod(0)
+    described = recipe(root.parent)
+    message = f"The folder {root}/images/train/town of the data set cannot be read: permission denied. Allow it."
+    with without_privileges(root.parent), pytest.raises(BrixelError, match=message):
+        LabelledSet(described, "train", root)
+    (root / "images/train/town").chmod(0o755)

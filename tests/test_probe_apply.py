@@ -171,7 +171,7 @@ def test_memory_that_runs_out_names_what_to_change(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(application, "_predict", full)
-    with pytest.raises(BrixelError, match=r"Out of memory predicting 0.png\. Take another --device\."):
+    with pytest.raises(BrixelError, match=r"0.png: Out of memory predicting .*0.png\. Take another --device\."):
         apply_head(ApplyOptions(head(probed), [str(root / "images/val")], tmp_path / "out", device="cpu"), listener)
 
 

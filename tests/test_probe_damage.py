@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from conftest import Listener
@@ -14,7 +16,7 @@ from probe_sets import make_options, make_set, noise, one_hot, results, write_fe
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
-from brixel_cli.engines.probing.probing import probe
+from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.errors import BrixelError
 
 FAST = ["protocol.steps=4", "protocol.points=64"]
@@ -99,3 +101,23 @@ def test_masks_without_a_pixel_that_counts_are_an_error(
     what = "training" if split == "train" else "evaluation"
     with pytest.raises(BrixelError, match=rf"None of the \d images of the {what} has a pixel that counts: .*255"):
         probe(make_options(void, tmp_path / "out", sources=[str(features)], overrides=FAST), listener)
+
+
+@pytest.mark.parametrize("split", ["train", "evaluate"])
+def test_a_stored_label_beyond_the_classes_is_an_error_that_names_the_file(
+    root: Path, tmp_path: Path, answers: str, listener: Listener, split: str
+) -> None:
+    options = make_options(root, tmp_path / "out", sources=[answers], overrides=FAST)
+    probe(options, listener)
+    item = plan_only(options, listener).sources[0]
+    path = getattr(item, split).targets.path
+    whole = path.read_bytes()
+    with h5py.File(path, "r+") as file:
+        labels = next(iter(file["segmentation"].values()))
+        labels[1, 5, 5] = 77
+    with pytest.raises(BrixelError) as caught:
+        probe(dataclasses.replace(options, overwrite=True), listener)
+    assert f"{path} is damaged: its row 1 has labels beyond the 3 classes. Delete the file" in str(caught.value)
+    path.unlink()
+    probe(dataclasses.replace(options, overwrite=True), listener)
+    assert path.read_bytes() == whole

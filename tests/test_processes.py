@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import TWO_RANKS
 
@@ -70,3 +72,32 @@ def test_a_fault_is_told_once(tiny_recipe_file: Path, tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert done.stderr.count("error: optim.batch_size 3 cannot be shared out over 2 processes") == 1
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_process_that_was_killed_is_named_with_the_way_to_go_on(
+    killed: int, tiny_recipe_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, *TWO_RANKS, "-m", "brixel_cli", "distill", "--recipe", str(tiny_recipe_file),
+               "--set", "optim.steps=100000", "--set", "run.validate_every=100000", "--output", str(output)]  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as launcher:
+        try:
+            while launcher.poll() is None and not (output / "state.safetensors").exists():
+                time.sleep(0.05)
+            ranks = {
+                child.environ()["RANK"]: child
+                for child in psutil.Process(launcher.pid).children()
+                if "RANK" in child.environ()
+            }
+            ranks[str(killed)].kill()
+            _, errors = launcher.communicate(timeout=120)
+        finally:
+            launcher.kill()
+    assert launcher.returncode != 0
+    expected = f"error: Process {killed} of the 2 of this run has gone: killed, or it failed. What was saved stays;"
+    assert f"{'[process 1] ' if killed == 0 else ''}{expected}" in errors
+    assert f"torchrun --standalone --nproc-per-node 2 -m brixel_cli distill --resume --output {output}" in errors
+    assert "brixel_cli/" not in errors  # no traceback of ours

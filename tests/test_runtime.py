@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import TWO_RANKS
 
-from brixel_cli.engines.runtime import Runtime, free_memory, is_out_of_memory, memory_errors
+from brixel_cli.core.memory import is_out_of_memory
+from brixel_cli.engines.runtime import Runtime, free_memory, memory_errors
 from brixel_cli.errors import BrixelError, UsageError
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli.config.distill import ViewConfig
 from brixel_cli.data import views
-from brixel_cli.data.images import Skipped, load_image, scan_folder
+from brixel_cli.data.images import Skipped, decoded, load_image, scan_folder
 from brixel_cli.data.views import (
     Views,
     centre_view,
@@ -234,12 +236,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Height and width of every image that is loaded from now on."""
     seen: list[tuple[int, int]] = []
 
-    def load(path: Path, **options: Any) -> Image.Image:
-        image = load_image(path, **options)
-        seen.append((image.height, image.width))
-        return image
+    @contextmanager
+    def load(path: Path, **options: Any) -> Iterator[Image.Image]:
+        with decoded(path, **options) as image:
+            seen.append((image.height, image.width))
+            yield image
 
-    monkeypatch.setattr(views, "load_image", load)
+    monkeypatch.setattr(views, "decoded", load)
     return seen
 
 

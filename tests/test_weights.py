@@ -11,6 +11,7 @@ import torch
 from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 
+from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.student import read_adapter
 from brixel_cli.core.weights import check_keys, import_released, load_pth, load_tensors, save_tensors
 from brixel_cli.errors import WeightsError
@@ -221,3 +222,30 @@ def test_a_damaged_released_checkpoint_is_named(tmp_path: Path, state: dict[str,
             odd["adapter.level_embed"] = torch.ones(3, 0)
         with pytest.raises(WeightsError, match="odd.pth"):
             import_released(odd, "odd.pth")
+
+
+@pytest.mark.parametrize("reader", ["load_pth", "backbone"])
+def test_a_flipped_bit_in_a_pth_is_noticed(reader: str, tmp_path: Path) -> None:
+    state = load_backbone("test_vit", "random").vit.state_dict()
+    path = tmp_path / "vit.pth"
+    torch.save(state, path)
+    read = load_pth if reader == "load_pth" else lambda path: load_backbone("test_vit", str(path))
+    read(path)
+    whole = path.read_bytes()
+    largest = max(state.values(), key=lambda tensor: tensor.numel()).numpy().tobytes()
+    place = whole.index(largest) + len(largest) // 2
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+    torch.load(path, weights_only=True)  # torch itself takes it
+    with pytest.raises(WeightsError, match=r"vit.pth is damaged: .* Put a copy that is whole in its place\."):
+        read(path)
+
+
+def test_a_pth_without_checksums_is_taken(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(3)}, tmp_path / "new.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    torch.save({"a": torch.ones(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("new", "old"):
+        assert torch.equal(load_pth(tmp_path / f"{name}.pth")["a"], torch.ones(3))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from brixel_cli.core.identity import tensors_sha256
-from brixel_cli.core.weights import check_keys
+from brixel_cli.core.weights import check_keys, check_pth
 from brixel_cli.errors import SizeError, UsageError, WeightsError
 
 SIGNATURE_TOLERANCE = 0.02
@@ -225,6 +225,8 @@ def _load_file(vit: nn.Module, name: str, path: Path) -> None:
         raise WeightsError(f"No backbone weights at {path}. Give 'pretrained', 'random' or the path of a file.")
     if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
         raise WeightsError(f"{path}: backbone weights must be .safetensors or .pth, not {path.suffix or 'this'}.")
+    if path.suffix != ".safetensors":
+        check_pth(path)
     what = f"{path} does not hold weights of {name}"
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda state, _: state)
     try:

@@ -135,23 +135,28 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
     """The array of a .npy file, which may be read in several threads at once.
 
     Raises:
-        BrixelError: the file is missing, damaged, shorter than its header says, or holds Python objects.
+        BrixelError: the file is missing, damaged, shorter than its header says, or holds anything but real numbers.
     """
     try:
         with path.open("rb") as file:
             with _PARSER:
                 version = np.lib.format.read_magic(file)
+                if version not in ((1, 0), (2, 0), (3, 0)):
+                    raise ValueError(f"its version is {version}")
                 read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
                 shape, columns_first, dtype = read(file)
             count, there = math.prod(shape), os.fstat(file.fileno()).st_size - file.tell()
-            if dtype.hasobject:
-                raise ValueError("it holds Python objects")
+            if dtype.kind not in "biuf" or dtype.subdtype is not None:
+                raise ValueError(f"it holds {'Python objects' if dtype.hasobject else dtype}, not real numbers")
+            if min(shape, default=0) < 0:
+                raise ValueError(f"its shape is {shape}")
             if count * dtype.itemsize > there:
                 raise ValueError(f"its header says {count * dtype.itemsize} bytes, and {there} follow")
             values = np.fromfile(file, dtype, count)
-    except (OSError, ValueError) as error:
-        raise BrixelError(f"{path} is no .npy file that can be read: {error}") from error
-    return values.reshape(shape, order="F" if columns_first else "C")
+        return values.reshape(shape, order="F" if columns_first else "C")
+    except Exception as error:  # of many kinds: NumPy takes a header for Python, and evaluates it
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise BrixelError(f"{path} is no .npy file that can be read: {reason}") from error
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from brixel_cli.core.weights import check_keys, load_tensors, save_tensors
@@ -17,6 +18,7 @@ from brixel_cli.errors import WeightsError
 
 FORMAT = "brixel-head-1"
 READOUT_WIDTH = 128
+_Metres = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 HeadKind = Literal["linear", "readout"]
 Quantity = Literal["segmentation", "depth", "normals"]
 QUANTITIES: dict[str, tuple[Quantity, ...]] = {
@@ -42,13 +44,21 @@ class HeadSpec:
         depth_range: least and most depth in metres, the first and the last bin centre.
     """
 
-    task: str
-    channels: int
-    num_classes: int = 0
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    task: Literal["segmentation", "depth", "normals", "depth_normals"]
+    channels: Annotated[int, Field(gt=0, le=2**16)]
+    num_classes: Annotated[int, Field(ge=0, le=255)] = 0
     kind: HeadKind = "linear"
     batch_norm: bool = True
-    bins: int = 256
-    depth_range: tuple[float, float] = (0.001, 10.0)
+    bins: Annotated[int, Field(ge=0, le=2**16)] = 256
+    depth_range: tuple[_Metres, _Metres] = (0.001, 10.0)
+
+    def __post_init__(self) -> None:
+        if (self.task == "segmentation") != (self.num_classes > 0):
+            raise ValueError(f"a head for {self.task} with {self.num_classes} classes")
+        if not self.depth_range[0] < self.depth_range[1]:
+            raise ValueError(f"its depth_range {self.depth_range} is empty")
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
@@ -133,8 +143,11 @@ def build_head(spec: HeadSpec, seed: int) -> Head:
 
 def save_head(path: Path, head: Head, description: Mapping[str, Any]) -> None:
     """Write a head and what is to be known of it (recipe, classes, source ...), atomically; JSON-able values."""
-    spec = {name: getattr(head.spec, name) for name in HeadSpec.__dataclass_fields__}
-    metadata = {"format": FORMAT, "head": json.dumps(spec), "description": json.dumps(description, sort_keys=True)}
+    metadata = {
+        "format": FORMAT,
+        "head": json.dumps(asdict(head.spec)),
+        "description": json.dumps(description, sort_keys=True),
+    }
     save_tensors(path, head.state_dict(), metadata)
 
 
@@ -151,12 +164,16 @@ def load_head(path: Path) -> tuple[Head, dict[str, Any]]:
             "Heads are what brixel probe leaves in the folder heads of its output."
         )
     try:
-        fields = json.loads(metadata["head"])
-        head = Head(HeadSpec(**{**fields, "depth_range": tuple(fields["depth_range"])}))
-        description: dict[str, Any] = json.loads(metadata["description"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path}: its description of the head cannot be read: {error}") from error
-    check_keys(head.state_dict(), tensors, f"{path} does not fit its own description")
+        spec = TypeAdapter(HeadSpec).validate_json(metadata["head"])
+        description = TypeAdapter(dict[str, Any]).validate_json(metadata["description"])
+    except (KeyError, ValueError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{'.'.join(map(str, first['loc'])) or 'head'}: {first['msg']}" if first else f"it lacks {error}"
+        raise WeightsError(f"{path}: its description of the head cannot be read: {reason}.") from error
+    with torch.device("meta"):  # a description may ask for more than memory has
+        expected = Head(spec).state_dict()
+    check_keys(expected, tensors, f"{path} does not fit its own description")
+    head = Head(spec)
     head.load_state_dict(tensors)
     return head.eval().requires_grad_(False), description
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -118,12 +119,31 @@ def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what
         raise WeightsError(f"{what}: {len(errors)} of its keys are wrong.\n{listed}{more}")
 
 
+def check_pth(path: Path) -> None:
+    """Raise a WeightsError where a .pth file, a zip archive, does not have its checksums, which torch does not look at.
+
+    Files without checksums, which torch can write too, and those of old versions, which are no archives, pass.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() if any(entry.CRC for entry in archive.infolist()) else None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise WeightsError(f"{path} is damaged: {error}. Put a copy that is whole in its place.") from error
+    if damaged is not None:
+        raise WeightsError(
+            f"{path} is damaged: its part {damaged} does not have its checksum. Put a copy that is whole in its place."
+        )
+
+
 def load_pth(path: Path) -> dict[str, Tensor]:
     """Read a flat state dict from a .pth file on the CPU, without unpickling arbitrary objects.
 
     Raises:
         WeightsError: the file is missing, damaged, holds other objects than tensors, or is no flat state dict.
     """
+    check_pth(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from brixel_cli.config.labelled import ProbeRecipe, Split
-from brixel_cli.data.images import files_below
+from brixel_cli.data.images import file_stat, files_below
 from brixel_cli.errors import BrixelError
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -87,7 +87,11 @@ def _scan(root: Path, pattern: str, split: str) -> dict[str, dict[str, str]]:
     pattern = _filled(pattern, {"split": split})
     fits, start = _expression(pattern), _fixed_folder(pattern)
     found = {}
-    for path in files_below(root / start) if (root / start).is_dir() else []:
+    unreadable: list[Path] = []
+    files = files_below(root / start, unreadable=unreadable) if (root / start).is_dir() else []
+    if unreadable:
+        raise BrixelError(f"The folder {unreadable[0]} of the data set cannot be read: permission denied. Allow it.")
+    for path in files:
         relative = path.relative_to(root).as_posix()
         match = fits.fullmatch(relative)
         if match:
@@ -122,9 +126,10 @@ def _read_list(recipe: ProbeRecipe, root: Path, split: str, only: str | None) ->
     assert data.list_file is not None
     path = root / _filled(data.list_file, {"split": split})
     try:
+        file_stat(path)  # reading a pipe or a device might never end
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+    except (BrixelError, OSError, UnicodeDecodeError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).removesuffix(f": {path}")
         raise BrixelError(
             f"{path}, the list of the {split} images of {recipe.name}, cannot be read: {reason}.\n"
             f"{how_to_get(recipe, root)}"

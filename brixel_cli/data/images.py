@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import os
 import re
 import stat
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from brixel_cli.core.formatting import printable, utf8
+from brixel_cli.core.formatting import human_bytes, printable, utf8
+from brixel_cli.core.memory import is_out_of_memory, main_memory
 from brixel_cli.core.metrics import rows_by_domain
 from brixel_cli.errors import BrixelError
 
@@ -35,7 +39,9 @@ FORMATS = (
 MAX_PIXELS = 178_956_970
 """Images with more pixels are refused: half a gigabyte as RGB, Pillow's own threshold for a decompression bomb."""
 LARGE_PIXELS = MAX_PIXELS // 2
-"""A JPEG with more is decoded at a part of its size where that is enough."""
+"""What has more is not worth its exact pixels: a JPEG is decoded at a part of its size where that is enough."""
+BYTES_PER_PIXEL = 10
+"""At the most, from decoding an image to its resized pixels."""
 STRIP_PIXELS = 1 << 22
 """So many are converted to RGB at a time."""
 ANIMATED = frozenset({"GIF", "WEBP", "PNG", "AVIF", "TIFF"})
@@ -71,8 +77,19 @@ class Skipped:
     reason: str
 
 
-def load_image(path: Path, still: bool = False, enough: tuple[int, int] | None = None) -> Image.Image:
-    """Read an image as 8-bit RGB, EXIF orientation applied, 16-bit scaled to 8, transparency over white.
+def load_image(path: Path, still: bool = False) -> Image.Image:
+    """Read an image as `decoded` does, to keep all of it."""
+    with decoded(path, still) as image:
+        return image
+
+
+@contextmanager
+def decoded(
+    path: Path, still: bool = False, enough: tuple[int, int] | None = None, over: int = 0
+) -> Iterator[Image.Image]:
+    """An image as 8-bit RGB, EXIF orientation applied, 16-bit scaled to 8, transparency over white.
+
+    Until it is left, other large images wait to be decoded: make of it what is needed, and let go of it.
 
     Args:
         path: of the file.
@@ -80,15 +97,29 @@ def load_image(path: Path, still: bool = False, enough: tuple[int, int] | None =
         enough: height and width in pixels of which more are not needed: a JPEG with at least twice as many along both
             sides is decoded at a half, a quarter or an eighth of its size, no smaller than this, which takes much less
             time. None: every file is decoded at its own size.
+        over: this is done for images of more pixels alone.
 
     Raises:
-        BrixelError: the file is no image, is damaged or too large; the message starts with the reason.
+        BrixelError: the file is no image, is damaged or too large, or memory ran out, also within; the message starts
+            with the reason.
     """
-    with open_image(path, still) as image:
-        if enough is not None and image.format == "JPEG":
-            height, width = reversed(enough) if _turns_by_a_quarter(image) else enough
-            image.draft(None, (width, height))
-        return upright(image)
+    with ExitStack() as stack:
+        with open_image(path, still) as image:
+            num_pixels = image.width * image.height
+            if enough is not None and image.format == "JPEG" and num_pixels > over:
+                height, width = reversed(enough) if _turns_by_a_quarter(image) else enough
+                image.draft(None, (width, height))
+                if not image.info.get("progressive"):  # which is held whole for decoding
+                    num_pixels = image.width * image.height
+            _take_room(stack, num_pixels)
+            picture = upright(image)
+        del image
+        try:
+            yield picture
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise BrixelError(f"memory ran out with its {num_pixels:,} pixels: {path}") from error
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -111,24 +142,49 @@ def read_size(path: Path, still: bool = False) -> tuple[int, int]:
         return (width, height) if _turns_by_a_quarter(image) else (height, width)
 
 
-_room = threading.Condition()
-_pixels_in_work = 0
+class _Room:
+    """Shares of MAX_PIXELS that images in work take, in the threads of this process or in processes forked from it."""
+
+    SHARES = 64
+
+    def __init__(self, kind: ModuleType):
+        self._free, self._turn = kind.Semaphore(self.SHARES), kind.Lock()
+
+    @contextmanager
+    def taken(self, num_pixels: int) -> Iterator[None]:
+        shares = min(math.ceil(num_pixels * self.SHARES / MAX_PIXELS), self.SHARES)
+        with self._turn:  # two that gather at once could wait for each other
+            for _ in range(shares):
+                self._free.acquire()
+        try:
+            yield
+        finally:
+            for _ in range(shares):
+                self._free.release()
 
 
-@contextmanager
-def room_for(num_pixels: int) -> Iterator[None]:
-    """Wait until the images in work in this process, with this one, have no more than MAX_PIXELS together."""
-    global _pixels_in_work
-    num_pixels = min(num_pixels, MAX_PIXELS)
-    with _room:
-        _room.wait_for(lambda: _pixels_in_work + num_pixels <= MAX_PIXELS)
-        _pixels_in_work += num_pixels
-    try:
-        yield
-    finally:
-        with _room:
-            _pixels_in_work -= num_pixels
-            _room.notify_all()
+_room = _Room(threading)
+
+
+def share_room() -> None:
+    """Have the worker processes that are forked next take room from one store, so that all of them are bounded."""
+    global _room
+    _room = _Room(multiprocessing)
+
+
+def room_for(num_pixels: int) -> AbstractContextManager[None]:
+    """Wait until the images in work, with this one, have no more than MAX_PIXELS together."""
+    return _room.taken(num_pixels)
+
+
+def _take_room(stack: ExitStack, num_pixels: int) -> None:
+    """Wait for room, where memory is short until no other image is in work; raises a ValueError if it is not enough."""
+    needed = num_pixels * BYTES_PER_PIXEL
+    large = num_pixels > STRIP_PIXELS
+    stack.enter_context(room_for(MAX_PIXELS if large and needed > main_memory() else num_pixels))
+    if large and needed > (free := main_memory()):
+        sizes = f"{human_bytes(needed)} of memory, and {human_bytes(free)} are free"
+        raise ValueError(f"too large for this machine: {num_pixels:,} pixels take {sizes}")
 
 
 def file_stat(path: Path) -> os.stat_result:
@@ -185,15 +241,24 @@ def is_folder(path: Path) -> bool:
     return False
 
 
-def files_below(folder: Path, extensions: Collection[str] = EXTENSIONS) -> list[Path]:
-    """Files below a folder that have one of these extensions, sorted; hidden files and folders are passed over."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in extensions
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and _may_be_file(path)
-    ]
+def files_below(
+    folder: Path, extensions: Collection[str] = EXTENSIONS, unreadable: list[Path] | None = None
+) -> list[Path]:
+    """Files below a folder that have one of these extensions, sorted; hidden files and folders are passed over.
+
+    Folders that may not be looked into are added to `unreadable`.
+    """
+
+    def refused(error: OSError) -> None:
+        if unreadable is not None:
+            unreadable.append(Path(error.filename))
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=refused):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in extensions and _may_be_file(path)]
+    return sorted(found)
 
 
 def _may_be_file(path: Path) -> bool:
@@ -224,7 +289,8 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[ImageFile], list[Skip
         raise BrixelError(f"No folder of images at {folder}. Name yours with --images DIR.")
     found: list[ImageFile] = []
     skipped: list[Skipped] = []
-    for path in files_below(folder):
+    unreadable: list[Path] = []
+    for path in files_below(folder, unreadable=unreadable):
         name = name_below(folder, path)
         try:
             height, width = read_size(path)
@@ -235,6 +301,7 @@ def scan_folder(folder: Path, min_side: int) -> tuple[list[ImageFile], list[Skip
             skipped.append(Skipped(name, f"too small: {width}x{height}, shorter side under {min_side}"))
         else:
             found.append(ImageFile(path, name, height, width))
+    skipped += [Skipped(f"{name_below(folder, path)}/", "a folder that cannot be read") for path in unreadable]
     if not found:
         others = sum(_may_be_file(path) for path in folder.rglob("*")) - len(skipped)
         reasons = f"\n{describe_skipped(skipped, 5)}" if skipped else ""

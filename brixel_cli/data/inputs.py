@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from brixel_cli.data.images import EXTENSIONS, file_stat, files_below, is_folder, load_image, name_below, read_size
+from brixel_cli.data.images import (
+    EXTENSIONS,
+    LARGE_PIXELS,
+    decoded,
+    file_stat,
+    files_below,
+    is_folder,
+    name_below,
+    read_size,
+)
 from brixel_cli.data.video import VIDEO_EXTENSIONS, Video
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -52,30 +62,42 @@ class Inputs:
         items: images, and frames of videos.
         videos: by path, those that frames are taken from.
         passed_over: videos in the folders named, of which no frame is taken: a video has to be named itself.
+        unreadable: folders below those named that may not be looked into.
     """
 
     root: Path
     items: list[Item]
     videos: dict[Path, Video]
     passed_over: list[Path]
+    unreadable: list[Path]
 
-    def load(self, item: Item, enough: tuple[int, int] | None = None) -> Image.Image:
-        """The item's pixels, upright 8-bit RGB.
+    @contextmanager
+    def decoded(self, item: Item, enough: tuple[int, int] | None = None) -> Iterator[Image.Image]:
+        """The item's pixels, upright 8-bit RGB; see `images.decoded`.
 
         Args:
             item: of these.
-            enough: height and width of which more are not needed, where an image is very large; see `load_image`.
+            enough: height and width of which more are not needed, where an image is very large.
 
         Raises:
             BrixelError: it cannot be read; the message starts with the reason.
         """
         if item.frame is None:
-            return load_image(item.path, still=True, enough=enough)
+            with decoded(item.path, still=True, enough=enough, over=LARGE_PIXELS) as image:
+                if item.height * item.width <= LARGE_PIXELS and (image.height, image.width) != (
+                    item.height,
+                    item.width,
+                ):
+                    raise BrixelError(
+                        f"its header says {item.width}x{item.height} pixels, its contents {image.width}x{image.height}"
+                    )
+                yield image
+            return
         video = self.videos[item.path]
         for other in self.videos.values():
             if other is not video:
                 other.close()  # a process may not have more than so many files open
-        return video.frame(item.frame)
+        yield video.frame(item.frame)
 
 
 def find_inputs(
@@ -94,8 +116,9 @@ def find_inputs(
     """
     paths: list[Path] = []
     passed_over: list[Path] = []
+    unreadable: list[Path] = []
     for reference in references:
-        found, others = _expand(reference)
+        found, others = _expand(reference, unreadable)
         paths += found
         passed_over += others
     banned = [_absolute(folder) for folder in without]
@@ -111,7 +134,7 @@ def find_inputs(
             items += _frames(path, root, every, videos) if item is None else [item]
             if tick:
                 tick(1)
-    return Inputs(root, items, videos, [path for path in passed_over if _absolute(path) not in videos])
+    return Inputs(root, items, videos, [path for path in passed_over if _absolute(path) not in videos], unreadable)
 
 
 def default_output(references: Sequence[str], suffix: str) -> Path:
@@ -130,14 +153,19 @@ def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def _expand(reference: str) -> tuple[list[Path], list[Path]]:
-    """The files that a reference names, and the videos that a folder holds besides."""
+def _expand(reference: str, unreadable: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The files that a reference names, and the videos that a folder holds besides; adds to the unreadable folders."""
     path = _path(reference)
     if is_folder(path):
-        found, videos = files_below(path, EXTENSIONS), files_below(path, VIDEO_EXTENSIONS)
+        hidden: list[Path] = []
+        files = files_below(path, (*EXTENSIONS, *VIDEO_EXTENSIONS), hidden)
+        videos = [file for file in files if file.suffix.lower() in VIDEO_EXTENSIONS]
+        found = [file for file in files if file.suffix.lower() not in VIDEO_EXTENSIONS]
+        unreadable += hidden
         if not found:
             besides = f", but {describe_videos(videos)}" if videos else "."
             taken = ", ".join(sorted(EXTENSIONS))
+            besides += f" Its folder {hidden[0]} cannot be read." if hidden else ""
             raise UsageError(f"No images in the folder {path}{besides} Files are taken by extension: {taken}.")
         return found, videos
     if os.path.lexists(path):
@@ -163,6 +191,11 @@ def describe_videos(videos: Sequence[Path]) -> str:
         f"{len(videos)} videos, which are passed over unless they are named: --input {videos[0]} takes its frames "
         "(with PyAV: pip install 'brixel[video]')."
     )
+
+
+def describe_unreadable(folders: Sequence[Path]) -> str:
+    """The folders that may not be looked into, for a warning."""
+    return f"folders that cannot be read, whose images are left out: {', '.join(map(str, folders))}"
 
 
 def _read_list(path: Path) -> list[Path]:

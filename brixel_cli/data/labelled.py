@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from brixel_cli.config.labelled import ProbeRecipe, Split
 from brixel_cli.core.identity import files_sha256, text_digest
 from brixel_cli.data import targets
 from brixel_cli.data.dataset_files import Entry, find_entries
-from brixel_cli.data.images import load_image, read_size
+from brixel_cli.data.images import decoded, read_size
 from brixel_cli.errors import BrixelError
 
 _NAMES_AND_NUMBERS = re.compile(r"\S*/\S*|[\d.,x]*\d")
@@ -24,11 +23,10 @@ _NAMES_AND_NUMBERS = re.compile(r"\S*/\S*|[\d.,x]*\d")
 
 @dataclass(frozen=True)
 class Sample:
-    """An image with its targets, all of the same height and width; targets that the task does not need are None.
+    """The targets of an image, all of its height and width; those that the task does not need are None.
 
     Attributes:
         name: of the image: its path below the root of the set.
-        image: 8-bit RGB.
         labels: (H, W) uint8, class numbers; 255 counts nowhere.
         depth: (H, W) float32, metres; 0 counts nowhere.
         normals: (3, H, W) float32, unit vectors, x right, y down, z forward, facing the camera; 0 counts nowhere.
@@ -36,7 +34,6 @@ class Sample:
     """
 
     name: str
-    image: Image.Image
     labels: npt.NDArray[np.uint8] | None
     depth: npt.NDArray[np.float32] | None
     normals: npt.NDArray[np.float32] | None
@@ -77,7 +74,7 @@ class LabelledSet:
         return read_size(self._entries[row].image)
 
     def load(self, row: int, derive: bool = True) -> Sample:
-        """Read an image and its targets.
+        """Read the targets of an image, which is decoded too: a damaged one is found before anything is computed.
 
         Args:
             row: of the set.
@@ -86,9 +83,12 @@ class LabelledSet:
         Raises:
             BrixelError: a file is damaged; image and target differ in size; a label is no class; no depth is valid.
         """
-        entry, data, task = self._entries[row], self.recipe.data, self.recipe.task
-        image = load_image(entry.image)
-        size = image.height, image.width
+        entry = self._entries[row]
+        with decoded(entry.image) as image:
+            return self._targets(entry, (image.height, image.width), derive)
+
+    def _targets(self, entry: Entry, size: tuple[int, int], derive: bool) -> Sample:
+        data, task = self.recipe.data, self.recipe.task
         labels, depth, normals, valid = None, None, None, np.ones(size, bool)
         if task == "segmentation":
             assert data.labels is not None
@@ -109,7 +109,7 @@ class LabelledSet:
                 assert data.depth is not None
                 camera = targets.read_camera(entry.image, size, entry.files.get("camera"), data.depth)
                 normals = targets.derive_normals(entry.files["depth"], depth, camera, data.normals)
-        return Sample(entry.name, image, labels, None if task == "normals" else depth, normals, valid)
+        return Sample(entry.name, labels, None if task == "normals" else depth, normals, valid)
 
     def errors(self, progress: Callable[[int], object] = lambda _: None) -> list[str]:
         """Read every image with its targets: one message for each that cannot be used; `progress` is as below.

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli.config.extract import Fit
+from brixel_cli.data.images import LARGE_PIXELS
 from brixel_cli.data.views import centre_view
 from brixel_cli.errors import BrixelError, UsageError
 
+BICUBIC = Image.Resampling.BICUBIC
 LEAST_SIDE = 8
 LEAST_PATCHES = 2
 MOST_ELONGATED = 8
@@ -80,16 +81,20 @@ class Resizing:
         exact = (height * scale, width * scale) if self.fit == "short" else (self.res, self.res)
         return max(abs(a - b) for a, b in zip(chosen, exact, strict=True))
 
-    def apply(self, image: Image.Image) -> Tensor:
+    def apply(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """Pixels (3, height, width), uint8, at the size that the model sees, antialiased bicubic.
 
         Rounding to the patch changes the aspect by less than half a patch; nothing is cut off but by `centre`.
+
+        Args:
+            image: upright.
+            size: that the model sees, where the image was decoded at a part of its own; None: `model_size` of it.
         """
-        size = self.model_size(image.height, image.width)
-        if self.fit == "centre":
-            view: Tensor = tvf.pil_to_tensor(centre_view(image, size))
+        size = size or self.model_size(image.height, image.width)
+        if self.fit == "centre" or image.height * image.width > LARGE_PIXELS:  # a tensor of it would be a second copy
+            fitted = centre_view(image, size) if self.fit == "centre" else image.resize(size[::-1], BICUBIC)
+            view: Tensor = tvf.pil_to_tensor(fitted)
             return view
         # On a tensor it takes a quarter of Pillow's time, and differs by one level of 255 here and there.
-        bicubic = v2.InterpolationMode.BICUBIC
-        resized: Tensor = tvf.resize(tvf.pil_to_tensor(image), list(size), interpolation=bicubic, antialias=True)
+        resized: Tensor = tvf.resize(tvf.pil_to_tensor(image), list(size), interpolation=BICUBIC, antialias=True)
         return resized

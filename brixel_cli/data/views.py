@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli.config.distill import ViewConfig
 from brixel_cli.core.identity import text_digest
-from brixel_cli.data.images import ImageFile, Skipped, load_image
+from brixel_cli.data.images import ImageFile, Skipped, decoded
 from brixel_cli.errors import BrixelError
 
 
@@ -163,12 +164,13 @@ class Views(Dataset[View]):
 
     def _view(self, file: ImageFile, size: tuple[int, int], seed: int | None) -> Image.Image:
         def load(enough: tuple[int, int]) -> Image.Image:
-            return load_image(file.path, enough=enough)
+            return stack.enter_context(decoded(file.path, enough=enough))
 
         whole = file.height, file.width
-        if seed is None:
-            return centre_view(load(_covering(whole, size)), size)
-        return random_view(load, whole, size, self.config, seed)
+        with ExitStack() as stack:
+            if seed is None:
+                return centre_view(load(_covering(whole, size)), size)
+            return random_view(load, whole, size, self.config, seed)
 
     def __getitem__(self, key: tuple[int, int]) -> View:
         epoch, number = key

@@ -22,6 +22,7 @@ from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.config.extract import Source
 from brixel_cli.core.backbone import Backbone, load_backbone, same_model
 from brixel_cli.core.identity import tensors_sha256
+from brixel_cli.core.memory import is_out_of_memory
 from brixel_cli.core.shipped import DEFAULT_STUDENT, shipped_student, shipped_students
 from brixel_cli.core.student import (
     FILE_NAME,
@@ -35,7 +36,7 @@ from brixel_cli.core.student import (
 from brixel_cli.data.resizing import snap
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime, is_out_of_memory, library_versions, release_cached
+from brixel_cli.engines.runtime import Runtime, library_versions, release_cached
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 RUNS = "runs"

@@ -8,9 +8,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from importlib.metadata import version
@@ -22,13 +24,17 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from brixel_cli.config.base import Precision, check_device
+from brixel_cli.core.memory import is_out_of_memory, main_memory
 from brixel_cli.errors import BrixelError, UsageError
 
 Item = TypeVar("Item")
 
 LONGEST_WAIT = timedelta(hours=12)
 """For the slowest process; torchrun ends all of them where one fails."""
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate", "alloc_failed")
+
+
+OF_COLLECTIVES = ("gloo", "nccl", "closed by peer", "reset by peer", "broken pipe")
+"""What errors of collectives say where another process has ended."""
 
 
 class Runtime:
@@ -82,9 +88,9 @@ class Runtime:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """The networks' arithmetic; losses stay outside."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+    def autocast(self, device: str | None = None) -> AbstractContextManager[None]:
+        """The networks' arithmetic; losses stay outside. On another kind of device, it is counted."""
+        return torch.autocast(device or self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def in_precision(self, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """A model in this arithmetic, which gives float32."""
@@ -140,10 +146,54 @@ class Runtime:
         if self.gather([error])[0] is not None:
             raise error or SystemExit(1)  # the first process reports it
 
+    @contextmanager
+    def losing_others(self, advice: str) -> Iterator[None]:
+        """Turn the loss of another process, of which a collective or torchrun's SIGTERM tells, into a BrixelError.
+
+        Args:
+            advice: a sentence that says how to go on.
+        """
+        if self.world_size == 1:
+            yield
+            return
+
+        def ended(*_: object) -> None:
+            raise BrixelError(f"{_lost(processes)} {advice}")
+
+        processes = self.gather([(socket.gethostname(), os.getpid())])
+        before = signal.signal(signal.SIGTERM, ended)
+        try:
+            yield
+        except RuntimeError as error:
+            if is_out_of_memory(error) or not any(sign in str(error).lower() for sign in OF_COLLECTIVES):
+                raise
+            raise BrixelError(f"{_lost(processes)} {advice}") from error
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.world_size > 1:
             distributed.all_reduce(torch.zeros(1))  # on the CPU: what a card still has to do does not matter
+
+
+def _lost(processes: Sequence[tuple[str, int]]) -> str:
+    """Which of these (host, PID) are gone from this host, once that is seen; sockets close before a process ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which comes soon: the message is to be told once
+    for _ in range(20):
+        here = [(rank, pid) for rank, (host, pid) in enumerate(processes) if host == socket.gethostname()]
+        gone = [str(rank) for rank, pid in here if not _is_alive(pid)]
+        if gone:
+            return f"Process {' and '.join(gone)} of the {len(processes)} of this run has gone: killed, or it failed."
+        time.sleep(0.05)
+    return "Another process of this run has gone, on another machine, or torchrun was told to end."
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def without_sync(module: nn.Module) -> AbstractContextManager[None]:
@@ -207,15 +257,9 @@ def _synchronise(device: torch.device) -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes that a process can still take on a device; on CUDA with the freed blocks that torch keeps for itself."""
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        return main_memory()
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + kept
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on whatever device."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in text for part in OUT_OF_MEMORY)
 
 
 @contextmanager

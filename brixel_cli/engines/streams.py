@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from brixel_cli.engines.reporting import Reporter
+
 Loaded = TypeVar("Loaded")
 Job = TypeVar("Job")
 
@@ -23,9 +25,29 @@ POLITENESS = 5
 MOST_WORKERS = 8
 
 
+MOST_PER_CORE = 4
+
+
 def num_workers(asked: int | None = None) -> int:
-    """Threads that decode images: as many as asked for; None: by the cores."""
-    return min(max(torch.get_num_threads(), 2), MOST_WORKERS) if asked is None else asked
+    """Threads that decode images: as many as asked for, up to some for each core; None: by the cores."""
+    return min(max(torch.get_num_threads(), 2), MOST_WORKERS) if asked is None else min(asked, most_workers())
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def most_workers(world_size: int = 1) -> int:
+    """Workers of each of so many processes; more read nothing faster, and may not fit in memory."""
+    return max(MOST_PER_CORE * num_cores() // world_size, 1)
+
+
+def warn_of_workers(asked: int | None, option: str, reporter: Reporter, world_size: int = 1) -> None:
+    """Warn where more workers are asked for than are started."""
+    most = most_workers(world_size)
+    if asked is not None and asked > most:
+        reporter.warn(f"{option} {asked} is too many for {num_cores()} cores: {most} are started")
 
 
 def yield_to_others() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.core.files import locked, make_folder, write_text
 from brixel_cli.core.formatting import human_bytes, human_size, now
+from brixel_cli.core.memory import is_out_of_memory
 from brixel_cli.core.student import Student
 from brixel_cli.engines.benchmarking.cost import (
     can_measure,
@@ -54,7 +55,6 @@ from brixel_cli.engines.runtime import (
     Runtime,
     call_seconds,
     free_memory,
-    is_out_of_memory,
     memory_errors,
     release_cached,
 )

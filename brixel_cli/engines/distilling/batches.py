@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -13,9 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from brixel_cli.core.backbone import Backbone
-from brixel_cli.data.images import Skipped
+from brixel_cli.data.images import Skipped, share_room
 from brixel_cli.data.views import View, Views, normalise_pixels, reduce_view, seed_of
 from brixel_cli.engines.runtime import Runtime
+from brixel_cli.engines.streams import most_workers, num_cores
 from brixel_cli.errors import BrixelError
 
 Key = tuple[int, int]
@@ -129,11 +129,13 @@ def compute_maps(
 
 
 def num_workers(asked: int | None, runtime: Runtime) -> int:
-    """Processes that read views: as many as asked for; None: by the cores, shared among the training's processes."""
+    """Processes that read views: as many as asked for, up to some for each core; None: by the cores.
+
+    The training's processes share the cores.
+    """
     if asked is not None:
-        return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // runtime.world_size
+        return min(asked, most_workers(runtime.world_size))
+    share = num_cores() // runtime.world_size
     return min(max(share - 1, 1), MOST_WORKERS) if runtime.device.type == "cuda" else min(share, CPU_WORKERS)
 
 
@@ -182,6 +184,8 @@ class ViewLoader:
         self.count = num_workers(workers, runtime)
         self.skipped: list[Skipped] = []
         self._next = _NextKeys()
+        if self.count:
+            share_room()
         self._loader: DataLoader[ViewBatch] = DataLoader(
             views,  # type: ignore[arg-type]
             batch_sampler=self._next,  # type: ignore[arg-type]

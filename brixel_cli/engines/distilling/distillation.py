@@ -30,6 +30,7 @@ from brixel_cli.engines.distilling.training_images import TrainingImages, check_
 from brixel_cli.engines.distilling.validation import HeldOut, validate
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, memory_errors
+from brixel_cli.engines.streams import warn_of_workers
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 MOST_REFUSED = 3
@@ -75,6 +76,7 @@ def distill(
     """
     recipe = resolve_paths(recipe)
     runtime = Runtime(recipe.run.device, recipe.run.precision, training=True, device_option="run.device")
+    warn_of_workers(recipe.run.workers, "run.workers", reporter, runtime.world_size)
     share = recipe.optim.accumulate * runtime.world_size
     if recipe.optim.batch_size % share:
         raise UsageError(
@@ -89,7 +91,12 @@ def distill(
         "(--set adapter.checkpointing=true), hold the backbone in bfloat16 (--set backbone.dtype=bfloat16), or lower "
         "optim.batch_size.",
     )
-    with ExitStack() as stack, out_of_memory:
+    resuming = f"-m brixel_cli distill --resume --output {folder.path}"
+    gone = runtime.losing_others(
+        "What was saved stays; continue with: "
+        f"torchrun --standalone --nproc-per-node {runtime.world_size} {resuming}, or alone: python {resuming}"
+    )
+    with ExitStack() as stack, out_of_memory, gone:
         runtime.first_only(lambda: stack.enter_context(locked(folder.path)))
         if resume or not overwrite:
             runtime.first_only(lambda: folder.check(recipe, resume))

@@ -25,6 +25,7 @@ from brixel_cli.engines.distilling.trainer import Trainer, make_adapter, num_ste
 from brixel_cli.engines.distilling.training_images import TrainingImages, check_view_sizes, find_images, make_views
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, call_seconds, free_memory
+from brixel_cli.engines.streams import warn_of_workers
 from brixel_cli.errors import BrixelError, UsageError
 
 LONGEST_MEASUREMENT = 45.0
@@ -109,6 +110,7 @@ def plan(recipe: Recipe, reporter: Reporter) -> Plan:
     working = max(counts.adapter.peak_bytes, counts.teacher.peak_bytes * teacher_at_once + fit_bytes)
     memory_bytes = counts.frozen_bytes + counts.state_bytes + counts.batch_bytes + working
 
+    warn_of_workers(recipe.run.workers, "run.workers", reporter)
     workers = num_workers(recipe.run.workers, runtime)
     reading = _reading_seconds(recipe, images, runtime, reporter) if images else None
     times, how = _time(recipe, runtime, counts, memory_bytes, device_bytes, reporter)
@@ -272,7 +274,7 @@ def count_training(recipe: Recipe, runtime: Runtime, reporter: Reporter | None =
     check_view_sizes(recipe, meta.patch_size)
     adapter = make_adapter(recipe, meta, reporter).to("meta")
     num_live = count_parameters(adapter)
-    with fake_tensors(), torch.autocast("cpu", dtype=runtime.dtype, enabled=runtime.dtype != torch.float32):
+    with fake_tensors(), runtime.autocast("cpu"):
         hollow(meta)
         hollow(adapter)
         counted = [_count_size(recipe, meta, adapter, size) for size in recipe.views.teacher_sizes]

@@ -33,6 +33,7 @@ from brixel_cli.engines.extracting.plan import (
     reason_text,
 )
 from brixel_cli.engines.extracting.verification import discard_damaged, restore_index
+from brixel_cli.engines.memory import check_batch
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, call_seconds, share_memory_pools
@@ -107,6 +108,7 @@ def rehearse(plan: ExtractPlan, reporter: Reporter) -> Estimate:
     with _quiet_pillow():
         plan.check_disk()
         model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
+        check_batch(model, plan.num_of_size, options.batch_size)
         if plan.store_path.exists() and not options.overwrite:
             store = Store(plan.store_path)
             check_same(plan, model, store, reporter)
@@ -151,7 +153,8 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     with _quiet_pillow():
         plan = make_plan(options, reporter)
         plan.announce(reporter)
-        with ExitStack() as stack:
+        again = "What was computed stays: give the same command again, with torchrun or alone."
+        with ExitStack() as stack, runtime.losing_others(again):
             runtime.first_only(lambda: stack.enter_context(locked(plan.output)))
             return _extract(plan, runtime, reporter)
 
@@ -160,6 +163,7 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
     options = plan.options
     runtime.first_only(plan.check_disk)
     model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
+    check_batch(model, plan.num_of_size, options.batch_size)
     runtime.first_only(lambda: _open_output(plan, model, reporter))
     store = Store(plan.store_path, writable=[CHECKSUM, REASON, *plan.layout.columns])
     settled = [row for row, state in enumerate(store.status) if state != MISSING or plan.reasons[row]]
@@ -211,9 +215,7 @@ def _open_output(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter)
 
 
 def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> None:
-    batch_sizes = model.batch_sizes(
-        {size: len(rows) for size, rows in plan.rows_of_size.items()}, plan.options.batch_size
-    )
+    batch_sizes = model.batch_sizes(plan.num_of_size, plan.options.batch_size)
     description = describe(plan, model) | {
         "root": str(plan.inputs.root),
         "threads": torch.get_num_threads(),
@@ -285,14 +287,10 @@ def _read_batch(plan: ExtractPlan, rows: Sequence[int], model: FeatureExtractor)
 
 def _load(plan: ExtractPlan, row: int) -> Tensor | str:
     """Pixels (3, H, W), uint8, of a row's input, or the reason why there are none."""
-    item = plan.inputs.items[row]
     try:
-        image = plan.inputs.load(item)
-        if (image.height, image.width) != (item.height, item.width):
-            return f"its header says {item.width}x{item.height} pixels, its contents {image.width}x{image.height}"
-        return plan.resizing.apply(image)
+        return plan.pixels(row)
     except BrixelError as error:
-        return reason_of(error, item.path)
+        return reason_of(error, plan.inputs.items[row].path)
 
 
 def _stack(loaded: Sequence[Tensor | str]) -> Tensor:

@@ -84,8 +84,7 @@ def _computed(
     maps = []
     with model.reporter.bar(title, len(rows), unit="image") as bar:
         for row in rows:
-            pixels = resizing.apply(plan.inputs.load(plan.inputs.items[row]))
-            maps.append(model.maps(pixels[None])[0].cpu())
+            maps.append(model.maps(plan.pixels(row, resizing)[None])[0].cpu())
             bar.update(1)
     return maps
 
@@ -95,7 +94,6 @@ def _picture(plan: ExtractPlan, row: int) -> Image.Image:
     item = plan.inputs.items[row]
     short, long = sorted((item.height, item.width))
     side = short if plan.options.fit != "short" else min(short, round(LARGEST_PICTURE * short / long))
-    picture: Image.Image = to_pil_image(
-        Resizing(min(side, LARGEST_PICTURE), plan.options.fit, 1).apply(plan.inputs.load(item))
-    )
+    resizing = Resizing(min(side, LARGEST_PICTURE), plan.options.fit, 1)
+    picture: Image.Image = to_pil_image(plan.pixels(row, resizing))
     return picture

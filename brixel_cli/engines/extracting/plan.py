@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.section import difference_lines, differences
@@ -20,11 +21,19 @@ from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.identity import files_sha256
 from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile
 from brixel_cli.data.feature_layout import FORMAT, Layout, text_array
-from brixel_cli.data.inputs import Inputs, default_output, describe_videos, find_inputs, none_usable
+from brixel_cli.data.inputs import (
+    Inputs,
+    default_output,
+    describe_unreadable,
+    describe_videos,
+    find_inputs,
+    none_usable,
+)
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import CHECKSUM, FAILED, MISSING, REASON, Array, Store, rows_by_size
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
 from brixel_cli.engines.reporting import Reporter
+from brixel_cli.engines.streams import warn_of_workers
 from brixel_cli.errors import BrixelError, UsageError
 
 DIGEST_LENGTH = 64
@@ -80,6 +89,11 @@ class ExtractPlan:
         return rows_by_size(sizes, sizes.__getitem__)
 
     @property
+    def num_of_size(self) -> dict[tuple[int, int], int]:
+        """How many rows each model size has."""
+        return {size: len(rows) for size, rows in self.rows_of_size.items()}
+
+    @property
     def store_path(self) -> Path:
         """The .h5 file with the status of every row; the feature file itself, unless single files are written."""
         return self.output if self.options.storage == "h5" else self.output / INDEX_NAME
@@ -123,6 +137,7 @@ class ExtractPlan:
 
     def announce(self, reporter: Reporter) -> None:
         """Say what will be computed and stored."""
+        warn_of_workers(self.options.workers, "--workers", reporter)
         grids = self.layout.rows_of_grid
         shown = ", ".join(f"{human_size(grid)} ({len(rows)})" for grid, rows in list(grids.items())[:4])
         more = f" and {len(grids) - 4} more" if len(grids) > 4 else ""
@@ -138,6 +153,8 @@ class ExtractPlan:
                 f"{self.num_snapped} sizes were rounded to multiples of the patch, {self.spec.patch_size} pixels, "
                 f"by {self.most_snapped:.1f} at most"
             )
+        if self.inputs.unreadable:
+            reporter.warn(describe_unreadable(self.inputs.unreadable))
         if self.inputs.passed_over:
             reporter.say(describe_videos(self.inputs.passed_over))
 
@@ -148,6 +165,17 @@ class ExtractPlan:
         with reporter.bar("reading contents", len(paths), unit="file") as bar:
             known = dict(zip(paths, files_sha256(paths, bar.update), strict=True))
         return [known.get(item.path, "") for item in items]
+
+    def pixels(self, row: int, resizing: Resizing | None = None) -> Tensor:
+        """Pixels (3, H, W), uint8, of a row's image as the model sees it, or resized otherwise.
+
+        Raises:
+            BrixelError: it cannot be read; the message starts with the reason.
+        """
+        item, resizing = self.inputs.items[row], resizing or self.resizing
+        size = resizing.model_size(item.height, item.width)
+        with self.inputs.decoded(item, size) as image:
+            return resizing.apply(image, size)
 
     def filled(self, digests: Sequence[str]) -> dict[str, Array]:
         """Datasets that are known before the first forward pass, with the SHA-256 of each row's file."""

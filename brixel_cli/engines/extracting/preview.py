@@ -66,7 +66,7 @@ def _palette(features: FeatureFile) -> Palette:
 def _seen(plan: ExtractPlan, features: FeatureFile, row: int) -> Image.Image:
     """What the model saw of an image; grey where the file has gone since."""
     try:
-        seen: Image.Image = to_pil_image(plan.resizing.apply(plan.inputs.load(plan.inputs.items[row])))
+        seen: Image.Image = to_pil_image(plan.pixels(row))
         return seen
     except BrixelError:
         height, width = (int(side) for side in features.model_size[row])

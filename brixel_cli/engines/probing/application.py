@@ -21,9 +21,18 @@ from brixel_cli.core.files import locked, make_folder, save_picture, write_text
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.heads import Head, load_head
 from brixel_cli.core.identity import file_sha256, tensors_sha256
+from brixel_cli.core.memory import check_memory
 from brixel_cli.data.crops import Crop, CropKind, cut_image, plan_crops
 from brixel_cli.data.feature_layout import picture_names
-from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs, none_usable, reason_of
+from brixel_cli.data.inputs import (
+    Inputs,
+    Item,
+    default_output,
+    describe_unreadable,
+    find_inputs,
+    none_usable,
+    reason_of,
+)
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import Array
 from brixel_cli.drawing.predictions import (
@@ -37,7 +46,7 @@ from brixel_cli.engines.models import FeatureExtractor, ModelSpec, model_spec
 from brixel_cli.engines.probing.evaluation import finish
 from brixel_cli.engines.probing.results import FileDescription, HeadDescription, as_dict
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime, memory_errors
+from brixel_cli.engines.runtime import Runtime, free_memory, memory_errors
 from brixel_cli.engines.streams import num_workers, read_ahead
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
@@ -97,6 +106,8 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     spec, size = _model_spec(options, said)
     output = options.output or default_output(options.inputs, f"_{said.recipe.task}")
     inputs = find_inputs(options.inputs, every=1, without=[output])
+    if inputs.unreadable:
+        reporter.warn(describe_unreadable(inputs.unreadable))
     model = FeatureExtractor(spec, runtime, reporter)
     _check_weights(options.head, said, spec, model.backbone)
     unit = depth_unit(head.spec.depth_range[1])
@@ -116,9 +127,10 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
                 if isinstance(loaded, str):
                     failures[item.name] = loaded
                 else:
-                    with memory_errors(f"predicting {item.name}", "Take another --device."):
-                        predictions = _predict(head, model, loaded)
                     try:
+                        _check_memory(head, loaded, runtime)
+                        with memory_errors(f"predicting {item.name}", "Take another --device."):
+                            predictions = _predict(head, model, loaded)
                         write_predictions(output, names[number], loaded.image, predictions, unit)
                         num_written += 1
                     except BrixelError as error:
@@ -237,17 +249,26 @@ def _loaded(
             return item.reason
         try:
             resizing.student_size(item.height, item.width)
-            image = inputs.load(item)
+            with inputs.decoded(item) as image:
+                shape = image.height, image.width
+                crops = plan_crops(kind, [shape], side, spec.patch_size, stride=rules.stride, scale=scale)
+                pixels = [np.asarray(cut_image(image, crop, spec.input_size(crop.size))) for crop in crops]
+                return _Loaded(image, crops, pixels)
         except BrixelError as error:
             return reason_of(error, item.path).removesuffix("; --fit centre takes it")  # here nothing does
-        shape = image.height, image.width
-        crops = plan_crops(kind, [shape], side, spec.patch_size, stride=rules.stride, scale=scale)
-        return _Loaded(image, crops, [np.asarray(cut_image(image, crop, spec.input_size(crop.size))) for crop in crops])
 
     workers = 1 if inputs.videos else num_workers()
     numbers = [[number] for number in range(len(inputs.items))]
     for chunk, loaded in read_ahead(numbers, load, workers, runtime.device.type == "cpu"):
         yield chunk[0], loaded[0]
+
+
+def _check_memory(head: Head, loaded: _Loaded, runtime: Runtime) -> None:
+    """Raise a BrixelError where the head's outputs at the image's own size do not fit; of windows there are two."""
+    height, width = loaded.image.height, loaded.image.width
+    channels = max(head.spec.num_classes, 3) * min(len(loaded.crops), 2)
+    what = f"a prediction of {width}x{height} pixels"
+    check_memory(4 * channels * height * width, free_memory(runtime.device), what, "Reduce the image.")
 
 
 @torch.inference_mode()

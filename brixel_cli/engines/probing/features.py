@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -15,9 +16,10 @@ from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.data.crops import Crop, cut_image, cut_map, cut_target
 from brixel_cli.data.feature_layout import Grid, MapWriter, encode
-from brixel_cli.data.images import load_image
+from brixel_cli.data.images import LARGE_PIXELS, decoded
 from brixel_cli.data.labelled import LabelledSet, Sample, all_errors
 from brixel_cli.data.row_store import DONE, Array, Store, create_store, in_batches, positions_within_size, rows_by_size
+from brixel_cli.engines.memory import check_batch
 from brixel_cli.engines.models import FeatureExtractor, ModelSpec
 from brixel_cli.engines.probing.plan import (
     ProbePlan,
@@ -99,9 +101,20 @@ class Targets:
         """For each quantity: labels (H, W) uint8, depth (1, H, W) or normals (3, H, W); 255 or 0 counts nowhere."""
         return {quantity: torch.from_numpy(np.array(self.view(quantity, row))) for quantity in self.quantities}
 
-    def count_anywhere(self) -> bool:
-        """Whether each quantity has a pixel that counts, in any row."""
+    def count_anywhere(self, num_classes: int) -> bool:
+        """Whether each quantity has a pixel that counts, in any row.
+
+        Raises:
+            BrixelError: a label is no class.
+        """
         nothing = {"segmentation": IGNORE}
+        for row in range(len(self.sizes)) if "segmentation" in self.quantities else ():
+            labels = self.view("segmentation", row)
+            if ((labels >= num_classes) & (labels != IGNORE)).any():
+                raise BrixelError(
+                    f"{self.store.path} is damaged: its row {row} has labels beyond the {num_classes} classes. Delete "
+                    "the file, and give the same command again: it is made anew."
+                )
         return all(
             any((self.view(quantity, row) != nothing.get(quantity, 0)).any() for row in range(len(self.sizes)))
             for quantity in self.quantities
@@ -215,7 +228,10 @@ def _computed(
 ) -> Iterator[tuple[Sequence[int], Array]]:
     """Maps of the missing crops, batch by batch of one size."""
     rows_of_size = rows_by_size(missing, lambda position: model.spec.input_size(split.crops[position].size))
-    batch_sizes = model.batch_sizes({size: len(rows) for size, rows in rows_of_size.items()}, None) if missing else {}
+    counts = {size: len(rows) for size, rows in rows_of_size.items()}
+    if missing:
+        check_batch(model, counts, None)
+    batch_sizes = model.batch_sizes(counts, None) if missing else {}
     chunks = [chunk for size, rows in rows_of_size.items() for chunk in in_batches(rows, batch_sizes[size])]
     polite = model.runtime.device.type == "cpu"
     load = _image_loader(split.labelled, split.crops, model.spec)
@@ -231,8 +247,10 @@ def _computed(
 def _image_loader(labelled: LabelledSet, crops: Sequence[Crop], spec: ModelSpec) -> Callable[[int], Array]:
     def load(position: int) -> Array:
         crop = crops[position]
-        image = load_image(labelled.root / labelled.names[crop.row])
-        return np.asarray(cut_image(image, crop, spec.input_size(crop.size)))
+        size = spec.input_size(crop.size)
+        enough = math.ceil(crop.scaled[0] * size[0] / crop.size[0]), math.ceil(crop.scaled[1] * size[1] / crop.size[1])
+        with decoded(labelled.root / labelled.names[crop.row], enough=enough, over=LARGE_PIXELS) as image:
+            return np.asarray(cut_image(image, crop, size))
 
     return load
 

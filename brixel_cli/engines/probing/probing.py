@@ -142,15 +142,15 @@ def _run_source(
     options, protocol, label = plan.options, plan.options.protocol, item.source.label
     maps = {"train": open_maps(item, item.train), "evaluate": open_maps(item, item.evaluate)}
     targets = {split.split: Targets(split, options.recipe.task) for split in (item.train, item.evaluate)}
+    spec = head_spec(options, maps["train"])
     for split in (item.train, item.evaluate):
-        if not targets[split.split].count_anywhere():
+        if not targets[split.split].count_anywhere(spec.num_classes):
             what = "training" if split.split == "train" else "evaluation"
             raise BrixelError(
                 f"None of the {len(split.labelled)} images of the {what} has a pixel that counts: their targets are "
                 f"void everywhere (label {IGNORE}, or no valid depth or normal). See the recipe's data.{split.split} "
                 "and the values that it ignores."
             )
-    spec = head_spec(options, maps["train"])
     for seed in seeds:
         smaller = f"--set protocol.batch_size={max(protocol.batch_size // 2, 1)}, a smaller --res, or another --device"
         with (
