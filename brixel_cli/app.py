@@ -187,8 +187,8 @@ def extract(
         from brixel_cli.cli.extract import run_extract
 
         set_quiet(quiet)
-        if batch_size != "auto" and (not batch_size.isdigit() or int(batch_size) < 1):
-            raise UsageError(f"--batch-size must be auto or a number from 1 up, not {batch_size}.")
+        if batch_size != "auto" and not (batch_size.isdecimal() and len(batch_size) < 7 and int(batch_size)):
+            raise UsageError(f"--batch-size must be auto or a number from 1 up, not {batch_size[:40]}.")
         options = ExtractOptions(
             inputs=input_ or [], res=res, fit=fit, source=source, checkpoint=checkpoint, backbone=backbone,
             backbone_weights=backbone_weights, output=output, storage=format_, dtype=dtype, pca=pca, device=device,

@@ -247,11 +247,11 @@ def test_an_interrupted_filling_goes_on_where_it_stopped(
     written: list[int] = []
     original = Store.write
 
-    def write(self: Store, row: int, values: object) -> None:
+    def write(self: Store, row: int, *values: Any) -> None:
         if len(written) == 5:
             raise KeyboardInterrupt
         written.append(row)
-        original(self, row, values)
+        original(self, row, *values)
 
     monkeypatch.setattr(Store, "write", write)
     with pytest.raises(KeyboardInterrupt):
@@ -259,7 +259,7 @@ def test_an_interrupted_filling_goes_on_where_it_stopped(
     (path,) = (tmp_path / "cache").glob("*.h5")
     assert list(Store(path).missing) == list(range(5, 16))
     rows: list[int] = []
-    monkeypatch.setattr(Store, "write", lambda self, row, values: (rows.append(row), original(self, row, values))[0])
+    monkeypatch.setattr(Store, "write", lambda self, row, *values: (rows.append(row), original(self, row, *values))[0])
     (source,) = open_cache(recipe, tmp_path, backbone, [views], runtime, listener)
     assert rows == list(range(5, 16))
     (computed,) = OnlineBatches(views, backbone, runtime, 0).iterate([[(0, 1), (0, 12)]])

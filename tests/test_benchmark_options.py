@@ -70,6 +70,12 @@ def test_wrong_budgets(text: str) -> None:
     [
         ({"max_images": 0}, "--max-images must be at least 1, not 0."),
         ({"batch_size": 0}, "--batch-size must be at least 1, not 0."),
+        ({"batch_size": 10**20}, "--batch-size must be at most 1,000,000, not 1e+20."),
+        (
+            {"sizes": "1" * 5000},
+            f"--res takes a side in pixels, such as 112, or HEIGHTxWIDTH, such as 288x384; not {'1' * 40}....",
+        ),
+        ({"budget": "1" * 5000}, f"--budget must be a size such as 4GB, 512MiB or 800MB, not {'1' * 40}...."),
         ({"seconds": 0.0}, "--seconds must be above 0, not 0."),
         ({"models": "a", "checkpoint": "b"}, "--models names recipes and run folders, --checkpoint one student"),
     ],

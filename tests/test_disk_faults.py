@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 
 from brixel_cli.app import app
 from brixel_cli.core.files import locked
+from brixel_cli.drawing.curves import draw_curves
 from brixel_cli.engines.benchmarking import benchmarking
 from brixel_cli.engines.benchmarking import cost as benchmark_cost
 from brixel_cli.engines.benchmarking.cost import PeakMemory
+from brixel_cli.errors import BrixelError
 
 COMMANDS = ("extract", "distill", "probe", "benchmark")
 Command = Callable[[str], list[str]]
@@ -170,3 +172,15 @@ def test_a_fault_of_the_disk_is_an_error_and_the_same_command_goes_on(
     code, errors = run([*arguments, *(["--resume"] if begun else []), *overwritten])
     assert (code, errors if code else "") == (0, "")
     assert {path: path.read_bytes() for path in inputs} == inputs
+
+
+@pytest.mark.parametrize("fault", [quota, full_disk])
+def test_curves_that_do_not_fit_on_the_disk_are_an_error(
+    fault: Callable[[Path], AbstractContextManager[None]], tmp_path: Path
+) -> None:
+    points = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
+    with fault(tmp_path), pytest.raises(BrixelError, match=r"curves\.png cannot be written: .*make room"):
+        draw_curves(tmp_path / "curves.png", {"student": [points]})
+    assert not list(tmp_path.iterdir())
+    draw_curves(tmp_path / "curves.png", {"student": [points]})
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]

@@ -178,7 +178,16 @@ def test_memory_that_runs_out_halves_the_batch(extract_options, listener: Listen
         ),
         ([], "--input is missing: a folder, an image"),
         (["--input", "x", "--batch-size", "many"], "--batch-size must be auto or a number from 1 up, not many."),
+        (
+            ["--input", "x", "--batch-size", "1" * 5000],
+            f"--batch-size must be auto or a number from 1 up, not {'1' * 40}.",
+        ),
         (["--input", "x", "--res", "0"], "--res must be at least 1, not 0."),
+        (["--input", "x", "--workers", "9" * 20], "--workers must be at most 1,000,000, not 1e+20."),
+        (
+            ["--input", "/", "--format", "npy", "--output", "/"],
+            "--output / is the root of all folders: name a file or folder in it.",
+        ),
         (
             ["--input", "x", "--res", "27", "--source", "backbone", "--backbone", "vit_small_patch14_dinov2"],
             "--res 27 is less than 2 patches of 14 pixels: give 28 or more.",

@@ -154,6 +154,7 @@ def test_the_output_lies_beside_the_input(tree: Path):
     assert default_output([str(tree / "a.jpg")], ".h5") == tree / "a.h5"
     assert default_output([str(tree / "*.jpg")], ".h5") == tree.parent / "tree.h5"
     assert default_output([str(tree / "a.jpg"), str(tree)], ".h5") == tree / "features.h5"
+    assert default_output(["/"], ".h5") == Path("features.h5")  # beside the root there is nothing
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "I;16", "F"])
@@ -309,7 +310,7 @@ def test_snapping_is_measured():
 def test_videos_need_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     (tmp_path / "clip.mp4").write_bytes(b"x")
-    with pytest.raises(UsageError, match=r"Reading videos needs PyAV, .* pip install 'brixel\[video\]'"):
+    with pytest.raises(UsageError, match=r"Videos need PyAV, .* pip install 'brixel\[video\]'"):
         find_inputs([str(tmp_path / "clip.mp4")], 1)
 
 

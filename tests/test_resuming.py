@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 from conftest import Listener, with_changes
 from distilled_runs import assert_same_run, recipe_of, tensors_of
@@ -129,11 +130,11 @@ def test_a_run_interrupted_while_its_cache_is_filled_can_be_resumed(
     written: list[int] = []
     original = Store.write
 
-    def write(self: Store, row: int, values: object) -> None:
+    def write(self: Store, row: int, *values: Any) -> None:
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(row)
-        original(self, row, values)
+        original(self, row, *values)
 
     monkeypatch.setattr(Store, "write", write)
     with pytest.raises(KeyboardInterrupt):
@@ -260,3 +261,43 @@ def test_verify_names_every_damaged_file_of_a_run(tiny_recipe_file: Path, tmp_pa
     result = CliRunner().invoke(app, ["distill", "--verify", str(folder)])
     assert result.exit_code == 2
     assert "holds no run: recipe.yaml is missing" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("dataset", "byte"),
+    [("images/128x128", 0), ("maps/128x128", 7), ("targets/128x128", 0), ("photograph", 0), ("photograph", 3)],
+)
+def test_a_flipped_bit_of_the_cache_is_noticed_and_that_view_computed_again(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener, dataset: str, byte: int
+) -> None:
+    recipe = with_changes(tiny_recipe_file, "views.kind=centre", "cache.enabled=true")
+    distill(recipe, RunFolder(tmp_path / "whole"), listener)
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(tmp_path / "whole" / "cache", tmp_path / "run" / "cache")
+    (cache,) = (tmp_path / "run" / "cache").glob("*.h5")
+    before = cache.read_bytes()
+    with h5py.File(cache) as file:
+        at = file[dataset].id.get_offset() + byte
+    flip(cache, at)
+    with pytest.raises(BrixelError, match=r"the cached view 0 has changed since it was written.*Go on with --resume"):
+        distill(recipe, folder, listener)
+    distill(recipe, folder, listener, resume=True)
+    assert cache.read_bytes() == before
+    assert folder.student.read_bytes() == (tmp_path / "whole" / "student.safetensors").read_bytes()
+
+
+def test_a_cache_of_earlier_versions_has_no_checksums(
+    tiny_recipe_file: Path, tmp_path: Path, listener: Listener
+) -> None:
+    recipe = with_changes(tiny_recipe_file, "views.kind=centre", "cache.enabled=true")
+    distill(recipe, RunFolder(tmp_path / "whole"), listener)
+    shutil.copytree(tmp_path / "whole" / "cache", tmp_path / "run" / "cache")
+    (cache,) = (tmp_path / "run" / "cache").glob("*.h5")
+    with h5py.File(cache, "r+") as file:
+        del file["checksum"]
+    before = cache.read_bytes()
+    distill(recipe, RunFolder(tmp_path / "run"), listener)
+    assert cache.read_bytes() == before
+    assert (tmp_path / "run" / "student.safetensors").read_bytes() == (
+        tmp_path / "whole" / "student.safetensors"
+    ).read_bytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from brixel_cli.errors import UsageError
@@ -38,6 +38,19 @@ def height_width(side: int | Sequence[int]) -> tuple[int, int]:
     return (side, side) if isinstance(side, int) else (side[0], side[1])
 
 
+MOST = 1_000_000
+"""Of pixels of a side, images at once and the like: more is a slip, and would overflow somewhere."""
+
+
+def check_counts(counts: Mapping[str, int | None]) -> None:
+    """Raise a UsageError for an option, by name, that is neither None nor from 1 to a million."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}.")
+        if value is not None and value > MOST:
+            raise UsageError(f"{name} must be at most {MOST:,}, not {value:.6g}.")
+
+
 MOST_SIZES = 5
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -48,9 +61,9 @@ def parse_bytes(text: str) -> int:
     Raises:
         UsageError: it is none of these.
     """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
-        raise UsageError(f"--budget must be a size such as 4GB, 512MiB or 800MB, not {text}.")
+        raise UsageError(f"--budget must be a size such as 4GB, 512MiB or 800MB, not {_short(text)}.")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
@@ -64,11 +77,17 @@ def parse_size(text: str, option: str = "--res") -> int | list[int]:
     Raises:
         UsageError: it is neither.
     """
-    match = re.fullmatch(r"\s*([0-9]+)\s*(?:x\s*([0-9]+))?\s*", text.lower())
+    match = re.fullmatch(r"\s*([0-9]{1,6})\s*(?:x\s*([0-9]{1,6}))?\s*", text.lower())
     sides = [int(side) for side in match.groups() if side] if match else []
     if not sides or min(sides) == 0:
-        raise UsageError(f"{option} takes a side in pixels, such as 112, or HEIGHTxWIDTH, such as 288x384; not {text}.")
+        raise UsageError(
+            f"{option} takes a side in pixels, such as 112, or HEIGHTxWIDTH, such as 288x384; not {_short(text)}."
+        )
     return sides[0] if len(sides) == 1 else sides
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def parse_sizes(text: str, patch_size: int, option: str = "--res") -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from brixel_cli.config.base import Device, Precision, check_device, parse_bytes, parse_sizes
+from brixel_cli.config.base import Device, Precision, check_counts, check_device, parse_bytes, parse_sizes
 from brixel_cli.errors import UsageError
 
 ABLATION_STEPS = 300
@@ -43,9 +43,7 @@ class BenchmarkOptions:
 
     def __post_init__(self) -> None:
         check_device(self.device)
-        for name, value in (("--max-images", self.max_images), ("--batch-size", self.batch_size)):
-            if value < 1:
-                raise UsageError(f"{name} must be at least 1, not {value}.")
+        check_counts({"--max-images": self.max_images, "--batch-size": self.batch_size})
         if not self.seconds > 0:
             raise UsageError(f"--seconds must be above 0, not {self.seconds:g}.")
         if self.models and self.checkpoint:
@@ -108,8 +106,7 @@ class AblationOptions:
             raise UsageError("--ablate names no group of variants.")
         if self.steps is not None and self.train_seconds is not None:
             raise UsageError("--steps and --train-seconds: give one of them.")
-        if self.steps is not None and self.steps < 1:
-            raise UsageError(f"--steps must be at least 1, not {self.steps}.")
+        check_counts({"--steps": self.steps})
         if self.train_seconds is not None and not self.train_seconds > 0:
             raise UsageError(f"--train-seconds must be above 0, not {self.train_seconds:g}.")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from brixel_cli.config.base import Device, Precision, check_device
+from brixel_cli.config.base import Device, Precision, check_counts, check_device
 from brixel_cli.errors import UsageError
 
 Source = Literal["student", "backbone", "teacher"]
@@ -49,17 +49,16 @@ class ExtractOptions:
 
     def __post_init__(self) -> None:
         check_device(self.device)
-        least = {
-            "--res": self.res,
-            "--every": self.every,
-            "--batch-size": self.batch_size,
-            "--pca": self.pca,
-            "--workers": self.workers,
-            "--page-images": self.page_images,
-        }
-        for name, value in least.items():
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, not {value}.")
+        check_counts(
+            {
+                "--res": self.res,
+                "--every": self.every,
+                "--batch-size": self.batch_size,
+                "--pca": self.pca,
+                "--workers": self.workers,
+                "--page-images": self.page_images,
+            }
+        )
         if self.dtype == "int8" and self.storage == "npy":
             raise UsageError(
                 "--dtype int8 stores a scale beside the map, which .npy cannot: take --format h5 or safetensors."

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from brixel_cli.config.base import Device, Precision, check_device
+from brixel_cli.config.base import Device, Precision, check_counts, check_device
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.protocols import Protocol, printed_name
 from brixel_cli.config.section import Side
@@ -47,8 +47,7 @@ class ProbeOptions:
                 f"The protocol {self.protocol.name} is for {' and '.join(self.protocol.tasks)}, "
                 f"not for {self.recipe.task}: take another with --protocol."
             )
-        if self.seeds < 1:
-            raise UsageError(f"--seeds must be at least 1, not {self.seeds}.")
+        check_counts({"--seeds": self.seeds})
 
     @property
     def size(self) -> Side:

@@ -131,13 +131,24 @@ def check_files(checks: Mapping[Path, Callable[[Path], object]]) -> dict[Path, s
     return found
 
 
-def read_npy(path: Path) -> npt.NDArray[Any]:
+def check_regular(path: Path) -> None:
+    """Raise an OSError unless a path is that of a regular file: opening a pipe would wait for ever."""
+    if not path.is_file():
+        raise OSError("it is missing, or no regular file")
+
+
+def read_npy(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
     """The array of a .npy file, which may be read in several threads at once.
+
+    Args:
+        path: of the file.
+        mapped: whether no more than its header is read now.
 
     Raises:
         BrixelError: the file is missing, damaged, shorter than its header says, or holds anything but real numbers.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             with _PARSER:
                 version = np.lib.format.read_magic(file)
@@ -152,6 +163,8 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
                 raise ValueError(f"its shape is {shape}")
             if count * dtype.itemsize > there:
                 raise ValueError(f"its header says {count * dtype.itemsize} bytes, and {there} follow")
+            if mapped and count:
+                return np.memmap(path, dtype, "r", file.tell(), shape, "F" if columns_first else "C")
             values = np.fromfile(file, dtype, count)
         return values.reshape(shape, order="F" if columns_first else "C")
     except Exception as error:  # of many kinds: NumPy takes a header for Python, and evaluates it

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brixel_cli.config.extract import Number, Storage
-from brixel_cli.core.files import read_npy
+from brixel_cli.core.files import check_regular, read_npy
 from brixel_cli.core.formatting import human_size
 from brixel_cli.data.feature_layout import FORMAT, Grid, inside, map_checksum, single_file_names
 from brixel_cli.data.row_store import (
@@ -166,8 +166,13 @@ class FeatureFile:
         """Whether damage of its maps can be noticed; older files have no checksums."""
         return CHECKSUM in self._store
 
-    def damage(self, row: int) -> str:
-        """What is wrong with a row, after reading all of it; empty for a row that is whole, missing or failed."""
+    def damage(self, row: int, thorough: bool = True) -> str:
+        """What is wrong with a row; empty for a row that is whole, missing or failed.
+
+        Args:
+            row: of the file.
+            thorough: whether all of its map is read; else only its status, and the header of its single file.
+        """
         status = int(self.status[row])
         if status not in (MISSING, DONE, FAILED):
             return f"its status is {status}, not 0, 1 or 2"
@@ -175,10 +180,14 @@ class FeatureFile:
             return "" if self._store.array(REASON)[row] else "it failed for no reason"
         if status == MISSING:
             return "" if self._grid_row[row] >= 0 else "it is neither failed nor has a map"
+        if not thorough and self._single is None and self._grid_row[row] >= 0:
+            return ""
         try:
-            values = self.stored(row)
+            values = self.stored(row, mapped=not thorough)
         except BrixelError as error:
             return str(error)
+        if not thorough:
+            return ""
         if self.has_checksums and map_checksum(values) != self._store.array(CHECKSUM)[row]:
             return "its map has changed since it was written"
         return "" if all(np.isfinite(value).all() for value in values.values()) else "its map is not finite"
@@ -190,11 +199,12 @@ class FeatureFile:
             return None
         return np.array(self._store.array("pca_components")), np.array(self._store.array("pca_mean"))
 
-    def stored(self, key: int | str) -> dict[str, Array]:
+    def stored(self, key: int | str, mapped: bool = False) -> dict[str, Array]:
         """An image's datasets as stored: `features` (D, h, w), and `scale` (1, h, w) where they are int8.
 
         Args:
             key: row, or name as in `paths`.
+            mapped: whether the values of a single .npy file are read only when they are used.
 
         Raises:
             KeyError, IndexError: there is no such image.
@@ -207,7 +217,7 @@ class FeatureFile:
             raise BrixelError(f"{self.path} has no features of {self.paths[row]}: {reason}.")
         height, width = (int(side) for side in self.grid_size[row])
         if self._single is not None:
-            return _read_single(self.path.parent / self._single[row], (height, width))
+            return _read_single(self.path.parent / self._single[row], (height, width), mapped)
         place = int(self._grid_row[row])
         if place < 0:
             raise BrixelError(f"{self.path}: {self.paths[row]} is done, but has no map. {REPAIR}")
@@ -238,13 +248,15 @@ class FeatureDataset(Dataset[tuple[Tensor, str]]):
         return torch.from_numpy(self.file[row]), self.file.paths[row]
 
 
-def _read_single(path: Path, grid: Grid) -> dict[str, Array]:
+def _read_single(path: Path, grid: Grid, mapped: bool = False) -> dict[str, Array]:
+    """The map of a single file, of whose values none is read yet where they are mapped."""
     try:
+        check_regular(path)
         if path.suffix == ".npy":
-            values = {"features": read_npy(path)}
+            values = {"features": read_npy(path, mapped)}
         else:
-            with safe_open(path, framework="np") as file:
-                values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            with safe_open(path, framework="pt") as file:  # which maps them
+                values = {key: file.get_tensor(key).numpy() for key in file.keys()}  # noqa: SIM118
         if values["features"].shape[1:] != grid:
             raise ValueError(f"its map has the shape {values['features'].shape}")
         return values

@@ -17,10 +17,10 @@ from torch import Tensor
 from brixel_cli.config.extract import Number, Storage
 from brixel_cli.core.files import LONGEST_NAME, make_folder, replacing
 from brixel_cli.core.formatting import human_size
-from brixel_cli.core.identity import text_digest
+from brixel_cli.core.identity import checksum, text_digest
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.weights import save_tensors
-from brixel_cli.data.row_store import CHECKSUM, DONE, Array, Column, Store, checksum, positions_within_size
+from brixel_cli.data.row_store import Array, Column, Store, positions_within_size
 from brixel_cli.errors import BrixelError
 
 FORMAT = "brixel-features-1"
@@ -196,13 +196,11 @@ class MapWriter:
                 tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
                 description = json.dumps(self.store.description, sort_keys=True)
                 save_tensors(path, tensors, {"format": FORMAT, "path": self._names[row], "description": description})
+            self.store.settle(row, [values[part] for part in sorted(values)])
         else:
-            for part, value in values.items():
-                name, place = self.layout.dataset(part, row)
-                self.store.put(name, place, value)
-        if CHECKSUM in self.store:
-            self.store.put(CHECKSUM, row, np.array(map_checksum(values), np.uint32))
-        self.store.mark(row, DONE)
+            places = {part: self.layout.dataset(part, row) for part in sorted(values)}
+            parts = {name: values[part] for part, (name, _) in places.items()}
+            self.store.write(row, parts, dict(places.values()))
 
 
 def inside(folder: Path, name: str) -> Path:

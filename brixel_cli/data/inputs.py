@@ -145,6 +145,8 @@ def default_output(references: Sequence[str], suffix: str) -> Path:
     if len(references) > 1:
         return first.absolute().parent / f"features{suffix}"
     first = first.resolve() if first.name in ("", ".", "..") else first
+    if not first.name:
+        return Path(f"features{suffix}")
     return first.with_name((first.name if os.path.isdir(first) else first.stem) + suffix)
 
 

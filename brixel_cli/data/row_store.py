@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from brixel_cli.core.files import check_disk, make_folder, replacing, writing
+from brixel_cli.core.identity import checksum
 from brixel_cli.errors import BrixelError
 
 STATUS, REASON, CHECKSUM = "status", "reason", "checksum"
@@ -39,8 +40,6 @@ RESERVE = 1 << 20
 """Bytes that the structure of a file takes at most, besides its datasets."""
 MOST_UNPACKED = 1 << 31
 """Bytes of a dataset that is compressed and read at once; a small file could ask for any number."""
-FOLD_WORDS = 1021
-"""8-byte words that `checksum` adds up; a prime, so that a page of the disk in another's place is noticed."""
 Array = npt.NDArray[Any]
 Size = TypeVar("Size", bound=Hashable)
 
@@ -149,21 +148,6 @@ def _live_spans(dataset: Any, column: Column) -> list[tuple[int, int]]:
     runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
     start = dataset.id.get_offset()
     return [(start + int(run[0]) * column.row_bytes, len(run) * column.row_bytes) for run in runs if len(run)]
-
-
-def checksum(*arrays: Array) -> int:
-    """CRC-32 over the bytes of arrays, of which all whole blocks of 1,021 8-byte words are added up to one before.
-
-    The sum is computed as fast as memory is read, a CRC of all bytes would slow down writing. A change within 8,168
-    bytes is always noticed.
-    """
-    value = 0
-    for array in arrays:
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        whole = len(data) - len(data) % (8 * FOLD_WORDS)
-        folded = np.add.reduce(data[:whole].view("<u8").reshape(-1, FOLD_WORDS), axis=0)
-        value = zlib.crc32(data[whole:].data, zlib.crc32(folded.data, value))
-    return value
 
 
 def _opened(path: Path) -> Any:
@@ -352,10 +336,13 @@ class Store:
             raise ValueError(f"{name} has {shape[0]} rows, and no row {row}")
         data = np.ascontiguousarray(value, dtype=dtype).reshape(-1).view(np.uint8).data
         place = offset + row * len(data)
-        with writing(self.path):
+        try:
             while data:
                 written = os.pwrite(self._file, data, place)
                 data, place = data[written:], place + written
+        except OSError:
+            with writing(self.path):
+                raise
 
     def restore(self, name: str, values: Array) -> bool:
         """Write a damaged dataset again where these are its values, as its checksum tells; whether they are."""
@@ -371,10 +358,22 @@ class Store:
         """Set the status of a row, after its values."""
         self.put(STATUS, row, np.array(status, np.uint8))
 
-    def write(self, row: int, values: Mapping[str, Array]) -> None:
-        """Write one row of every dataset, then mark it done."""
-        for name, value in values.items():
-            self.put(name, row, value)
+    def write(self, row: int, values: Mapping[str, Array], places: Mapping[str, int] | None = None) -> None:
+        """Write a row, then its checksum where the file has checksums, then mark it done; errors as `put`.
+
+        Args:
+            row: of `status`.
+            values: by dataset, in the order of the checksum.
+            places: the row within those datasets that have not all rows.
+        """
+        for name, array in values.items():
+            self.put(name, (places or {}).get(name, row), array)
+        self.settle(row, values.values())
+
+    def settle(self, row: int, values: Iterable[Array]) -> None:
+        """Write the checksum of a row's values where the file has checksums, and mark it done; errors as `put`."""
+        if CHECKSUM in self:
+            self.put(CHECKSUM, row, np.array(checksum(*values), np.uint32))
         self.mark(row, DONE)
 
     def flush(self) -> None:

@@ -17,9 +17,12 @@ from brixel_cli.config.distill import Recipe
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.files import clear_partials
 from brixel_cli.core.formatting import human_bytes, human_size
-from brixel_cli.core.identity import files_sha256, json_digest
+from brixel_cli.core.identity import checksum, files_sha256, json_digest
 from brixel_cli.data.images import Skipped, load_image
 from brixel_cli.data.row_store import (
+    CHECKSUM,
+    MISSING,
+    Array,
     Column,
     Store,
     batches_of_one_size,
@@ -36,6 +39,8 @@ from brixel_cli.errors import BrixelError
 CACHE_FORMAT = 4
 """Of what is computed for a view; a cache of another format is not read. Since 4, large JPEGs are decoded reduced."""
 CACHE_BATCH = 8
+KINDS = ("images", "maps", "targets")
+"""What is stored of a view, in the order of its checksum."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class CachedBatches:
     def __init__(self, store: Store, layout: CacheLayout, views: Views, first_row: int, device: torch.device):
         self.store, self.layout, self.views, self.first_row, self.device = store, layout, views, first_row, device
         self.skipped: list[Skipped] = []
+        self._checked: set[int] = set()
         for number in range(0, len(views), views.config.per_image):
             wanted = views.image(number)
             if self._used(number) != wanted.name:
@@ -99,25 +105,53 @@ class CachedBatches:
 
     def _used(self, number: int) -> str:
         """The image that a view was cut from: another than the wanted one where that was damaged."""
-        return self.views.images[int(self.store.read("photograph", [self.first_row + number])[0])].name
+        row = self.first_row + number
+        image = int(self.store.read("photograph", [row])[0])
+        if not 0 <= image < len(self.views.images):
+            raise self._damaged(row)
+        return self.views.images[image].name
 
     def iterate(self, keys: Iterable[Sequence[Key]]) -> Iterator[Batch]:
-        """One batch for each list of keys, in order."""
+        """One batch for each list of keys, in order.
+
+        Raises:
+            BrixelError: a row has changed since it was written, which is found when it is first read.
+        """
         for batch in keys:
             rows = [self.first_row + number for _, number in batch]
-            maps = self._tensor("maps", rows)
+            arrays = {kind: self._read(kind, rows) for kind in KINDS}
+            for place, row in enumerate(rows):
+                self._check(row, [*(arrays[kind][place] for kind in KINDS), self.store.read("photograph", [row])])
             sources = [(self._used(number), self.views.image(number).name) for _, number in batch]
             yield Batch(
-                images=self._tensor("images", rows).float(),
-                maps=list(maps.float().unbind(1)),
-                targets=self._tensor("targets", rows),
+                images=self._tensor(arrays["images"]).float(),
+                maps=list(self._tensor(arrays["maps"]).float().unbind(1)),
+                targets=self._tensor(arrays["targets"]),
                 names=[used for used, _ in sources],
                 replaced=[used != wanted for used, wanted in sources],
             )
 
-    def _tensor(self, kind: str, rows: list[int]) -> Tensor:
-        places = [self.layout.positions[row] for row in rows]
-        return torch.from_numpy(self.store.read(self.layout.dataset(kind, rows[0]), places)).to(self.device)
+    def _read(self, kind: str, rows: list[int]) -> Array:
+        return self.store.read(self.layout.dataset(kind, rows[0]), [self.layout.positions[row] for row in rows])
+
+    def _tensor(self, array: Array) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _check(self, row: int, values: Sequence[Array]) -> None:
+        """Raise a BrixelError where a row is not what was written; older caches have no checksums."""
+        if row in self._checked or CHECKSUM not in self.store:
+            return
+        if checksum(*values) != self.store.array(CHECKSUM)[row]:
+            raise self._damaged(row)
+        self._checked.add(row)
+
+    def _damaged(self, row: int) -> BrixelError:
+        """The error for a row that has changed; the next run computes it again."""
+        self.store.mark(row, MISSING)
+        return BrixelError(
+            f"{self.store.path}: the cached view {row} has changed since it was written, as on a failing disk. "
+            "Go on with --resume: the view is then computed again."
+        )
 
 
 class CacheFile:
@@ -166,7 +200,8 @@ class CacheFile:
                 reporter.say(
                     f"cache: {len(others)} other files in {folder} take {taken}; delete those no longer needed"
                 )
-            create_store(self.path, self.num_rows, self.layout.columns, description)
+            sums = {CHECKSUM: np.zeros(self.num_rows, np.uint32)}
+            create_store(self.path, self.num_rows, self.layout.columns, description, sums)
         runtime.wait()
 
     def fill(self) -> list[CachedBatches]:
@@ -201,10 +236,10 @@ class CacheFile:
         for chunk, batch in zip(chunks, batches, strict=True):
             tensors = {"images": batch.images, "maps": torch.stack(batch.maps, dim=1), "targets": batch.targets}
             for place, row in enumerate(chunk):
-                for kind, tensor in tensors.items():
-                    values = _as_float16(tensor[place], kind, batch.names[place])
-                    store.put(layout.dataset(kind, row), layout.positions[row], values)
-                store.write(row, {"photograph": np.array(numbers[batch.names[place]], np.int32)})
+                name = batch.names[place]
+                arrays = {layout.dataset(kind, row): _as_float16(tensors[kind][place], kind, name) for kind in KINDS}
+                places = dict.fromkeys(arrays, layout.positions[row])
+                store.write(row, arrays | {"photograph": np.array(numbers[name], np.int32)}, places)
             yield len(chunk)
 
 

@@ -168,7 +168,9 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
     store = Store(plan.store_path, writable=[CHECKSUM, REASON, *plan.layout.columns])
     settled = [row for row, state in enumerate(store.status) if state != MISSING or plan.reasons[row]]
     runtime.wait()
-    discard_damaged(plan, store, settled[runtime.rank :: runtime.world_size], reporter)
+    # A finished output is looked at only as far as its statuses and headers go: --verify reads the rest.
+    interrupted = len(settled) < len(store)
+    discard_damaged(plan, store, settled[runtime.rank :: runtime.world_size], reporter, thorough=interrupted)
     runtime.wait()
     status = store.status
     runtime.wait()  # every process has read the same status before the first row is filled

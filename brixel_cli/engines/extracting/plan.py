@@ -229,6 +229,9 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
         raise UsageError(f"--pca {options.pca}: the maps of {spec.backbone} have only {spec.embed_dim} channels.")
     suffix = ".h5" if options.storage == "h5" else f"_{options.storage}"
     output = options.output or default_output(options.inputs, suffix)
+    output = output if output.name.strip(".") else output.resolve()
+    if not output.name:
+        raise UsageError(f"--output {output} is the root of all folders: name a file or folder in it.")
     if options.storage == "h5" and output.is_dir():
         raise UsageError(f"--output {output} is a folder; name a file, such as {output / 'features.h5'}.")
     if options.storage != "h5" and output.is_file():

@@ -1,4 +1,4 @@
-"""Reading all that an extraction wrote again: which rows are damaged, and how those of the index are restored."""
+"""What an extraction wrote, looked at again: which rows are damaged, and how those of the index are restored."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from brixel_cli.data.feature_file import FeatureFile
-from brixel_cli.data.row_store import FAILED, MISSING, REASON, Store
+from brixel_cli.data.row_store import DONE, FAILED, MISSING, REASON, STATUS, Store
 from brixel_cli.engines.extracting.plan import ExtractPlan, reason_text
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.streams import num_workers, read_ahead
+from brixel_cli.errors import BrixelError
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,23 @@ class Verified:
 
 
 def verify(path: Path, reporter: Reporter) -> Verified:
-    """Read every row of a feature file, or every file of a folder of single files; nothing is written.
+    """Read every row of a feature file, or every file of a folder of single files.
+
+    Rows that have changed are marked as missing, so that the command that wrote them computes them again.
 
     Raises:
         BrixelError: the file is missing, or so damaged that no row of it can be told.
     """
     features = FeatureFile(path)
     damaged = damaged_rows(features, range(len(features)), reporter)
+    if changed := [row for row in damaged if features.status[row] == DONE]:
+        try:
+            store = Store(features.path, writable=[STATUS])
+            for row in changed:
+                store.mark(row, MISSING)
+            store.flush()
+        except BrixelError as error:
+            reporter.warn(f"the damaged rows stay marked as done, and will not be computed again: {error}")
     return Verified(
         features.path,
         len(features),
@@ -49,11 +60,19 @@ def verify(path: Path, reporter: Reporter) -> Verified:
     )
 
 
-def damaged_rows(features: FeatureFile, rows: Sequence[int], reporter: Reporter) -> dict[int, str]:
-    """What is wrong with each damaged row among these; all that is done is read."""
+def damaged_rows(
+    features: FeatureFile, rows: Sequence[int], reporter: Reporter, thorough: bool = True
+) -> dict[int, str]:
+    """What is wrong with each damaged row among these; the whole of every row is read only where this is thorough."""
     found = {}
+    if not thorough and not features.single_files:
+        return {row: damage for row in rows if (damage := features.damage(row, thorough))}
+
+    def check(row: int) -> str:
+        return features.damage(row, thorough)
+
     with reporter.bar("checking", len(rows), unit="image") as bar:
-        for (row,), (damage,) in read_ahead([[row] for row in rows], features.damage, num_workers(), polite=False):
+        for (row,), (damage,) in read_ahead([[row] for row in rows], check, num_workers(), polite=False):
             if damage:
                 found[row] = damage
             bar.update(1)
@@ -71,9 +90,9 @@ def restore_index(plan: ExtractPlan, reporter: Reporter) -> None:
             reporter.warn(f"{plan.store_path}: the damaged datasets {', '.join(restored)} were restored")
 
 
-def discard_damaged(plan: ExtractPlan, store: Store, rows: Sequence[int], reporter: Reporter) -> None:
+def discard_damaged(plan: ExtractPlan, store: Store, rows: Sequence[int], reporter: Reporter, thorough: bool) -> None:
     """Have damaged rows among these computed again by marking them as missing, or, without an image, as failed."""
-    damaged = damaged_rows(FeatureFile(plan.store_path), rows, reporter)
+    damaged = damaged_rows(FeatureFile(plan.store_path), rows, reporter, thorough)
     for row in damaged:
         if plan.reasons[row]:
             store.put(REASON, row, reason_text(store, plan.reasons[row]))
