@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import TWO_RANKS, Listener, every_row, make_photograph
 from PIL import Image
+from test_inputs import make_video
 from torchvision.transforms.v2 import functional as tvf
 from typer.testing import CliRunner
 
@@ -145,6 +146,22 @@ def test_previews_share_their_colours(extract_options, mixed: Path, tmp_path: Pa
     pictures = [np.asarray(Image.open(folder / name)) for name in ("01.png", "zz.png")]
     assert not again.failures
     assert np.abs(pictures[0].astype(int) - pictures[1]).max() <= 2
+
+
+def test_the_preview_of_a_video_is_a_video_of_its_speed(extract_options, tmp_path: Path, listener: Listener):
+    clip = make_video(tmp_path / "clip.mp4")  # ten frames, ten a second
+    done = extract(extract_options(inputs=[str(clip)], every=4, preview=True), listener)
+    folder = tmp_path / "out_preview"
+    assert done.pictures == [folder / "contact_sheet.png", folder, folder / "clip.mp4"]
+    av = pytest.importorskip("av")
+    with av.open(str(folder / "clip.mp4")) as container:
+        frames = list(container.decode(video=0))
+    assert [round(float(frame.time), 3) for frame in frames] == [0, 0.4, 0.8]
+    for number, frame in zip((0, 4, 8), frames, strict=True):
+        expected = np.asarray(Image.open(folder / f"clip.mp4#{number:02}.png").convert("RGB")).astype(int)
+        found = np.asarray(frame.to_image()).astype(int)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).mean() < 8  # the codec loses some
 
 
 def run(*arguments: str, **environment: str) -> subprocess.Popen[str]:

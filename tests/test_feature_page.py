@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import brixel_cli
 from brixel_cli.app import app
+from brixel_cli.core.formatting import human_bytes
 from brixel_cli.drawing.feature_page import PageImage, feature_page
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.engines.models import FeatureExtractor
@@ -143,6 +144,21 @@ def test_extract_writes_the_page_and_computes_nothing_again(
             np.einsum("khw,k->hw", small, small[:, 3, 5]), np.einsum("dhw,d->hw", full, full[:, 3, 5]), atol=0.02
         )
     assert any("page.html: 3 images" in said and "correlate by" in said for said in listener.said)
+
+
+def test_its_size_is_announced_before_it_is_written(
+    extract_options, listener: Listener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, announced = tmp_path / "page.html", []
+
+    def write(path: Path, text: str) -> None:
+        announced.extend(said for said in listener.said if str(path) in said)
+        assert f"8 images, {human_bytes(len(text.encode()))};" in announced[0]
+
+    monkeypatch.setattr("brixel_cli.engines.extracting.page.write_text", write)
+    extract(extract_options(page=page), listener)
+    assert len(announced) == 1
+    assert not page.exists()
 
 
 @pytest.mark.parametrize("pca", [None, 40])

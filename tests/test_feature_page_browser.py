@@ -12,6 +12,7 @@ import pytest
 from conftest import Listener
 from PIL import Image
 from test_feature_page import page_data, page_vectors
+from test_inputs import make_video
 
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.engines.extracting.extraction import extract
@@ -115,7 +116,7 @@ def vectors(data: dict) -> list[dict[str, np.ndarray]]:
     return page_vectors(data)
 
 
-def heat_maps(vectors: list[dict[str, np.ndarray]], source: str, query: np.ndarray) -> list[np.ndarray]:
+def heat_maps(vectors: list, source: str, query: np.ndarray) -> list[np.ndarray]:
     return [np.einsum("khw,k->hw", maps[source], query) for maps in vectors]
 
 
@@ -164,13 +165,29 @@ def test_the_mask_hides_what_is_less_similar_and_is_outlined(opened, data, vecto
     frames(page)
     heat = heat_maps(vectors, "student", vectors[0]["student"][:, 3, 4])[0]
     sure = np.abs(heat - 0.7) > 0.001
-    assert ((indices(page, 0, 0) >= 0) == (heat >= 0.7))[sure].all()
-    drawn = "cards[0].views[0].line.getContext('2d').getImageData(0, 0, 384, 288).data.some((value) => value)"
-    assert (heat < 0.7).any()
-    assert page.evaluate(drawn)
+    inside = indices(page, 0, 0) >= 0
+    assert (inside == (heat >= 0.7))[sure].all()
+    scale, pixels = page.evaluate(
+        """(() => {
+            const { line, map } = cards[0].views[0], { height, width } = line;
+            const { data } = line.getContext('2d').getImageData(0, 0, width, height);
+            return [width / map.width, Array.from({ length: height }, (_, y) => Array.from({ length: width },
+                (_, x) => data[4 * (y * width + x) + 3] && (data[4 * (y * width + x)] ? 2 : 1)))];
+        })()"""
+    )
+    expected = np.zeros_like(pixels := np.array(pixels))  # 1 black, within 2 pixels of a border; 2 white, within 1
+    for colour, thick in ((1, 2), (2, 1)):
+        for y, x in np.argwhere(inside[1:] != inside[:-1]):
+            at = (y + 1) * scale
+            expected[at - thick : at + thick, max(x * scale - thick, 0) : (x + 1) * scale + thick] = colour
+        for y, x in np.argwhere(inside[:, 1:] != inside[:, :-1]):
+            at = (x + 1) * scale
+            expected[max(y * scale - thick, 0) : (y + 1) * scale + thick, at - thick : at + thick] = colour
+    assert (expected == 2).any()
+    np.testing.assert_array_equal(pixels, expected)
     page.keyboard.press("Escape")
     frames(page)
-    assert page.evaluate("cards[0].views[0].line.width") == 0
+    assert not page.locator("canvas.line").first.is_visible()
 
 
 def test_top_matches_are_the_best_places_of_other_images(opened, data, vectors) -> None:
@@ -187,6 +204,23 @@ def test_top_matches_are_the_best_places_of_other_images(opened, data, vectors) 
     page.keyboard.press("m")
     frames(page)
     assert page.evaluate("cards.every((card) => card.views.every((view) => view.match.hidden))")
+
+
+def test_labels_of_matches_are_never_cut_off(opened) -> None:
+    page = opened()
+    page.locator("#size").evaluate("(slider) => { slider.value = 90; slider.oninput(); }")
+    for left in (0.001, 0.999):  # as if the best place of every image were at the edge
+        page.evaluate(f"findMatches = () => cards.map((_, image) => ({{ image, value: 0.5, y: {left}, x: {left} }}))")
+        page.evaluate(f"moveTo(pointAt(0, 0.5, {left}))")
+        frames(page)
+        outside = page.evaluate(
+            """cards.flatMap((card) => card.views).filter(({ match, box }) => {
+                const [inner, outer] = [match.getBoundingClientRect(), box.getBoundingClientRect()];
+                return match.hidden || inner.width < 20 || inner.left < outer.left - 1 || inner.right > outer.right + 1
+                    || inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1;
+            }).length"""
+        )
+        assert outside == 0
 
 
 def test_several_pins_share_the_map_by_colour(opened, vectors) -> None:
@@ -228,8 +262,12 @@ def test_keys_move_pin_enlarge_and_clear(opened, data) -> None:
     assert f"image=1&y={height // 2 - 2}&x={width // 2 + 1}" in page.url
     page.keyboard.press("f")
     assert page.locator(".card.large .photo img").is_visible()
+    page.keyboard.press("o")
+    original = page.locator(".card.original .photo .view")
+    assert original.evaluate("(box) => [box.offsetWidth, box.offsetHeight]") == [256, 192]  # as large as it is
+    assert page.locator(".card.original .view:visible").count() == 1
     page.keyboard.press("Escape")
-    assert page.locator(".card.large").count() == 0
+    assert page.locator(".card.large, .card.original").count() == 0
     page.keyboard.press("Escape")
     assert page.locator(".mark.pin").count() == 0
     page.keyboard.press("c")
@@ -238,18 +276,50 @@ def test_keys_move_pin_enlarge_and_clear(opened, data) -> None:
     assert page.locator("#threshold-value").inner_text() == "0.02"
 
 
-def test_without_a_pin_equal_features_have_equal_colours(opened, data, file: Path) -> None:
+def test_without_a_pin_equal_features_have_equal_colours(opened, data) -> None:
     page = opened()
-    values = page.evaluate("Array.from(cards[0].views[0].canvas.getContext('2d').getImageData(0, 0, 1, 1).data)")
-    planes = page.evaluate("[1, 2, 3].map((k) => cards[0].maps[0].planes[k * cards[0].maps[0].heat.length])")
-    for value, plane, low, high in zip(values, planes, data["low"][1:], data["high"][1:], strict=False):
-        assert value == pytest.approx(np.clip(255 * (plane - low) / (high - low), 0, 255), abs=1)
+    for chosen in range(3):  # components 1-3, 4-6, 7-9
+        page.locator("#components").select_option(index=chosen)
+        frames(page)
+        shown = page.evaluate("Array.from(cards[0].views[0].canvas.getContext('2d').getImageData(0, 0, 1, 1).data)")
+        assert shown == pytest.approx([*colours(page, data, 3 * chosen)[0], 255], abs=1)
 
 
 def test_names_are_text(opened) -> None:
     page = opened()
     assert HOSTILE in page.locator(".card figcaption span").all_inner_texts()
     assert page.locator("img:not([src^='blob:'])").count() == 0
+
+
+def test_what_is_pointed_at_is_shown_and_goes_with_the_pointer(opened, data, vectors) -> None:
+    page = opened()
+    box = page.locator(".card").nth(1).locator(".view").nth(1).bounding_box()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.6 * box["height"])
+    frames(page)
+    height, width = data["images"][1]["grids"][0]
+    cell = int(0.6 * height), int(0.3 * width)
+    for image, heat in enumerate(heat_maps(vectors, "student", vectors[1]["student"][:, *cell])[:2]):
+        assert np.abs(indices(page, image, 0) - as_indices(heat, data["floor"])).max() <= 1
+    assert page.evaluate("cards[1].views.map((view) => view.value.textContent)") == ["1.00"] * 3
+    assert page.locator("i.mark:visible").count() == 3
+    page.mouse.move(2, 2)
+    frames(page)
+    assert page.locator("i.mark:visible").count() == 0
+    assert page.evaluate("cards[1].views[0].canvas.getContext('2d').getImageData(0, 0, 1, 1).data[0]") == pytest.approx(
+        colours(page, data, 0)[1][0], abs=1
+    )
+
+
+def colours(page: Any, data: dict, first: int) -> list[list[float]]:
+    """Red, green and blue of the first location of each image, of the components from `first` on."""
+    planes = page.evaluate(
+        "cards.map((card) => [...Array(K).keys()].map((k) => card.maps[0].planes[k * card.maps[0].heat.length]))"
+    )
+    parts = range(first + 1, first + 4)
+    return [
+        [np.clip(255 * (values[k] - data["low"][k]) / (data["high"][k] - data["low"][k]), 0, 255) for k in parts]
+        for values in planes
+    ]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -272,8 +342,53 @@ def test_on_a_telephone_it_fits_and_a_second_tap_pins(opened) -> None:
     assert page.locator(".mark.pin").count() == 3
 
 
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory, model: tuple[str, str]) -> Path:
+    """A page of five frames of a video."""
+    folder = tmp_path_factory.mktemp("film")
+    clip = make_video(folder / "clip.mp4")
+    options = ExtractOptions([str(clip)], res=96, checkpoint=model[0], device="cpu", precision="float32", every=2,
+                             page=folder / "film.html", page_sources=("student", "backbone"))  # fmt: skip
+    extract(options, Listener())
+    return folder / "film.html"
+
+
+def test_the_heat_map_of_a_pin_follows_over_the_frames_of_a_video(opened, film: Path) -> None:
+    data = page_data(film.read_text())
+    vectors = page_vectors(data)
+    page = opened("#image=1&y=9&x=20", path=film)
+    assert page.locator(".card:visible").count() == 1
+    assert page.locator("#frame-value").inner_text() == "clip.mp4#02"  # the pin's
+    heats = heat_maps(vectors, "student", vectors[1]["student"][:, 9, 20])
+    slider = page.locator("#frame")
+    for number, heat in enumerate(heats):
+        slider.evaluate(f"(slider) => {{ slider.value = {number}; slider.oninput(); }}")
+        frames(page)
+        assert page.locator(".card:visible figcaption > span").first.inner_text() == f"clip.mp4#{2 * number:02}"
+        assert np.abs(indices(page, number, 0) - as_indices(heat, data["floor"])).max() <= 1
+        assert page.locator(".card:visible .mark.pin").count() == (2 if number == 1 else 0)
+    assert slider.evaluate("(slider) => [slider.min, slider.max, slider.value]") == ["0", "4", "4"]
+
+
+def test_a_video_plays_and_stops(opened, film: Path) -> None:
+    page = opened(path=film)
+    page.keyboard.press(" ")
+    assert page.locator("#play").inner_text() == "Pause"
+    for number in (2, 0):  # it begins again after the last
+        shown = f"document.querySelector('.current') === cards[{number}].element"
+        page.evaluate(
+            f"new Promise((done) => {{ const look = () => {shown} ? done() : setTimeout(look, 10); look(); }})"
+        )
+    page.keyboard.press(" ")
+    assert page.locator("#play").inner_text() == "Play"
+    stopped = page.locator("#frame-value").inner_text()
+    page.wait_for_timeout(400)
+    assert page.locator("#frame-value").inner_text() == stopped
+
+
 def test_opacity_and_frame_time(opened) -> None:
     page = opened()
+    assert not page.locator("#time").is_visible()  # the slider is for videos
     page.locator("#opacity").evaluate("(slider) => { slider.value = 30; slider.oninput(); }")
     assert page.locator("canvas.map").first.evaluate("(canvas) => canvas.style.opacity") == "0.3"
     page.evaluate("measure(20)")

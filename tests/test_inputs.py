@@ -310,7 +310,7 @@ def test_snapping_is_measured():
 def test_videos_need_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     (tmp_path / "clip.mp4").write_bytes(b"x")
-    with pytest.raises(UsageError, match=r"Reading videos needs PyAV, .* pip install 'brixel\[video\]'"):
+    with pytest.raises(UsageError, match=r"Videos need PyAV, .* pip install 'brixel\[video\]'"):
         find_inputs([str(tmp_path / "clip.mp4")], 1)
 
 

@@ -1,13 +1,15 @@
-"""Frames of a video, in order, through PyAV (the extra `video`)."""
+"""Frames of a video, read in order, and written, through PyAV (the extra `video`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from brixel_cli.core.files import replacing
 from brixel_cli.errors import BrixelError, UsageError
 
 VIDEO_EXTENSIONS = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())  # noqa: SIM905
@@ -24,6 +26,7 @@ class Video:
     Attributes:
         num_frames: counted over the file's packets; only the first is decoded.
         height, width: of an upright frame in pixels.
+        rate: frames a second; 25 where the file does not say.
 
     Raises:
         UsageError: PyAV is not installed.
@@ -35,7 +38,9 @@ class Video:
         self._av = _load_av()
         try:
             with self._open() as container:
-                self.num_frames = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+                stream = container.streams.video[0]
+                self.rate = Fraction(stream.average_rate or 25)
+                self.num_frames = sum(packet.size > 0 for packet in container.demux(stream))
             first = next(self._decode(), None)
         except Exception as error:  # on damaged files PyAV raises all kinds, EOFError and UnicodeDecodeError among them
             raise BrixelError(f"not a video that can be read: {path}") from error
@@ -75,6 +80,35 @@ class Video:
             yield from container.decode(video=0)
 
 
+def write_video(path: Path, frames: Iterable[tuple[int, Image.Image]], rate: Fraction) -> None:
+    """Write an MP4 atomically: H.264, or MPEG-4 Part 2 where FFmpeg was built without it.
+
+    Args:
+        path: of the file.
+        frames: at least one, of one size; each with its number in the source, rising. It is shown until the next one's
+            time. An odd last row or column of pixels is left out, as the codecs demand.
+        rate: frames a second of the source.
+
+    Raises:
+        UsageError: PyAV is not installed.
+        BrixelError: the file cannot be written.
+    """
+    av = _load_av()
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+        stream = None
+        for number, image in frames:
+            if stream is None:
+                stream = container.add_stream(codec, rate=rate)
+                stream.width, stream.height, stream.pix_fmt = image.width // 2 * 2, image.height // 2 * 2, "yuv420p"
+                stream.codec_context.time_base = 1 / rate
+            frame = av.VideoFrame.from_image(image.convert("RGB").crop((0, 0, stream.width, stream.height)))
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
+        if stream is not None:
+            container.mux(stream.encode())
+
+
 def _upright(frame: Any) -> Image.Image:
     image: Image.Image = frame.to_image()
     turn = round(frame.rotation)  # in degrees, counter-clockwise: of telephones held upright
@@ -85,5 +119,5 @@ def _load_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise UsageError("Reading videos needs PyAV, which is not installed: pip install 'brixel[video]'.") from error
+        raise UsageError("Videos need PyAV, which is not installed: pip install 'brixel[video]'.") from error
     return av

@@ -1,161 +1,81 @@
-'use strict';
-// Maps are decoded once into unit vectors; then each frame computes similarities to the pins, or to the point, and draws.
-const page = JSON.parse(document.getElementById('data').textContent);
-const K = page.offset.length;
-const STRIDE = 4 * Math.ceil(K / 4); // of a vector in memory; zeros fill it up
-const NUM_MATCHES = 5;
+// What is seen of a page, and what is done with it: drawing, pins, elements and controls.
 const REGION = 0.6; // of a region's similarity where the mask is off
-const NEAR = 0.15; // of the side: a match on the pin's own image is farther away than this
+const VIEWS = { large: 'Enlarge', original: 'Original' };
 const PINS = [[23, 105, 210], [194, 65, 45], [31, 138, 91], [217, 178, 95], [171, 139, 234], [76, 195, 214], [238, 124, 184]];
 const ANCHORS = [[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51], [249, 140, 10], [249, 201, 50], [252, 255, 164]];
 const RAMP = Array.from({ length: 256 }, (_, index) => {
   const at = (index / 255) * (ANCHORS.length - 1), left = Math.min(Math.floor(at), ANCHORS.length - 2);
   return ANCHORS[left].map((from, c) => Math.round(from + (at - left) * (ANCHORS[left + 1][c] - from)));
 });
+const word = ([red, green, blue]) => (255 << 24 | blue << 16 | green << 8 | red) >>> 0; // of a pixel, as it lies in memory
+const RAMP_WORDS = Uint32Array.from(RAMP, word), PIN_WORDS = Uint32Array.from(PINS, (colour) => word(colour) & 0xffffff);
 
 const element = (id) => document.getElementById(id);
 const make = (tag, name, text = '') => Object.assign(document.createElement(tag), { className: name, textContent: text });
 const state = { pins: [], point: null, components: 0, threshold: 0, matches: true, dirty: true, colours: true };
 const cards = []; // of each image: its elements, and its maps source by source
 
-// ---- data
-
-async function unpack(text) {
-  const packed = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream('deflate'));
-  return new Int8Array(await new Response(stream).arrayBuffer());
-}
-
-function decodeMap(planes, height, width) {
-  const count = height * width, vectors = new Float32Array(count * STRIDE);
-  for (let n = 0; n < count; n++) {
-    let squares = 0;
-    for (let k = 0; k < K; k++) {
-      const value = planes[k * count + n] * page.step + page.offset[k];
-      vectors[n * STRIDE + k] = value;
-      squares += value * value;
-    }
-    const norm = Math.sqrt(squares) || 1;
-    for (let k = 0; k < K; k++) vectors[n * STRIDE + k] /= norm;
-  }
-  return { height, width, planes, vectors, heat: new Float32Array(count), owner: new Uint8Array(count) };
-}
-
-function similarities(map, query, out) {
-  const { vectors } = map;
-  for (let n = 0, at = 0; n < out.length; n++) {
-    let a = 0, b = 0, c = 0, d = 0; // four sums, which do not wait for each other
-    for (let k = 0; k < STRIDE; k += 4, at += 4) {
-      a += vectors[at] * query[k];
-      b += vectors[at + 1] * query[k + 1];
-      c += vectors[at + 2] * query[k + 2];
-      d += vectors[at + 3] * query[k + 3];
-    }
-    out[n] = a + b + c + d;
-  }
-  return out;
-}
-
-const clampCell = (fraction, count) => Math.max(0, Math.min(count - 1, Math.floor(fraction * count)));
-const cellOf = (map, point) => clampCell(point.y, map.height) * map.width + clampCell(point.x, map.width);
-
-// The feature vector of a point in one source: of its place, or the mean of the connected region that is similar to it.
-function queryOf(point, source) {
-  point.queries ??= [];
-  if (point.queries[source]) return point.queries[source];
-  const map = cards[point.image].maps[source], cell = cellOf(map, point);
-  let query = map.vectors.slice(cell * STRIDE, (cell + 1) * STRIDE);
-  if (point.region) {
-    const heat = similarities(map, query, new Float32Array(map.heat.length)), sum = new Float64Array(STRIDE);
-    const seen = new Set([cell]);
-    for (const place of seen) { // a set may grow while it is walked
-      for (let k = 0; k < K; k++) sum[k] += map.vectors[place * STRIDE + k];
-      const x = place % map.width;
-      const beside = [x > 0 ? place - 1 : -1, x < map.width - 1 ? place + 1 : -1, place - map.width, place + map.width];
-      for (const next of beside) if (heat[next] >= point.region) seen.add(next); // undefined outside of the map
-    }
-    const norm = Math.hypot(...sum) || 1;
-    query = Float32Array.from(sum, (value) => value / norm);
-  }
-  return (point.queries[source] = query);
-}
-
 // ---- drawing
 
-function paint(canvas, map, colour) {
-  const context = canvas.getContext('2d', { willReadFrequently: true });
-  const pixels = context.createImageData(map.width, map.height);
-  for (let n = 0; n < map.heat.length; n++) colour(n, pixels.data, 4 * n);
-  context.putImageData(pixels, 0, 0);
+// The pixels of a canvas: 32-bit words, to be filled, and `show`, which puts them onto it.
+function pixelsOf(canvas, height, width) {
+  Object.assign(canvas, { height, width });
+  const context = canvas.getContext('2d', { willReadFrequently: true }), pixels = context.createImageData(width, height);
+  return { width, height, words: new Uint32Array(pixels.data.buffer), show: () => context.putImageData(pixels, 0, 0) };
 }
 
-function paintColours(view) {
-  const { map } = view, count = map.heat.length;
-  paint(view.canvas, map, (n, data, at) => {
-    for (let c = 0; c < 3; c++) {
-      const k = Math.min(1 + 3 * state.components + c, K - 1);
-      data[at + c] = 255 * (map.planes[k * count + n] - page.low[k]) / (page.high[k] - page.low[k] || 1);
-    }
-    data[at + 3] = 255;
-  });
+function paintColours({ map, pixels }) {
+  const count = map.heat.length;
+  const planes = [0, 1, 2].map((c) => Math.min(1 + 3 * state.components + c, K - 1));
+  const level = (k, n) => Math.max(0, Math.min(255, Math.round(255 * (map.planes[k * count + n] - page.low[k]) / (page.high[k] - page.low[k] || 1))));
+  for (let n = 0; n < count; n++) pixels.words[n] = word(planes.map((k) => level(k, n)));
+  pixels.show();
 }
 
-function paintHeat(view, several) {
-  const { map } = view;
-  paint(view.canvas, map, (n, data, at) => {
-    const value = map.heat[n];
-    if (state.threshold && value < state.threshold) return;
-    const index = Math.round(255 * Math.max(0, Math.min(1, (value - page.floor) / (1 - page.floor))));
-    const colour = several ? PINS[map.owner[n] % PINS.length] : RAMP[index];
-    for (let c = 0; c < 3; c++) data[at + c] = colour[c];
-    data[at + 3] = several ? index : 255;
-  });
+function paintHeat({ map, pixels: { words, show } }, several) {
+  const { heat, owner } = map, scale = 255 / (1 - page.floor), least = state.threshold || -2;
+  for (let n = 0; n < heat.length; n++) {
+    const index = Math.max(0, Math.min(255, Math.round((heat[n] - page.floor) * scale)));
+    words[n] = heat[n] < least ? 0 : several ? PIN_WORDS[owner[n] % PINS.length] | index << 24 : RAMP_WORDS[index];
+  }
+  show();
 }
 
-function paintOutline(view) {
-  const { map, line } = view, { height, width, heat } = map, inside = (y, x) => heat[y * width + x] >= state.threshold;
-  const scale = Math.max(1, Math.round(384 / width));
-  if (!state.threshold && !line.width) return;
-  line.width = state.threshold ? width * scale : 0; // this clears it
-  line.height = state.threshold ? height * scale : 0;
-  if (!state.threshold) return;
-  const path = new Path2D();
-  for (let y = 0; y < height; y++) {
-    for (let x = 0; x < width; x++) {
-      if (x && inside(y, x) !== inside(y, x - 1)) { path.moveTo(x * scale, y * scale); path.lineTo(x * scale, (y + 1) * scale); }
-      if (y && inside(y, x) !== inside(y - 1, x)) { path.moveTo(x * scale, y * scale); path.lineTo((x + 1) * scale, y * scale); }
+// The outline of the mask: bars along all borders between what is shown and what is not, black, and white within.
+function paintOutline(view, size) {
+  const { map: { height, width, heat }, line } = view, scale = Math.max(2, Math.round(size / width));
+  line.hidden = !state.threshold;
+  if (line.hidden) return;
+  if (line.width !== width * scale) view.outline = pixelsOf(line, height * scale, width * scale);
+  const inside = (y, x) => heat[y * width + x] >= state.threshold, bars = []; // each: top, left, bottom, right
+  for (let y = 1; y < height; y++) {
+    for (let x = 0, from = -1; x <= width; x++) {
+      const border = x < width && inside(y, x) !== inside(y - 1, x);
+      if (border && from < 0) from = x;
+      else if (!border && from >= 0) { bars.push(y, from, y, x); from = -1; }
     }
   }
-  const context = line.getContext('2d');
-  for (const [stroke, thick] of [['#000', 4], ['#fff', 2]]) {
-    Object.assign(context, { strokeStyle: stroke, lineWidth: thick });
-    context.stroke(path);
-  }
-}
-
-function compute(map, source, points) {
-  points.forEach((point, number) => {
-    const out = number ? (map.spare ??= new Float32Array(map.heat.length)) : map.heat;
-    similarities(map, queryOf(point, source), out);
-    if (!number) map.owner.fill(0);
-    else for (let n = 0; n < out.length; n++) if (out[n] > map.heat[n]) { map.heat[n] = out[n]; map.owner[n] = number; }
-  });
-}
-
-// The best place of each image, of the pins' own images only those away from them; the best few over all images.
-function findMatches(source, points) {
-  const found = [];
-  cards.forEach((card, image) => {
-    const map = card.maps[source], own = points.filter((point) => point.image === image);
-    let best = -1;
-    for (let n = 0; n < map.heat.length; n++) {
-      if (best >= 0 && map.heat[n] <= map.heat[best]) continue;
-      const y = (Math.floor(n / map.width) + 0.5) / map.height, x = (n % map.width + 0.5) / map.width;
-      if (!own.some((point) => Math.hypot(point.y - y, point.x - x) < NEAR)) best = n;
+  for (let x = 1; x < width; x++) {
+    for (let y = 0, from = -1; y <= height; y++) {
+      const border = y < height && inside(y, x) !== inside(y, x - 1);
+      if (border && from < 0) from = y;
+      else if (!border && from >= 0) { bars.push(from, x, y, x); from = -1; }
     }
-    if (best >= 0) found.push({ image, value: map.heat[best], y: (Math.floor(best / map.width) + 0.5) / map.height, x: (best % map.width + 0.5) / map.width });
-  });
-  return found.sort((a, b) => b.value - a.value).slice(0, NUM_MATCHES);
+  }
+  const { words, show, width: across, height: down } = view.outline;
+  words.fill(0);
+  for (const [colour, thick] of [[word([0, 0, 0]), 2], [word([255, 255, 255]), 1]]) {
+    for (let n = 0; n < bars.length; n += 4) {
+      const left = Math.max(0, bars[n + 1] * scale - thick), right = Math.min(across, bars[n + 3] * scale + thick);
+      const top = Math.max(0, bars[n] * scale - thick), bottom = Math.min(down, bars[n + 2] * scale + thick);
+      for (let y = top; y < bottom; y++) for (let at = y * across + left; at < y * across + right; at++) words[at] = colour;
+    }
+  }
+  show();
+}
+
+function setText(node, text) { // a text that stays the same costs no layout
+  if (node.textContent !== text) node.textContent = text;
 }
 
 function place(mark, { y, x }) {
@@ -164,51 +84,59 @@ function place(mark, { y, x }) {
   mark.style.top = `${100 * y}%`;
 }
 
+function drawSource(source, points) {
+  const wanted = (card) => points.length && (card.visible || state.matches);
+  for (const card of cards) if (wanted(card)) compute(card.maps[source], source, points);
+  const best = points.length && state.matches ? findMatches(source, points) : [];
+  for (const card of cards) {
+    const view = card.views[source], rank = best.findIndex((match) => match.image === card.image);
+    view.match.hidden = rank < 0;
+    if (rank >= 0) {
+      setText(view.match, `${rank + 1} · ${best[rank].value.toFixed(2)}`);
+      view.match.classList.toggle('low', best[rank].y > 0.8);
+      view.match.style.setProperty('--x', best[rank].x);
+      place(view.match, best[rank]);
+    }
+    if (!card.visible || !(points.length || state.colours || card.stale)) continue;
+    if (points.length) {
+      paintHeat(view, points.length > 1);
+      paintOutline(view, page.video || card.element.classList.contains('large') ? 512 : 256);
+    } else {
+      paintColours(view);
+      view.line.hidden = true;
+    }
+  }
+}
+
 function render() {
   const points = state.pins.length ? state.pins : state.point ? [state.point] : [];
   const began = performance.now();
-  page.sources.forEach((_, source) => {
-    if (points.length) for (const card of cards) compute(card.maps[source], source, points);
-    const best = points.length && state.matches ? findMatches(source, points) : [];
-    cards.forEach((card, image) => {
-      const view = card.views[source], rank = best.findIndex((match) => match.image === image);
-      view.match.hidden = rank < 0;
-      if (rank >= 0) {
-        view.match.textContent = `${rank + 1} · ${best[rank].value.toFixed(2)}`;
-        view.match.classList.toggle('low', best[rank].y > 0.8);
-        place(view.match, best[rank]);
-      }
-      view.value.textContent = points.length && state.point?.image === image ? view.map.heat[cellOf(view.map, state.point)].toFixed(2) : '';
-      if (!card.visible) card.stale = true;
-      else if (points.length || state.colours || card.stale) draw(view, points);
-    });
-  });
+  if (state.dirty) {
+    for (const source of page.sources.keys()) drawSource(source, points);
+    for (const card of cards) card.stale = !card.visible;
+    state.dirty = state.colours = false;
+  }
   for (const card of cards) {
-    card.stale &&= !card.visible;
+    const here = state.point?.image === card.image;
     for (const view of card.views) {
-      view.cursor.hidden = state.point?.image !== card.image;
-      if (!view.cursor.hidden) place(view.cursor, state.point);
+      setText(view.value, here && points.length ? view.map.heat[cellOf(view.map, state.point)].toFixed(2) : '');
+      view.cursor.hidden = !here;
+      if (here) place(view.cursor, state.point);
     }
   }
-  state.colours = false;
-  if (points.length) element('speed').textContent = `Last frame: ${(performance.now() - began).toFixed(1)} ms.`;
+  if (points.length) setText(element('speed'), `Last frame: ${(performance.now() - began).toFixed(1)} ms.`);
 }
 
-function draw(view, points) {
-  if (!view.map) return;
-  if (points.length) { paintHeat(view, points.length > 1); paintOutline(view); return; }
-  paintColours(view);
-  view.line.width = 0;
-}
-
-function tick() {
-  if (state.dirty) { state.dirty = false; render(); }
-  requestAnimationFrame(tick);
+let asked = false;
+function redraw() { // before the next frame is shown, however often it is asked for
+  if (!asked) requestAnimationFrame(() => { asked = false; render(); });
+  asked = true;
 }
 
 function changed(colours = false) {
   state.dirty = true;
   state.colours ||= colours;
+  redraw();
 }
 
 // ---- points and pins
@@ -225,8 +153,9 @@ function cellText({ image, y, x }) {
 
 function moveTo(point) {
   state.point = point;
-  element('status').textContent = point ? cellText(point) : '';
-  changed(!point);
+  setText(element('status'), point ? cellText(point) : '');
+  if (state.pins.length) redraw(); // the heat maps are those of the pins
+  else changed(!point);
 }
 
 function addPin(region) {
@@ -237,7 +166,7 @@ function addPin(region) {
 }
 
 function showPins() {
-  document.querySelectorAll('.mark.pin').forEach((mark) => mark.remove());
+  for (const mark of document.querySelectorAll('.mark.pin')) mark.remove();
   element('pins').replaceChildren();
   state.pins.forEach((pin, number) => {
     const colour = `rgb(${PINS[number % PINS.length]})`;
@@ -292,11 +221,9 @@ function pane(title, picture, more = '') {
 function mapView(title, picture, map) {
   const view = pane(title, picture);
   const parts = { canvas: make('canvas', 'map'), line: make('canvas', 'line'), match: make('b', 'match'), cursor: make('i', 'mark') };
-  Object.assign(parts.canvas, { width: map.width, height: map.height });
-  parts.line.width = 0;
-  parts.match.hidden = parts.cursor.hidden = true;
+  parts.line.hidden = parts.match.hidden = parts.cursor.hidden = true;
   view.box.append(...Object.values(parts));
-  return Object.assign(view, parts, { map });
+  return Object.assign(view, parts, { map, pixels: pixelsOf(parts.canvas, map.height, map.width) });
 }
 
 function pointerOn(box, image) {
@@ -318,16 +245,18 @@ const blobUrl = (text) => URL.createObjectURL(new Blob([Uint8Array.from(atob(tex
 
 function build(item, image, maps) {
   const card = make('figure', 'card'), caption = make('figcaption', ''), panes = make('div', 'panes');
-  const enlarge = make('button', 'enlarge', 'Enlarge'), picture = blobUrl(item.picture);
+  const buttons = make('span', 'views'), picture = blobUrl(item.picture);
   card.tabIndex = 0;
   card.setAttribute('aria-label', `${item.name}: arrow keys move the point, Enter pins it`);
-  enlarge.onclick = () => toggleLarge(card);
-  caption.append(make('span', '', item.name), enlarge);
+  for (const [view, title] of Object.entries(VIEWS)) buttons.append(Object.assign(make('button', '', title), { onclick: () => toggleView(card, view) }));
+  caption.append(make('span', '', item.name), buttons);
   const views = maps.map((map, source) => mapView(`${page.sources[source]} ${map.height}×${map.width}`, picture, map));
   const photo = pane('image', picture, 'photo');
   const layers = item.layers.map((layer) => pane(layer.title, blobUrl(layer.picture)));
   photo.image.onload = () => {
-    for (const { box } of [photo, ...views, ...layers]) box.style.aspectRatio = `${photo.image.naturalWidth} / ${photo.image.naturalHeight}`;
+    const { naturalWidth: width, naturalHeight: height } = photo.image;
+    for (const { box } of [photo, ...views, ...layers]) box.style.aspectRatio = `${width} / ${height}`;
+    photo.whole.style.setProperty('--natural', `${width}px`);
   };
   for (const { whole, box } of [photo, ...views, ...layers]) { panes.append(whole); pointerOn(box, image); }
   card.append(caption, panes);
@@ -336,12 +265,16 @@ function build(item, image, maps) {
   return { element: card, image, maps, views, visible: false, stale: true };
 }
 
-function toggleLarge(card) {
-  const large = card.classList.toggle('large');
-  card.style.top = large ? `${Math.max(0, document.querySelector('.bar').getBoundingClientRect().bottom)}px` : '';
-  card.querySelector('.enlarge').textContent = large ? 'Close' : 'Enlarge';
-  document.body.style.overflow = large ? 'hidden' : '';
+// Shows a card as large as the window: all its maps, or its image at full size; or as one of many again.
+function toggleView(card, view) {
+  const open = !card.classList.contains(view);
+  for (const name in VIEWS) card.classList.toggle(name, open && name === view);
+  card.style.top = open ? `${Math.max(0, document.querySelector('.bar').getBoundingClientRect().bottom)}px` : '';
+  document.body.style.overflow = open ? 'hidden' : '';
+  const buttons = card.querySelectorAll('.views button');
+  for (const [n, name] of Object.keys(VIEWS).entries()) setText(buttons[n], open && name === view ? 'Close' : VIEWS[name]);
   card.focus();
+  changed(true);
 }
 
 function onKey(event, image) {
@@ -352,16 +285,21 @@ function onKey(event, image) {
     const from = state.point?.image === image ? state.point : pointAt(image, 0.5, 0.5);
     moveTo(pointAt(image, from.y + move[0] / height, from.x + move[1] / width));
   } else if (event.key === 'Enter') addPin(event.shiftKey);
-  else if (event.key === 'f') toggleLarge(cards[image].element);
+  else if (event.key === 'f') toggleView(cards[image].element, 'large');
+  else if (event.key === 'o') toggleView(cards[image].element, 'original');
   else return;
   event.preventDefault();
 }
 
 function showFrame(image) {
   if (!page.video) return;
-  cards.forEach((card, number) => card.element.classList.toggle('current', number === image));
+  for (const card of cards) {
+    card.visible = card.image === image;
+    card.element.classList.toggle('current', card.visible);
+  }
   element('frame').value = image;
-  element('frame-value').textContent = page.images[image].name;
+  setText(element('frame-value'), page.images[image].name);
+  changed(true);
 }
 
 function controls() {
@@ -382,12 +320,19 @@ function controls() {
   element('clear').onclick = clear;
   const nudge = (id, by) => { element(id).value = Number(element(id).value) + by; element(id).oninput(); };
   const keys = {
-    Escape: () => { const large = document.querySelector('.large'); if (large) toggleLarge(large); else clear(); },
+    Escape: () => {
+      const view = Object.keys(VIEWS).find((name) => document.querySelector(`.${name}`));
+      if (view) toggleView(document.querySelector(`.${view}`), view);
+      else clear();
+    },
     c: () => { const list = element('components'); list.selectedIndex = (list.selectedIndex + 1) % list.length; list.onchange({ target: list }); },
+    ' ': () => element('play').click(),
     m: () => element('matches').click(), '[': () => nudge('threshold', -2), ']': () => nudge('threshold', 2),
   };
   document.addEventListener('keydown', (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches('select')) return;
+    if (event.key === ' ' && (!page.video || event.target.matches('button, input'))) return; // Space presses those
+    if (event.key === ' ') event.preventDefault(); // and would scroll
     keys[event.key]?.();
   });
   element('time').hidden = !page.video;
@@ -416,7 +361,11 @@ async function start() {
   document.body.classList.toggle('video', page.video);
   element('cards').style.setProperty('--columns', Math.min(page.sources.length + page.images[0].layers.length, 4));
   page.images.forEach((item, image) => {
-    const maps = item.grids.map(([height, width]) => decodeMap(values.subarray(at, (at += height * width * K)), height, width));
+    const maps = item.grids.map(([height, width]) => {
+      const planes = values.subarray(at, at + height * width * K);
+      at += planes.length;
+      return decodeMap(planes, height, width);
+    });
     cards.push(build(item, image, maps));
   });
   const seen = new IntersectionObserver((entries) => {
@@ -431,7 +380,7 @@ async function start() {
   controls();
   readLink();
   addEventListener('hashchange', readLink);
-  tick();
+  changed(true);
   document.body.dataset.ready = 'true';
 }
 

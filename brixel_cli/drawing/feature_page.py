@@ -1,6 +1,7 @@
 """A page to look at features: point at a place of an image, and see what is like it, in every source at once.
 
-One HTML file that needs nothing else, in the style of the reports; its parts are feature_page.{html,css,js}.
+One HTML file that needs nothing else, in the style of the reports. Its parts are feature_page.{html,css,js}, and
+feature_page_maps.js for the arithmetic.
 """
 
 from __future__ import annotations
@@ -204,10 +205,10 @@ def _jpeg(picture: Image.Image) -> str:
 
 
 def _html(title: str, data: Mapping[str, Any]) -> str:
-    style, body, script = (
-        (FILES / f"feature_page.{kind}").read_text(encoding="utf-8") for kind in ("css", "html", "js")
+    style, body, maps, script = (
+        (FILES / f"feature_page{part}").read_text(encoding="utf-8") for part in (".css", ".html", "_maps.js", ".js")
     )
     content = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no name can end the element
     body = body.replace("TITLE", escape(title))
     data_element = f'<script type="application/json" id="data">{content}</script>'
-    return document(title, f"{body}{data_element}\n<script>{script}</script>", f"<style>{style}</style>")
+    return document(title, f"{body}{data_element}\n<script>{maps}{script}</script>", f"<style>{style}</style>")

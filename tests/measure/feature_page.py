@@ -3,7 +3,8 @@
     brixel extract --input photos --res 224 --fit centre --page features.html --page-sources student,backbone,teacher
     python tests/measure/feature_page.py features.html --link 'image=3&y=14&x=9' --picture docs/page.jpg
 
-Prints one line of JSON: bytes, seconds from opening to drawn, milliseconds from frame to frame while the point moves.
+Prints one line of JSON: bytes, seconds from opening to drawn, and of a frame while the point moves, with the mask as given:
+milliseconds from one to the next, and of processor time of the page's thread, which other work on the machine does not change.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ import shutil
 import time
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import CDPSession, sync_playwright
+
+FRAMES = 60
+
+
+def busy_seconds(thread: CDPSession) -> float:
+    (found,) = (
+        one["value"] for one in thread.send("Performance.getMetrics")["metrics"] if one["name"] == "TaskDuration"
+    )
+    return found
 
 
 def main() -> None:
@@ -22,6 +32,7 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("--link", default="", help="what follows # in the address")
     parser.add_argument("--mask", type=int, default=0, help="of the slider, 0 to 100")
+    parser.add_argument("--pane", type=int, default=190, help="pixels of a map's width; small enough, all are in view")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--size", type=int, nargs=2, default=(1400, 1000), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--picture", type=Path)
@@ -37,12 +48,23 @@ def main() -> None:
         page.wait_for_selector("body[data-ready]")
         page.evaluate("new Promise(requestAnimationFrame)")
         opened = time.perf_counter() - began
+        page.evaluate(f"element('size').value = {chosen.pane}; element('size').oninput()")
+        page.evaluate(f"element('threshold').value = {chosen.mask}; element('threshold').oninput()")
         page.evaluate("measure(20)")
-        frame = page.evaluate("measure(60)")
-        found = {"bytes": chosen.page.stat().st_size, "images": page.locator(".card").count(), "opened_s": opened}
+        thread = page.context.new_cdp_session(page)
+        thread.send("Performance.enable", {"timeDomain": "threadTicks"})
+        before = busy_seconds(thread)
+        frame = page.evaluate(f"measure({FRAMES})")
+        busy = (busy_seconds(thread) - before) * 1000 / FRAMES
+        in_view = page.evaluate("cards.filter((card) => card.visible).length")
+        found = {"in_view": in_view, "busy_ms": round(busy, 1)} | {
+            "bytes": chosen.page.stat().st_size,
+            "images": page.locator(".card").count(),
+            "opened_s": opened,
+        }
         page.evaluate("moveTo(null)")
         page.evaluate(f"location.hash = {json.dumps(chosen.link)}")
-        page.evaluate(f"element('threshold').value = {chosen.mask}; element('threshold').oninput(); scrollTo(0, 0)")
+        page.evaluate("scrollTo(0, 0)")
         page.wait_for_timeout(500)
         if chosen.picture:
             page.screenshot(path=chosen.picture, **({"quality": 80} if chosen.picture.suffix == ".jpg" else {}))

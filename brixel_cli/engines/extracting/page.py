@@ -53,11 +53,9 @@ def write_page(features: FeatureFile, plan: ExtractPlan, runtime: Runtime, repor
         PageImage(features.paths[row], _picture(plan, row), {source: some[n] for source, some in maps.items()})
         for n, row in enumerate(rows)
     ]
-    page = feature_page(
-        f"Features of {plan.inputs.root.name}",
-        images,
-        video=all(plan.inputs.items[row].frame is not None for row in rows),
-    )
+    shown = [plan.inputs.items[row] for row in rows]
+    of = shown[0].path if len({item.path for item in shown}) == 1 else plan.inputs.root
+    page = feature_page(f"Features of {of.name}", images, video=all(item.frame is not None for item in shown))
     size = len(page.html.encode())
     reporter.say(
         f"{options.page}: {len(rows)} images, {human_bytes(size)}; its heat maps correlate by {page.correlation:.4f} "

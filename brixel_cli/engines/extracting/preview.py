@@ -1,4 +1,4 @@
-"""Pictures of extracted features: image beside colours, one colour basis for the whole set, and a contact sheet."""
+"""Pictures of extracted features: image beside colours, in one basis for the whole set; a contact sheet; videos."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from brixel_cli.core.files import make_folder, save_picture
 from brixel_cli.core.pca import RunningPca
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_layout import picture_names
+from brixel_cli.data.video import write_video
 from brixel_cli.drawing.feature_maps import Palette, contact_sheet, side_by_side
 from brixel_cli.engines.extracting.plan import CONTACT_SHEET, ExtractPlan, preview_folder
 from brixel_cli.engines.reporting import Reporter
@@ -24,13 +25,13 @@ SHEET_IMAGES = 48
 
 
 def write_previews(features: FeatureFile, plan: ExtractPlan, reporter: Reporter) -> list[Path]:
-    """Write a picture for each image that has features, and a contact sheet of up to 48 of them.
+    """Write a picture for each image that has features, a contact sheet of up to 48 of them, and an MP4 for each video.
 
     The colours are the first three principal components over a sample of the set, so that equal colours mean equal
     features in all pictures.
 
     Returns:
-        The contact sheet, and the folder.
+        The contact sheet, the folder, and the videos.
     """
     rows = features.rows
     if not rows:
@@ -51,7 +52,21 @@ def write_previews(features: FeatureFile, plan: ExtractPlan, reporter: Reporter)
             bar.update(1)
     sheet = folder / CONTACT_SHEET
     save_picture(contact_sheet(pairs), sheet)
-    return [sheet, folder]
+    return [sheet, folder, *_write_videos(plan, rows, {row: folder / names[row] for row in rows}, folder)]
+
+
+def _write_videos(plan: ExtractPlan, rows: list[int], pictures: dict[int, Path], folder: Path) -> list[Path]:
+    """The pictures of each video's frames as a video at the source's speed, under the name that it has among inputs."""
+    videos = []
+    for source, video in plan.inputs.videos.items():
+        frames = [(item.frame, row) for row in rows if (item := plan.inputs.items[row]).path == source]
+        if not frames:
+            continue
+        name = plan.inputs.items[frames[0][1]].name.rpartition("#")[0]
+        path = folder / (name if name.lower().endswith(".mp4") else f"{name}.mp4")
+        write_video(path, ((number or 0, Image.open(pictures[row])) for number, row in frames), video.rate)
+        videos.append(path)
+    return videos
 
 
 def _palette(features: FeatureFile) -> Palette:
