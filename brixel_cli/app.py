@@ -31,34 +31,41 @@ STUDENT = "run folder, .safetensors, released .pth, hf-hub:user/name, or a shipp
 SHIPPED = "Default: the one that comes with brixel for this --res."
 
 
-def _option(panel: str, help: str, *names: str, show_default: bool = False, **more: Any) -> Any:
-    """An option in a panel of the help; its default is in the text, unless it is shown."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=show_default, **more)
+def _option(panel: str, help: str, *names: str, **more: Any) -> Any:
+    """An option in a panel of the help. Its text names what a default of None means."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def _flag(panel: str, help: str, name: str) -> Any:
+    """An option without a value."""
+    return _option(panel, help, name, metavar="")
 
 
 # Options that several commands take.
-Json = Annotated[bool, _option(OUTPUT, "Print the result as one line of JSON.", "--json")]
-Quiet = Annotated[bool, _option(OUTPUT, "No hints and no progress bars.", "--quiet")]
-DryRun = Annotated[bool, _option(COMPUTE, "Say what it would take; write nothing.", "--dry-run")]
-Where = Annotated[Device, _option(COMPUTE, "auto, cpu, cuda, cuda:1 or mps.", show_default=True)]
+Json = Annotated[bool, _flag(OUTPUT, "Print the result as one line of JSON.", "--json")]
+Quiet = Annotated[bool, _flag(OUTPUT, "No hints and no progress bars.", "--quiet")]
+DryRun = Annotated[bool, _flag(COMPUTE, "Report time, memory and disk space; write nothing.", "--dry-run")]
+Where = Annotated[Device, _option(COMPUTE, "auto, cpu, cuda, cuda:1 or mps.", metavar="NAME")]
 Arithmetic = Annotated[
-    Precision,
-    _option(COMPUTE, "Arithmetic of the models. auto: bfloat16 where the device computes in it; else, on a GPU, "
-            "float16; else float32.", show_default=True),
+    Precision, _option(COMPUTE, "Arithmetic of the models: auto, float32, bfloat16 or float16. auto: bfloat16 if the "
+        "device computes in it natively; else float16 on a GPU, float32 elsewhere.", metavar="NAME"),
 ]  # fmt: skip
-Backbone = Annotated[str | None, _option(MODEL, "timm name. Default: that of the student.")]
+Backbone = Annotated[
+    str | None, _option(MODEL, "Name of the backbone in timm. Default: that of the student.", metavar="NAME")
+]
 Weights = Annotated[
-    str | None, _option(MODEL, "Of the backbone: pretrained, or a .safetensors or .pth file. Default: as in training.")
+    str | None,
+    _option(MODEL, "A .safetensors or .pth file, or pretrained. Default: those of the training.", metavar="FILE"),
 ]
 Sources = Annotated[
     list[str] | None, _option(MODEL, "backbone, equal-cost (backbone at the largest input that takes no longer than "
-            "the student), student, teacher, or a feature file (.h5); can be repeated. Default: the first four."),
+        "the student), student, teacher, or a feature file (.h5); can be repeated. Default: the first four."),
 ]  # fmt: skip
 Set = Annotated[
     list[str] | None, _option(RECIPE, "Override a value of the recipe; can be repeated.", "--set", metavar="KEY=VALUE")
 ]
 OldRes = Annotated[str | None, typer.Option(hidden=True)]  # what --res was called
-ListRecipes = Annotated[bool, _option(RECIPE, "List the recipes that come with brixel.", "--list-recipes")]
+ListRecipes = Annotated[bool, _flag(RECIPE, "List the recipes that come with brixel.", "--list-recipes")]
 CopyRecipe = Annotated[
     tuple[str, str] | None, _option(RECIPE, "Copy a shipped recipe to a file, to be changed.", metavar="NAME FILE")
 ]
@@ -88,19 +95,21 @@ def distill(
     list_recipes: ListRecipes = False,
     copy_recipe: CopyRecipe = None,
     images: Annotated[
-        str | None, _option(INPUT, "Of training images; short for --set data.images=DIR.", metavar="DIR")
+        str | None, _option(INPUT, "Training images, as --set data.images=DIR. Default: photos.", metavar="DIR")
     ] = None,
     init: Annotated[str | None, _option(MODEL, f"Student to start from: {STUDENT}")] = None,
     backbone_weights: Annotated[
-        str | None, _option(MODEL, "A .safetensors or .pth file; as --set backbone.weights=FILE.")
+        str | None, _option(MODEL, "A .safetensors or .pth file, as --set backbone.weights=FILE.", metavar="FILE")
     ] = None,
     output: Annotated[Path | None, _option(OUTPUT, "Folder of the run. Default: runs/NAME of the recipe.")] = None,
-    resume: Annotated[bool, _option(OUTPUT, "Continue the run in the output folder.", "--resume")] = False,
-    verify: Annotated[Path | None, _option(OUTPUT, "Read all of a run again; name what is damaged.")] = None,
-    overwrite: Annotated[bool, _option(OUTPUT, "Begin anew over a run that is there.", "--overwrite")] = False,
+    resume: Annotated[bool, _flag(OUTPUT, "Continue the run in the output folder.", "--resume")] = False,
+    verify: Annotated[Path | None, _option(OUTPUT, "Check a run's files; name damaged ones.", metavar="DIR")] = None,
+    overwrite: Annotated[bool, _flag(OUTPUT, "Replace an existing run.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    device: Annotated[str | None, _option(COMPUTE, "auto, cpu, cuda, cuda:1 or mps; as --set run.device=NAME.")] = None,
+    device: Annotated[
+        str | None, _option(COMPUTE, "auto, cpu, cuda, cuda:1 or mps, as --set run.device=NAME.", metavar="NAME")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train an adapter on a folder of images, without labels."""
@@ -124,24 +133,16 @@ def distill(
 @app.command(epilog=examples.EXTRACT)
 def extract(
     input_: Annotated[
-        list[str] | None,
-        _option(INPUT, "Folder, image, video, quoted glob or .txt list; can be repeated.", "--input"),
+        list[str] | None, _option(INPUT, "Folder, image, video, quoted glob or .txt list; can be repeated.", "--input")
     ] = None,
-    res: Annotated[int, _option(INPUT, "Input size of the student or backbone in pixels.", show_default=True)] = 448,
+    res: Annotated[int, _option(INPUT, "Input size of the student or backbone in pixels.")] = 448,
     fit: Annotated[
-        Fit,
-        _option(
-            INPUT,
-            "What --res is the side of. short: the shorter side, aspect kept. centre: the middle square. "
-            "stretch: the image, squeezed into a square.",
-            show_default=True,
-        ),
+        Fit, _option(INPUT, "short: --res is the shorter side. centre: that of the centre square. stretch: both sides.")
     ] = "short",
-    every: Annotated[int, _option(INPUT, "Of a video, take every so many frames.", show_default=True)] = 1,
+    every: Annotated[int, _option(INPUT, "Take every Nth frame of a video.")] = 1,
     checkpoint: Annotated[str | None, _option(MODEL, f"Student: {STUDENT} {SHIPPED}")] = None,
     source: Annotated[
-        Source,
-        _option(MODEL, "Whose maps: student, backbone, or teacher (backbone at the larger size).", show_default=True),
+        Source, _option(MODEL, "Model: student, backbone, or teacher (backbone at the larger input).", metavar="NAME")
     ] = "student",
     backbone: Backbone = None,
     backbone_weights: Weights = None,
@@ -149,36 +150,34 @@ def extract(
         Path | None, _option(OUTPUT, "The .h5 file, or folder of single files. Default: beside the input.")
     ] = None,
     format_: Annotated[
-        Storage,
-        _option(OUTPUT, "h5: one file. npy, safetensors: a file for each image.", "--format", show_default=True),
+        Storage, _option(OUTPUT, "h5: one file. npy, safetensors: one for each image.", "--format")
     ] = "h5",
-    dtype: Annotated[
-        Number, _option(OUTPUT, "How features are stored; int8 has a scale for each location.", show_default=True)
-    ] = "float16",
+    dtype: Annotated[Number, _option(OUTPUT, "Number format; int8 has a scale for each location.")] = "float16",
     pca: Annotated[
-        int | None, _option(OUTPUT, "Store so many principal components of the set instead of all channels.")
+        int | None, _option(OUTPUT, "Number of principal components to store instead of all channels.", metavar="K")
     ] = None,
-    preview: Annotated[bool, _option(OUTPUT, "Also paint the features, beside the output.", "--preview")] = False,
-    page: Annotated[Path | None, _option(OUTPUT, "Also write a page to look at them.", metavar="FILE.html")] = None,
+    preview: Annotated[bool, _flag(OUTPUT, "Also write pictures of the features.", "--preview")] = False,
+    page: Annotated[Path | None, _option(OUTPUT, "Also write a page of the features.", metavar="FILE.html")] = None,
     page_sources: Annotated[
-        str | None, _option(OUTPUT, "Of the page: student,backbone,teacher. Default: --source and backbone.")
+        str | None,
+        _option(OUTPUT, "Of the page: student,backbone,teacher. Default: --source and backbone.", metavar="NAMES"),
     ] = None,
-    page_images: Annotated[int, _option(OUTPUT, "So many images of it at most.", show_default=True)] = 12,
+    page_images: Annotated[int, _option(OUTPUT, "Largest number of images on the page.")] = 12,
     export: Annotated[Path | None, _option(OUTPUT, "Write the model as an ONNX graph instead of features.")] = None,
     verify: Annotated[
-        Path | None, _option(OUTPUT, "Read a feature file, or folder of single files, again; name what is damaged.")
+        Path | None, _option(OUTPUT, "Check a feature file, or folder of single files; name the damaged images.")
     ] = None,
-    overwrite: Annotated[bool, _option(OUTPUT, "Begin anew over a feature file.", "--overwrite")] = False,
+    overwrite: Annotated[bool, _flag(OUTPUT, "Replace an existing output.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     device: Where = "auto",
     precision: Arithmetic = "auto",
     batch_size: Annotated[
-        str, _option(COMPUTE, "Images at once: a number, or auto: by memory.", show_default=True)
+        str, _option(COMPUTE, "Images in a batch: a number, or auto, which fits it to the memory.")
     ] = "auto",
     workers: Annotated[int | None, _option(COMPUTE, "Threads that decode images. Default: by the cores.")] = None,
-    strict: Annotated[bool, _option(COMPUTE, "Stop at the first image that fails.", "--strict")] = False,
-    dry_run: Annotated[bool, _option(COMPUTE, "Check all, time one batch; write nothing.", "--dry-run")] = False,
+    strict: Annotated[bool, _flag(COMPUTE, "Stop at the first image that fails.", "--strict")] = False,
+    dry_run: Annotated[bool, _flag(COMPUTE, "Make all checks, time one batch, write nothing.", "--dry-run")] = False,
 ) -> None:
     """Write the dense features of images or video frames to disk.
 
@@ -203,24 +202,20 @@ def extract(
 @app.command(epilog=examples.PROBE)
 def probe(
     recipe: Annotated[
-        str | None, _option(RECIPE, "Recipe of a labelled set, or name of a shipped one: camvid ...")
+        str | None, _option(RECIPE, "Recipe of a labelled set: a file, or the name of a shipped one, such as camvid.")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        _option(
-            RECIPE, "Override a value of the recipe, or protocol.KEY; can be repeated.", "--set", metavar="KEY=VALUE"
-        ),
+        _option(RECIPE, "Override a value, also protocol.KEY; can be repeated.", "--set", metavar="KEY=VALUE"),
     ] = None,
     protocol: Annotated[
         str | None,
-        _option(RECIPE, "quick, jafar, brixel, dinov3-ade, dinov3-nyu, brixel-nyu, normals. Default: the recipe's."),
+        _option(RECIPE, "quick, jafar, brixel, dinov3-ade, dinov3-nyu, brixel-nyu or normals. Default: by the recipe."),
     ] = None,
-    quick: Annotated[bool, _option(RECIPE, "Short for --protocol quick: an answer in minutes.", "--quick")] = False,
+    quick: Annotated[bool, _flag(RECIPE, "As --protocol quick, which takes minutes.", "--quick")] = False,
     list_recipes: ListRecipes = False,
     copy_recipe: CopyRecipe = None,
-    data: Annotated[
-        Path | None, _option(INPUT, "Of the labelled set; short for --set data.root=DIR.", metavar="DIR")
-    ] = None,
+    data: Annotated[Path | None, _option(INPUT, "The labelled set, as --set data.root=DIR.", metavar="DIR")] = None,
     res: Annotated[
         str | None, _option(INPUT, "Input size of the student in pixels: 112, or 288x384. Default: the recipe's.")
     ] = None,
@@ -229,7 +224,9 @@ def probe(
     source: Sources = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
-    apply: Annotated[Path | None, _option(HEAD, "A saved head: predict new images with it instead of probing.")] = None,
+    apply: Annotated[
+        Path | None, _option(HEAD, "A saved head: predict new images with it instead of training.", metavar="FILE")
+    ] = None,
     input_: Annotated[
         list[str] | None, _option(HEAD, "Folder, image, quoted glob or .txt list; can be repeated.", "--input")
     ] = None,
@@ -237,19 +234,19 @@ def probe(
         Path | None, _option(OUTPUT, "Folder of the results. Default: runs/probe/NAME of the recipe.")
     ] = None,
     features: Annotated[
-        Path | None, _option(OUTPUT, "Stored features, to be shared. Default: runs/probe/features, or within --output.")
+        Path | None, _option(OUTPUT, "Folder of stored features. Default: runs/probe/features, or within --output.")
     ] = None,
-    verify: Annotated[Path | None, _option(OUTPUT, "Read all of a probe again; name what is damaged.")] = None,
-    per_class: Annotated[bool, _option(OUTPUT, "Also print the IoU of each class.", "--per-class")] = False,
-    overwrite: Annotated[bool, _option(OUTPUT, "Begin anew over a probe that is there.", "--overwrite")] = False,
+    verify: Annotated[Path | None, _option(OUTPUT, "Check a probe's files; name damaged ones.", metavar="DIR")] = None,
+    per_class: Annotated[bool, _flag(OUTPUT, "Also print the IoU of each class.", "--per-class")] = False,
+    overwrite: Annotated[bool, _flag(OUTPUT, "Replace an existing probe.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    seeds: Annotated[int, _option(COMPUTE, "Trainings of each source, with seeds 0, 1, ...", show_default=True)] = 3,
+    seeds: Annotated[int, _option(COMPUTE, "Number of trainings for each source.")] = 3,
     device: Where = "auto",
     precision: Arithmetic = "auto",
     dry_run: DryRun = False,
 ) -> None:
-    """Say how good dense features are: train small heads on them, frozen, and measure.
+    """Measure dense features on labelled images: train small heads on the frozen features, and evaluate.
 
     The same command again continues an interrupted probe, source by source and seed by seed.
     """
@@ -291,48 +288,49 @@ def probe(
 @app.command(epilog=examples.BENCHMARK)
 def benchmark(
     compare_highres: Annotated[
-        bool, _option(MODEL, "Also run the teacher, on large images.", "--compare-highres")
+        bool, _flag(MODEL, "Also run the teacher, on large images.", "--compare-highres")
     ] = False,
     curve: Annotated[
-        bool,
-        _option(MODEL, "Instead, draw fidelity against cost: the backbone at many inputs, and students.", "--curve"),
+        bool, _flag(MODEL, "Draw fidelity against cost instead: students, and the backbone at many inputs.", "--curve")
     ] = False,
     models: Annotated[
-        str | None, _option(MODEL, f"Recipes, run folders, shipped students or hf-hub:user/name, by commas. {SHIPPED}")
+        str | None,
+        _option(
+            MODEL,
+            f"Recipes, run folders, shipped students or hf-hub:user/name, separated by commas. {SHIPPED}",
+            metavar="NAMES",
+        ),
     ] = None,
     checkpoint: Annotated[str | None, _option(MODEL, f"One student: {STUDENT}")] = None,
     backbone_weights: Weights = None,
     baseline: Annotated[
-        list[str] | None,
-        _option(MODEL, "A function from elsewhere as a row; can be repeated.", metavar="FILE.py:FUNCTION"),
+        list[str] | None, _option(MODEL, "Your own upsampler as a row; can be repeated.", metavar="FILE.py:FUNCTION")
     ] = None,
     res: Annotated[
         str | None,
-        _option(
-            INPUT,
-            "Input sizes of the student in pixels: 112, 96x128, 84,112,168 or 128..512. Default: that of the training.",
-        ),
+        _option(INPUT, "Inputs of the student in pixels: 112, 96x128, 84,112,168 or 128..512. Default: as trained."),
     ] = None,
     sizes: OldRes = None,
     images: Annotated[
-        Path | None, _option(INPUT, "Images for the fidelity. Default: the run's held-out ones.", metavar="DIR")
+        Path | None, _option(INPUT, "Images for the fidelity. Default: the run's held-out images.", metavar="DIR")
     ] = None,
-    max_images: Annotated[int, _option(INPUT, "So many of them at most.", show_default=True)] = 64,
-    batch_size: Annotated[int, _option(MEASURE, "Images at once, for time and memory.", show_default=True)] = 1,
+    max_images: Annotated[int, _option(INPUT, "Largest number of images to use.")] = 64,
+    batch_size: Annotated[int, _option(MEASURE, "Images in a batch, for time and memory.")] = 1,
     seconds: Annotated[
-        float,
-        _option(
-            MEASURE, "Timing of each model and size; rows with slower calls than this are not run.", show_default=True
-        ),
+        float, _option(MEASURE, "Timing of each model and size. A row whose single call takes longer is not run.")
     ] = 20.0,
-    budget: Annotated[str | None, _option(MEASURE, "Memory, such as 4GB: which models and sizes fit?")] = None,
-    compile_: Annotated[bool, _option(MEASURE, "Use torch.compile; reported with its own time.", "--compile")] = False,
+    budget: Annotated[
+        str | None, _option(MEASURE, "Memory, such as 4GB: also report which models and sizes fit.")
+    ] = None,
+    compile_: Annotated[
+        bool, _flag(MEASURE, "Use torch.compile; its time is reported separately.", "--compile")
+    ] = False,
     ablate: Annotated[
         str | None,
         _option(
             ABLATION,
-            "Train variants of a recipe instead: losses, spectral, residual, adapter, context, linear, "
-            "views, schedule, rate, noise, average, edge, cosine, seed, or a YAML file of your own, by commas.",
+            "Train variants of a recipe instead. Groups, separated by commas: losses, spectral, residual, adapter, "
+            "context, linear, views, schedule, rate, noise, average, edge, cosine, seed, or your own YAML file.",
             metavar="GROUPS",
         ),
     ] = None,
@@ -340,27 +338,28 @@ def benchmark(
     set_: Annotated[
         list[str] | None, _option(ABLATION, "Override a value of the base recipe.", "--set", metavar="KEY=VALUE")
     ] = None,
-    steps: Annotated[int | None, _option(ABLATION, f"Updates of each variant. Default: {ABLATION_STEPS}.")] = None,
-    train_seconds: Annotated[float | None, _option(ABLATION, "Instead of --steps, equal time of updates.")] = None,
-    probe: Annotated[
-        str | None,
-        _option(ABLATION, "Also probe each variant, by a recipe of brixel probe: camvid ...", metavar="RECIPE"),
+    steps: Annotated[
+        int | None, _option(ABLATION, f"Number of updates of each variant. Default: {ABLATION_STEPS}.")
     ] = None,
-    probe_data: Annotated[Path | None, _option(ABLATION, "With --probe: the labelled set.", metavar="DIR")] = None,
-    output: Annotated[
-        Path, _option(OUTPUT, "Folder of results and pictures.", show_default=True)
-    ] = BenchmarkOptions.output,
+    train_seconds: Annotated[
+        float | None, _option(ABLATION, "Seconds of training for each variant, instead of --steps.")
+    ] = None,
+    probe: Annotated[
+        str | None, _option(ABLATION, "Also probe each variant, with a recipe of brixel probe.", metavar="RECIPE")
+    ] = None,
+    probe_data: Annotated[Path | None, _option(ABLATION, "The labelled set of --probe.", metavar="DIR")] = None,
+    output: Annotated[Path, _option(OUTPUT, "Folder of results and pictures.")] = BenchmarkOptions.output,
     report: Annotated[Path | None, _option(OUTPUT, "Also write a report, HTML and Markdown.", metavar="DIR")] = None,
-    overwrite: Annotated[bool, _option(OUTPUT, "Measure anew what was measured before.", "--overwrite")] = False,
+    overwrite: Annotated[bool, _flag(OUTPUT, "Measure everything again.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     device: Where = "auto",
     precision: Arithmetic = "float32",
     dry_run: DryRun = False,
 ) -> None:
-    """Measure what a student costs beside its backbone and its teacher, and how close it comes to the teacher.
+    """Measure the cost of student, backbone and teacher, and how close the student comes to the teacher.
 
-    The same command again takes up what was measured before. Where the backbone's weights cannot be had, cost only.
+    The same command again reuses earlier measurements. Without the weights of the backbone, only cost is measured.
     """
     with error_boundary():
         from brixel_cli.cli.benchmark import run_benchmark

@@ -86,7 +86,7 @@ def test_every_built_in_variant_is_a_valid_recipe(group: str, recipe: str) -> No
 
 def test_the_help_names_every_group() -> None:
     shown = " ".join(CliRunner().invoke(app, ["benchmark", "--help"]).output.replace("\u2502", " ").split())
-    assert f"a recipe instead: {', '.join(GROUPS)}, or a YAML file" in shown
+    assert f"separated by commas: {', '.join(GROUPS)}, or your own YAML file" in shown
 
 
 def test_loss_variants_switch_on_what_their_names_say() -> None:

@@ -378,6 +378,6 @@ def test_weights_that_cannot_be_downloaded_are_an_error_with_advice(monkeypatch:
 
     monkeypatch.setattr(timm, "create_model", offline)
     assert message(WeightsError, "test_vit", "pretrained") == (
-        "The weights of test_vit could not be had from the hub: "
+        "The weights of test_vit could not be downloaded from the hub: "
         "ConnectionError: no route to the hub and more lines of it\n" + HUB_ADVICE
     )

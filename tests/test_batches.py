@@ -175,6 +175,15 @@ def test_views_travel_as_bytes_and_are_normalised_where_the_networks_are(recipe:
     assert [worker.pid for worker in source._loader._iterator._workers] == before
 
 
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])
+def test_views_for_a_gpu_are_read_into_pinned_memory(
+    recipe: Recipe, backbone: Backbone, device: str, pinned: bool
+) -> None:
+    runtime = Runtime("cpu")
+    runtime.device = torch.device(device)
+    assert ViewLoader(views_of(recipe, backbone), runtime, workers=0)._loader.pin_memory is pinned
+
+
 def test_pixels_that_are_on_the_gpu_are_normalised_and_reduced_there() -> None:
     runtime = Runtime("cpu", "float32")
     runtime.device = torch.device("cuda", 0)

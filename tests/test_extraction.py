@@ -70,9 +70,12 @@ def test_the_file_says_what_its_numbers_are(extract_options, mixed: Path, listen
     assert description["student"]["adapter"]["kind"] == "fusion"
     assert {"brixel", "torch", "timm"} <= set(description["versions"])
     assert len(description["mean"]) == 3
+    assert description["tf32"] is False
     assert any("10 images, 0 of them unusable; grids 16x16 (4)" in said for said in listener.said)
     assert any("needed" in said and "free" in said for said in listener.said)
-    assert any("sizes were rounded to multiples of the patch, 16 pixels" in said for said in listener.said)
+    # 96x128 becomes 64x85.3, then 64x80
+    rounded = "6 sizes were rounded to multiples of the patch, 16 pixels, by 5.3 pixels at most"
+    assert any(rounded in said for said in listener.said)
 
 
 def test_a_row_does_not_depend_on_its_company(extract_options, mixed: Path, tmp_path: Path, listener: Listener):

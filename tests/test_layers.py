@@ -101,6 +101,10 @@ def test_engines_outside_the_packages_serve_all_of_them() -> None:
     assert not [name for names in shared.values() for name in names if name.startswith(packages)]
 
 
+def test_the_root_of_the_package_has_few_files() -> None:
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 8
+
+
 def test_the_layers_have_no_cycle() -> None:
     placed: set[str] = set()
     while len(placed) < len(BELOW):

@@ -242,7 +242,7 @@ def test_without_a_hub_the_command_says_what_to_do(
     done = CliRunner().invoke(app, ["extract", "--input", str(photographs), "--device", "cpu"])
     assert done.exit_code == 1
     text = " ".join(done.stderr.split())
-    assert "could not be had from the hub: OSError: no route to host" in text
+    assert "could not be downloaded from the hub: OSError: no route to host" in text
     assert "give the file, .safetensors or .pth: --backbone-weights PATH" in text
 
 

@@ -213,7 +213,7 @@ def _create_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
         raise
     except Exception as error:  # timm, torch and the hub's client each raise their own kinds here
         raise WeightsError(
-            f"The weights of {name} could not be had from the hub: {_first_lines(error)}\n"
+            f"The weights of {name} could not be downloaded from the hub: {_first_lines(error)}\n"
             "Check the network, or download them elsewhere and give the file, .safetensors or .pth: "
             "--backbone-weights PATH, or backbone.weights in a recipe."
         ) from error

@@ -289,4 +289,4 @@ def _download(reference: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(repository, FILE_NAME, revision=revision or None))
     except Exception as error:  # the hub's client raises many kinds: network, rights, absence
         reason = str(error).strip().splitlines()[0]
-        raise WeightsError(f"{FILE_NAME} of {reference} could not be had from the hub: {reason}") from error
+        raise WeightsError(f"{FILE_NAME} of {reference} could not be downloaded from the hub: {reason}") from error

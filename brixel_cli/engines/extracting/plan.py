@@ -151,7 +151,7 @@ class ExtractPlan:
         if self.num_snapped:
             reporter.say(
                 f"{self.num_snapped} sizes were rounded to multiples of the patch, {self.spec.patch_size} pixels, "
-                f"by {self.most_snapped:.1f} at most"
+                f"by {self.most_snapped:.1f} pixels at most"
             )
         if self.inputs.unreadable:
             reporter.warn(describe_unreadable(self.inputs.unreadable))
