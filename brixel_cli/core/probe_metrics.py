@@ -13,9 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.functional.classification import multiclass_confusion_matrix
-from torchmetrics.regression import MeanAbsolutePercentageError, MeanSquaredError
 
 from brixel_cli.config.labelled import IGNORE
 
@@ -59,6 +56,8 @@ class SegmentationMeter:
     def add(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
         """Take in one image: predicted and true classes (H, W), integers; its mIoU and boundary IoU."""
         prediction, target = prediction.cpu().long(), target.cpu().long()
+        from torchmetrics.functional.classification import multiclass_confusion_matrix  # slow to import
+
         confusion = multiclass_confusion_matrix(
             prediction.flatten(), target.flatten(), self.num_classes, ignore_index=self.ignore, validate_args=False
         ).long()
@@ -94,6 +93,9 @@ class DepthMeter:
 
     def __init__(self, align: bool = False, least: float = 1e-3):
         self.align, self.least = align, least
+        from torchmetrics import MeanMetric, Metric  # slow to import
+        from torchmetrics.regression import MeanAbsolutePercentageError, MeanSquaredError
+
         self.metrics: dict[str, Metric] = {
             "rmse_m": MeanSquaredError(squared=False),
             "abs_rel": MeanAbsolutePercentageError(),
