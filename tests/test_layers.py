@@ -176,6 +176,12 @@ def test_the_command_line_starts_without_the_heavy_libraries(module: str) -> Non
     assert done.stdout == "[]\n"
 
 
+def test_tables_are_printed_without_the_libraries_of_probes_and_charts() -> None:
+    code = "import sys, brixel_cli.cli.tables; print(sorted({'torchmetrics', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 @pytest.mark.parametrize("path", [*MODULES, *sorted(Path(__file__).parent.rglob("*.py"))], ids=lambda path: path.name)
 def test_no_file_is_longer_than_one_reads_at_a_time(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
