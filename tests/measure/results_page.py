@@ -3,8 +3,8 @@
     python tests/measure/results_page.py --distill RUN --benchmark DIR --curves DIR --sizes DIR --probes DIR DIR \
         --ablations DIR --tuned-runs RUN RUN --tuned-probes DIR DIR
 
-Several --distill runs are the stages of one training, first to last. Several --benchmark outputs are of one student, for example at
-two batch sizes; the fidelity is taken from the first. Runs of fine-tuned students are named by their folders. A section whose input
+Several --distill runs are the stages of one training, first to last. Several --benchmark outputs are of several students, or
+of one at two batch sizes. Runs of fine-tuned students are named by their folders. A section whose input
 is not given is left out. --no-photographs leaves out all pictures that show images, which may not be free to publish. Pictures are
 written to results/ beside the page. Remarks are kept by hand in results/notes.md: the text under `## Probes` there is put below
 the tables of that section.
@@ -84,7 +84,7 @@ def write_page(given: argparse.Namespace) -> list[Path]:
         [block for number, stage in enumerate(stages, 1) for block in training(*stage, photos, number)],
         [block for results in measured for block in cost(results)],
         [block for number, path in enumerate(given.curves, 1) for block in curve(path, number)],
-        fidelity(measured[0]) if measured else [],
+        [block for results in measured if any(row.fidelity for row in results.rows) for block in fidelity(results)],
         generalisation(read_results(given.sizes), [recipe for _, recipe in stages]) if given.sizes else [],
         probes(given.probes, photos) if given.probes else [],
         tuned(tunings, given.tuned_probes),
