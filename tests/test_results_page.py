@@ -157,12 +157,15 @@ def test_cost_and_fidelity_are_those_of_the_benchmark(tmp_path: Path) -> None:
     assert line(text, "student", "20.0%") == ["student", "20.0%", "40.0%", "30.0%", "-"]  # (0.88 - 0.8) / (1 - 0.8)
 
 
-def test_the_cost_of_several_benchmarks_has_the_fidelity_of_the_first(tmp_path: Path) -> None:
+def test_several_benchmarks_have_their_own_cost_and_those_that_compared_their_fidelity(tmp_path: Path) -> None:
     results = make_results(tmp_path / "b", sides=(112,))
-    folders = [saved(results, tmp_path / name) for name in ("one", "eight")]
+    costs = make_results(tmp_path / "c", sides=(112,), compared=False)
+    folders = [
+        saved(found, tmp_path / name) for name, found in (("one", results), ("eight", costs), ("other", results))
+    ]
     text = write(tmp_path, "--benchmark", *folders)
-    assert text.count("Cost relative to the backbone") == 2
-    assert text.count("Fidelity to the teacher at 112x112 px") == 1
+    assert text.count("Cost relative to the backbone") == 3
+    assert text.count("Fidelity to the teacher at 112x112 px") == 2
 
 
 def test_memory_that_was_obtained_in_another_way_has_no_ratio(tmp_path: Path) -> None:

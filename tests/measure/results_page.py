@@ -3,11 +3,11 @@
     python tests/measure/results_page.py --distill RUN --benchmark DIR --curves DIR --sizes DIR --probes DIR DIR \
         --ablations DIR --tuned-runs RUN RUN --tuned-probes DIR DIR
 
-Several --distill runs are the stages of one training, first to last. Several --benchmark outputs are of several students, or
-of one at two batch sizes. Runs of fine-tuned students are named by their folders. A section whose input
-is not given is left out. --no-photographs leaves out all pictures that show images, which may not be free to publish. Pictures are
-written to results/ beside the page. Remarks are kept by hand in results/notes.md: the text under `## Probes` there is put below
-the tables of that section.
+Several --distill runs are stages of a training, first to last, or trainings of several students; those of the first student
+come first. Several --benchmark outputs are of several students, or of one at two batch sizes. Runs of fine-tuned students are
+named by their folders. A section whose input is not given is left out. --no-photographs leaves out all pictures that show
+images, which may not be free to publish. Pictures are written to results/ beside the page. Remarks are kept by hand in
+results/notes.md: the text under `## Probes` there is put below the tables of that section.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from brixel_cli.engines.distilling.run_folder import RunFolder
 from brixel_cli.errors import BrixelError
 
 LEAD = (
-    "Results of the students that come with brixel: their training, their cost, how close their feature maps are to the teacher's, and "
-    "what they are worth on labelled data. All figures were measured on a CPU. `tests/measure/results_page.py` takes every figure "
+    "Results of the students that come with brixel: their training, their cost, how close their feature maps are to the "
+    "teacher's, and what they are worth on labelled data. All figures were measured on a CPU. `tests/measure/results_page.py` takes every figure "
     "in a table from the result files of the command above it; the remarks are written by hand, in `results/notes.md`. Recovered "
     "gap: (student - backbone) / (teacher - backbone). How each figure is measured: [BENCHMARK.md](BENCHMARK.md), "
     "[PROBE.md](PROBE.md)."
@@ -80,12 +80,13 @@ def write_page(given: argparse.Namespace) -> list[Path]:
     photos = None if given.no_photographs else figures
     stages, tunings = read_runs(given.distill), read_runs(given.tuned_runs)
     measured = [read_results(path) for path in given.benchmark]
+    first_training = [recipe for _, recipe in stages if recipe.name == stages[0][1].name]
     found: list[list[Block]] = [
         [block for number, stage in enumerate(stages, 1) for block in training(*stage, photos, number)],
         [block for results in measured for block in cost(results)],
         [block for number, path in enumerate(given.curves, 1) for block in curve(path, number)],
         [block for results in measured if any(row.fidelity for row in results.rows) for block in fidelity(results)],
-        generalisation(read_results(given.sizes), [recipe for _, recipe in stages]) if given.sizes else [],
+        generalisation(read_results(given.sizes), first_training) if given.sizes else [],
         probes(given.probes, photos) if given.probes else [],
         tuned(tunings, given.tuned_probes),
         [block for path in given.ablations for block in ablations(read_ablations(path))],

@@ -181,10 +181,10 @@ def fidelity(results: Results) -> list[Block]:
     blocks: list[Block] = []
     for model in results.models:
         for size in results.sizes(model):
+            blocks.append(Commands([portable(results.command)]))
             for table in tables.fidelity_tables(results, model, size):
                 title = table.title and f"{model.name}: {table.title.removesuffix(f' of {model.images}')}"
-                command: list[Block] = [Commands([portable(results.command)])] if title else []
-                blocks += [*command, replace(table, title=title)]
+                blocks.append(replace(table, title=title))
     return blocks
 
 
