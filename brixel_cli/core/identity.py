@@ -19,14 +19,15 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from brixel_cli.errors import BrixelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SETTLED_SECONDS = 2.0
 """A file that changed a shorter time ago is not remembered: a second change might leave size and time as they are."""
@@ -46,6 +47,8 @@ def text_digest(text: str) -> str:
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 (hex) over names and values; the same however and in whatever file the tensors were stored."""
+    import torch  # not with the module: what only writes rows does without
+
     digest = hashlib.sha256()
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
