@@ -5,6 +5,7 @@ torch alone is used, so that a second `Runtime` of a process has the device that
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -77,6 +78,7 @@ class Runtime:
         if self.world_size > 1 and not distributed.is_initialized():
             backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(backends, timeout=LONGEST_WAIT)
+            atexit.register(distributed.destroy_process_group)  # its threads would end the process with an abort
 
     @property
     def precision(self) -> str:
