@@ -16,7 +16,7 @@ import brixel_cli
 from brixel_cli.config.distill import AdapterConfig, FusionConfig, Recipe
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.files import load_recipe
-from brixel_cli.core.backbone import load_backbone
+from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.student import StudentCard, build_adapter, save_student
 
 TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -79,6 +79,12 @@ def tiny_recipe_file(tmp_path: Path, photographs: Path) -> Path:
 @pytest.fixture
 def tiny_recipe(tiny_recipe_file: Path) -> Recipe:
     return load_recipe(str(tiny_recipe_file))
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    return load_backbone("test_vit", "random")
 
 
 @pytest.fixture(scope="session")

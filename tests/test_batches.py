@@ -23,12 +23,6 @@ from brixel_cli.errors import BrixelError
 
 
 @pytest.fixture
-def backbone() -> Backbone:
-    torch.manual_seed(0)
-    return load_backbone("test_vit", "random")
-
-
-@pytest.fixture
 def recipe(tiny_recipe_file: Path) -> Recipe:
     changes = ["views.kind=fixed", "views.per_image=2", "cache.enabled=true", "run.precision=float32"]
     return load_recipe(str(tiny_recipe_file), changes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Listener, with_changes
-from distilled_runs import assert_same_run, tensors_of
+from distilled_runs import assert_stop_changes_nothing, tensors_of
 from safetensors.torch import save_file
 
 import brixel_cli
@@ -19,14 +19,8 @@ from brixel_cli.core.student import read_adapter, save_student
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.plan import plan
 from brixel_cli.engines.distilling.run_folder import RunFolder
-from brixel_cli.engines.distilling.trainer import Trainer, make_adapter, parameter_groups
+from brixel_cli.engines.distilling.trainer import make_adapter, parameter_groups
 from brixel_cli.errors import UsageError, WeightsError
-
-
-@pytest.fixture
-def backbone() -> Backbone:
-    torch.manual_seed(0)
-    return load_backbone("test_vit", "random")
 
 
 @pytest.fixture
@@ -120,20 +114,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
     recipe = with_changes(
         tiny_recipe_file, f"backbone.weights={recipe.backbone.weights}", "adapter.lora_rank=2", *changes
     )
-    distill(recipe, RunFolder(tmp_path / "whole"), listener)
-    original = Trainer.update
-
-    def stop_after_two(self: Trainer, *arguments: object, **named: object) -> object:
-        if self.step == 2:
-            raise KeyboardInterrupt
-        return original(self, *arguments, **named)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Trainer, "update", stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        distill(recipe, RunFolder(tmp_path / "parts"), listener)
-    monkeypatch.setattr(Trainer, "update", original)
-    distill(recipe, RunFolder(tmp_path / "parts"), listener, resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_stop_changes_nothing(recipe, tmp_path, listener, monkeypatch, KeyboardInterrupt)
 
 
 def test_they_have_a_rate_of_their_own_and_do_not_decay(recipe: Recipe, backbone: Backbone) -> None:

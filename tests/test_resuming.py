@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import pytest
 from conftest import Listener, with_changes
-from distilled_runs import assert_same_run, recipe_of, tensors_of
+from distilled_runs import assert_same_run, assert_stop_changes_nothing, recipe_of, tensors_of
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
@@ -22,9 +22,6 @@ from brixel_cli.config.distill import Recipe
 from brixel_cli.data.row_store import Store
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
-from brixel_cli.engines.distilling.trainer import (
-    Trainer,
-)
 from brixel_cli.engines.distilling.validation import HeldOut
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
@@ -38,24 +35,10 @@ def test_two_steps_a_stop_and_two_more_equal_four(
     listener: Listener,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = with_changes(tiny_recipe_file, *changes)
-    distill(recipe, RunFolder(tmp_path / "whole"), listener)
-
     class Stop(Exception):
         pass
 
-    def stop_after_two(self: Trainer, *arguments: object, **named: object) -> object:
-        if self.step == 2:
-            raise Stop
-        return original(self, *arguments, **named)
-
-    original = Trainer.update
-    monkeypatch.setattr(Trainer, "update", stop_after_two)
-    with pytest.raises(Stop):
-        distill(recipe, RunFolder(tmp_path / "parts"), listener)
-    monkeypatch.setattr(Trainer, "update", original)
-    distill(recipe, RunFolder(tmp_path / "parts"), listener, resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_stop_changes_nothing(with_changes(tiny_recipe_file, *changes), tmp_path, listener, monkeypatch, Stop)
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(
