@@ -24,8 +24,10 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m brixel_cli.demo demo
 	$(BIN)/brixel distill --recipe recipes/demo.yaml --overwrite
 
+# Files are shared out over processes of one thread each: threads of several processes would wait for each other.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -m gpu -rs tests/gpu
