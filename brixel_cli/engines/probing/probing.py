@@ -15,6 +15,7 @@ import torch
 
 from brixel_cli.config.labelled import IGNORE, Split
 from brixel_cli.config.probe import ProbeOptions
+from brixel_cli.core.extras import require
 from brixel_cli.core.files import locked
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.heads import HeadSpec, save_head
@@ -124,6 +125,7 @@ def plan_probe(options: ProbeOptions, runtime: Runtime, reporter: Reporter, dry_
     Raises:
         BrixelError: the set, a source or the protocol cannot be used.
     """
+    require("probe", "brixel probe")
     splits = train, evaluate = LabelledSet(options.recipe, "train"), LabelledSet(options.recipe, "evaluate")
     if dry_run:
         total = len(train) + len(evaluate)
