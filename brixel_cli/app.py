@@ -194,6 +194,9 @@ def probe(
     size: OldRes = None,
     checkpoint: Annotated[list[str] | None, _option(MODEL, f"Student; can be repeated: {STUDENT} {SHIPPED}")] = None,
     source: Sources = None,
+    predictions: Annotated[
+        list[str] | None, _option(MODEL, "Predictions of any model, as files; can be repeated.", metavar="NAME=DIR")
+    ] = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
     apply: Annotated[
@@ -237,7 +240,7 @@ def probe(
         if apply is not None:
             others = {"--recipe": recipe, "--data": data, "--source": source, "--res": res or size,
                       "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
-                      "--dry-run": dry_run}  # fmt: skip
+                      "--dry-run": dry_run, "--predictions": predictions}  # fmt: skip
             if given := [name for name, value in others.items() if value]:
                 raise UsageError(f"--apply takes all from the head; leave out {', '.join(given)}.")
             if len(checkpoint or []) > 1:
@@ -251,8 +254,9 @@ def probe(
             raise UsageError(f"--quick is the protocol quick, and --protocol is {protocol}: give one of them.")
         options = probe_options(
             recipe, data=data, protocol="quick" if quick else protocol, size=res or size, overrides=set_ or [],
-            output=output, features=features, sources=source or [], checkpoints=checkpoint or [], backbone=backbone,
-            backbone_weights=backbone_weights, seeds=seeds, device=device, precision=precision, overwrite=overwrite,
+            output=output, features=features, sources=source or [], predictions=predictions or [],
+            checkpoints=checkpoint or [], backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
+            device=device, precision=precision, overwrite=overwrite,
         )  # fmt: skip
         run_probe(options, per_class, dry_run, as_json)
 
