@@ -229,7 +229,7 @@ def extract(
         preview: also paint the features, beside the output.
         strict: stop at the first image that fails.
         overwrite: begin anew over a feature file.
-        shard: the part of the inputs to take, `3/64`, or `auto`; see docs/CLUSTER.md.
+        shard: the part of the inputs to take, `3/64`, or `auto`: by the variables of a Slurm array or of torchrun.
         reporter: hears of stages and progress; default: warnings alone are shown.
 
     Returns:
