@@ -62,7 +62,7 @@ class Shard:
 
     def path(self, output: Path) -> Path:
         """The file of this shard: out.h5 becomes out.00003-of-00064.h5."""
-        return output.with_name(f"{output.stem}.{self.number:05d}-of-{self.count:05d}.h5")
+        return output.with_name(f"{output.name.removesuffix('.h5')}.{self.number:05d}-of-{self.count:05d}.h5")
 
 
 def parse_shard(text: str, environment: Mapping[str, str]) -> Shard:
