@@ -63,6 +63,9 @@ def from_transformers(state: Mapping[str, Tensor], expected: Collection[str]) ->
             layers.setdefault(f"blocks.{layer[1]}.", {})[_renamed(layer[2], INNER)] = tensor
         else:
             found[_renamed(inner, OUTER)] = tensor
+    if "reg_token" in found and "pos_embed" in found:  # timm adds the position of the class token beforehand
+        found["cls_token"] = found["cls_token"] + found["pos_embed"][:, :1]
+        found["pos_embed"] = found["pos_embed"][:, 1:]
     for block, tensors in layers.items():
         found |= {f"{block}{name}": tensor for name, tensor in _block(tensors, block, expected).items()}
     return found
