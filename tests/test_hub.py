@@ -84,6 +84,9 @@ def test_what_keeps_a_student_from_being_sent_is_found_before_the_training(
         return result.stderr
 
     assert "--push-to-hub takes user/name, not sharp." in refused("sharp")
+    command.insert(1, "--dry-run")
+    assert "--push-to-hub takes user/name, not a/b/c." in refused("a/b/c")
+    command.remove("--dry-run")
     assert "backbone.weights=random, which nobody else could have" in refused("someone/sharp")
     monkeypatch.delenv("HF_TOKEN")
     assert "needs a token that may write, in the environment variable HF_TOKEN" in refused("someone/sharp")

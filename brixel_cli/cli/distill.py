@@ -47,6 +47,10 @@ def run_distill(
     if resume and overwrite:
         raise UsageError("--resume continues a run and --overwrite begins it anew: give one of them.")
     recipe, folder = _recipe_and_folder(recipe_name, output, overrides, resume)
+    if push_to_hub is not None:
+        from brixel_cli.engines.distilling.publishing import check_target
+
+        check_target(push_to_hub, recipe)
     if dry_run:
         from brixel_cli.engines.distilling.plan import plan
 
@@ -55,11 +59,9 @@ def run_distill(
 
     # torch takes seconds to import: only now, when there is work for it.
     from brixel_cli.engines.distilling.distillation import distill
-    from brixel_cli.engines.distilling.publishing import check_target, push_student
+    from brixel_cli.engines.distilling.publishing import push_student
     from brixel_cli.engines.distilling.run_folder import RunFolder
 
-    if push_to_hub is not None:
-        check_target(push_to_hub, recipe)
     done = distill(recipe, RunFolder(folder), Progress(), resume=resume, overwrite=overwrite)
     print_results(dataclasses.asdict(done.results), done.files, as_json, lambda: _show_results(done.results, recipe))
     if recipe.backbone.weights != "random":  # those are gone with this process
