@@ -97,13 +97,13 @@ def test_the_square_in_the_middle_is_where_the_picture_has_it() -> None:
     # 60x100 px cover 30x30 as 30x50; of the columns 10 to 40 are kept: 20 to 80 of the image.
     assert covered_part((60, 100), (30, 30), "centre") == Part(0, 20, 60, 60)
     assert covered_part((60, 100), (30, 50), "short") == Part(0, 0, 60, 100)
-    picture = Image.new("L", (100, 60))
-    picture.paste(255, (20, 0, 26, 60))  # the outermost columns that are kept: 20 to 26, three of the view
-    view = np.asarray(centre_view(picture, (30, 30)), np.float32)
-    read = read_at(
-        torch.from_numpy(view)[None], covered_part((60, 100), (30, 30), "centre"), None, [[30, 21], [30, 40]]
-    )
-    assert read[:, 0].tolist() == pytest.approx([255, 0], abs=3)
+    # A picture whose columns count by twos: whatever is read at a column is twice its number.
+    picture = Image.fromarray(np.tile(np.arange(0, 200, 2, np.uint8), (60, 1)))
+    view = torch.from_numpy(np.asarray(centre_view(picture, (30, 30)), np.float32))
+    part = covered_part((60, 100), (30, 30), "centre")
+    columns = [22, 40, 40.5, 77]
+    read = read_at(view[None], part, None, [[30, column] for column in columns])
+    assert read[:, 0].tolist() == pytest.approx([2 * column for column in columns], abs=0.6)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
