@@ -7,6 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import every_row
 from safetensors.torch import save_file
@@ -141,8 +142,8 @@ def test_vectors_alone_are_small(extract_options, listener, tmp_path: Path) -> N
 
 def test_registers_are_those_of_timm(photographs: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    backbone = load_backbone("test_vit2", "random")
-    save_file(backbone.vit.state_dict(), tmp_path / "vit.safetensors")
+    save_file(timm.create_model("test_vit2", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+    backbone = load_backbone("test_vit2", str(tmp_path / "vit.safetensors"))
     num = backbone.num_registers
     assert num > 0
     features = brixel_cli.extract(
