@@ -22,7 +22,8 @@ ADVISORY = ("device", "versions", "backbone_weights", "tf32")
 OF_STUDENT = ("student.adapter", "student.step", "student.released")
 """The SHA-256 of the student covers these."""
 OPTIONS = {
-    key: f"--{key}" for key in ("source", "res", "fit", "dtype", "pca", "fields", "layers", "precision", "backbone")
+    key: f"--{key}"
+    for key in ("source", "res", "fit", "dtype", "pca", "fields", "layers", "tile", "overlap", "precision", "backbone")
 } | {
     "storage": "--format",
     "student.sha256": "--checkpoint, student.sha256",
@@ -41,6 +42,7 @@ def describe(plan: ExtractPlan, model: FeatureExtractor) -> dict[str, Any]:
         "storage": options.storage,
         **plan.layout.described,
         **plan.shard,
+        **({"tile": plan.tiling.tile, "overlap": plan.tiling.overlap} if plan.tiling else {}),
     }
 
 
@@ -58,8 +60,9 @@ def check_same(plan: ExtractPlan, model: FeatureExtractor, store: Store, reporte
         known = f"{FORMAT} or {FORMAT_OF_PARTS}"
         raise UsageError(f"{store.path} is of format {found}, not {known}. Name another file with --output.")
     FeatureFile(store.path)  # refuses what is damaged
-    new = PLAIN | describe(plan, model)
-    old = {key: store.description.get(key, PLAIN.get(key)) for key in new}
+    absent = PLAIN | {"tile": None, "overlap": None}
+    new = absent | describe(plan, model)
+    old = {key: store.description.get(key, absent.get(key)) for key in new}
     changed = differences(old, new, ignored=(*ADVISORY, *OF_STUDENT))
     lines = difference_lines({OPTIONS.get(key, key): values for key, values in changed.items()})
     lines += _image_differences(plan, store, reporter, fitted_alike=not {"res", "fit"} & set(changed))

@@ -26,10 +26,11 @@ from brixel_cli.data.inputs import (
     find_inputs,
     none_usable,
 )
-from brixel_cli.data.resizing import Resizing
+from brixel_cli.data.resizing import Resizing, snap
 from brixel_cli.data.row_store import CHECKSUM, FAILED, MISSING, REASON, Array, Store, rows_by_size
 from brixel_cli.engines.default_student import default_student
 from brixel_cli.engines.extracting.parts import check_split, unfinished
+from brixel_cli.engines.extracting.tiling import Tiling
 from brixel_cli.engines.models import ModelSpec, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.streams import warn_of_workers
@@ -79,8 +80,27 @@ class ExtractPlan:
             self.options.layers,
             self.spec.embed_dim,
             self.spec.num_registers,
-            self.spec.factor if self.spec.source == "student" else 1,
+            self._finer,
         )
+
+    @property
+    def _finer(self) -> int:
+        """Grid of the map over that of the patches."""
+        return self.spec.factor if self.spec.source == "student" else 1
+
+    @cached_property
+    def tiling(self) -> Tiling | None:
+        """How larger inputs are cut into tiles; None: they are not."""
+        if self.options.tile is None:
+            return None
+        patch, enlarge = self.spec.patch_size, self.spec.enlarge
+        tile, overlap = (snap(side, patch) * enlarge for side in (self.options.tile, self.options.overlap))
+        return Tiling(tile, overlap, patch, self._finer)
+
+    def is_tiled(self, row: int) -> bool:
+        """Whether a row's input is cut into tiles."""
+        size = self.model_sizes[row]
+        return self.tiling is not None and size is not None and self.tiling.cuts(size)
 
     @cached_property
     def rows_of_size(self) -> dict[tuple[int, int], list[int]]:
@@ -90,8 +110,12 @@ class ExtractPlan:
 
     @property
     def num_of_size(self) -> dict[tuple[int, int], int]:
-        """How many rows each model size has."""
-        return {size: len(rows) for size, rows in self.rows_of_size.items()}
+        """How many rows each size has that the model sees at once."""
+        counts: dict[tuple[int, int], int] = {}
+        for size, rows in self.rows_of_size.items():
+            seen = self.tiling.input_size(size) if self.tiling else size
+            counts[seen] = counts.get(seen, 0) + len(rows)
+        return counts
 
     @property
     def store_path(self) -> Path:
@@ -208,6 +232,12 @@ class ExtractPlan:
             "sha256": text_array(digests, DIGEST_LENGTH),
         }
 
+    @property
+    def overflow(self) -> str:
+        """Why an image fails whose features are no finite numbers as they are stored."""
+        hint = "; --dtype float32 may hold them" if self.options.dtype == "float16" else ""
+        return f"its features are no finite numbers in {self.options.dtype}{hint}"
+
     def summary(self) -> dict[str, Any]:
         """The plan for programs."""
         return {
@@ -241,6 +271,7 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
         raise UsageError("--input is missing: a folder, an image, a video, a quoted glob, or a .txt list of paths.")
     spec = model_of(options, reporter)
     _check_parts(options, spec)
+    _check_tiles(options, spec)
     resizing = Resizing(options.res, options.fit, spec.patch_size, spec.enlarge)
     if options.pca is not None and options.pca > spec.embed_dim:
         raise UsageError(f"--pca {options.pca}: the maps of {spec.backbone} have only {spec.embed_dim} channels.")
@@ -290,6 +321,17 @@ def _check_parts(options: ExtractOptions, spec: ModelSpec) -> None:
         raise UsageError(f"--fields registers: {spec.backbone} has no register tokens.")
     if beyond := [layer for layer in options.layers if not 0 <= layer < spec.depth]:
         raise UsageError(f"--layers {beyond[0]}: the blocks of {spec.backbone} are 0 to {spec.depth - 1}.")
+
+
+def _check_tiles(options: ExtractOptions, spec: ModelSpec) -> None:
+    if options.tile is None:
+        return
+    tile, overlap = (snap(side, spec.patch_size) for side in (options.tile, options.overlap))
+    if 2 * overlap > tile or tile < 4 * spec.patch_size:
+        raise UsageError(
+            f"--tile {options.tile} --overlap {options.overlap}: a tile must have at least four patches of "
+            f"{spec.patch_size} pixels, and twice the overlap."
+        )
 
 
 def preview_folder(output: Path) -> Path:
