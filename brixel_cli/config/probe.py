@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from brixel_cli.config.base import Device, Precision, check_counts, check_device
-from brixel_cli.config.labelled import ProbeRecipe
-from brixel_cli.config.protocols import Protocol, printed_name
+from brixel_cli.config.labelled import LABEL_FREE, ProbeRecipe
+from brixel_cli.config.protocols import AnyProtocol, Protocol, printed_name
 from brixel_cli.config.section import Side
 from brixel_cli.errors import UsageError
 
@@ -28,7 +28,7 @@ class ProbeOptions:
     """
 
     recipe: ProbeRecipe
-    protocol: Protocol
+    protocol: AnyProtocol
     output: Path
     features: Path
     sources: Sequence[str] = ()
@@ -53,6 +53,22 @@ class ProbeOptions:
     def size(self) -> Side:
         """The student's input in pixels."""
         return self.recipe.size
+
+    @property
+    def trains(self) -> bool:
+        """Whether heads are trained; else the task measures the frozen features themselves."""
+        return self.recipe.task not in LABEL_FREE
+
+    @property
+    def training(self) -> Protocol:
+        """The protocol of a task that trains heads."""
+        assert isinstance(self.protocol, Protocol)
+        return self.protocol
+
+    @property
+    def run_seeds(self) -> range:
+        """The seeds of each source: as many as asked for; a single one where nothing is trained."""
+        return range(self.seeds if self.trains else 1)
 
     @property
     def protocol_name(self) -> str:
