@@ -204,6 +204,10 @@ def probe(
     recipe: Annotated[
         str | None, _option(RECIPE, "Recipe of a labelled set: a file, or the name of a shipped one, such as camvid.")
     ] = None,
+    task: Annotated[
+        str | None,
+        _option(RECIPE, "Task, such as matching or propagation (nothing is trained). Default: the recipe's."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         _option(RECIPE, "Override a value, also protocol.KEY; can be repeated.", "--set", metavar="KEY=VALUE"),
@@ -222,6 +226,9 @@ def probe(
     size: OldRes = None,
     checkpoint: Annotated[list[str] | None, _option(MODEL, f"Student; can be repeated: {STUDENT} {SHIPPED}")] = None,
     source: Sources = None,
+    predictions: Annotated[
+        list[str] | None, _option(MODEL, "Predictions of any model, as files; can be repeated.", metavar="NAME=DIR")
+    ] = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
     apply: Annotated[
@@ -263,9 +270,9 @@ def probe(
             verify_probe(verify, as_json)
             return
         if apply is not None:
-            others = {"--recipe": recipe, "--data": data, "--source": source, "--res": res or size,
+            others = {"--recipe": recipe, "--task": task, "--data": data, "--source": source, "--res": res or size,
                       "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
-                      "--dry-run": dry_run}  # fmt: skip
+                      "--dry-run": dry_run, "--predictions": predictions}  # fmt: skip
             if given := [name for name, value in others.items() if value]:
                 raise UsageError(f"--apply takes all from the head; leave out {', '.join(given)}.")
             if len(checkpoint or []) > 1:
@@ -278,9 +285,10 @@ def probe(
         if quick and protocol not in (None, "quick"):
             raise UsageError(f"--quick is the protocol quick, and --protocol is {protocol}: give one of them.")
         options = probe_options(
-            recipe, data=data, protocol="quick" if quick else protocol, size=res or size, overrides=set_ or [],
-            output=output, features=features, sources=source or [], checkpoints=checkpoint or [], backbone=backbone,
-            backbone_weights=backbone_weights, seeds=seeds, device=device, precision=precision, overwrite=overwrite,
+            recipe, task=task, data=data, protocol="quick" if quick else protocol, size=res or size,
+            overrides=set_ or [], output=output, features=features, sources=source or [], predictions=predictions or [],
+            checkpoints=checkpoint or [], backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
+            device=device, precision=precision, overwrite=overwrite,
         )  # fmt: skip
         run_probe(options, per_class, dry_run, as_json)
 

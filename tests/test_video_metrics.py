@@ -148,11 +148,15 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(propagate(features[0], features[1:], masks, radius=2, top=4, temperature=0.1), whole)
     # The same, cell by cell.
     for y, x in ((0, 0), (3, 4), (6, 8)):
-        seen = [(frame, v, u) for frame in range(2) for v in range(7) for u in range(9) if max(abs(v - y), abs(u - x)) <= 2]
+        seen = [
+            (frame, v, u) for frame in range(2) for v in range(7) for u in range(9) if max(abs(v - y), abs(u - x)) <= 2
+        ]
         likeness = torch.tensor([float(features[0][:, y, x] @ features[1 + f][:, v, u]) for f, v, u in seen])
         best = likeness.topk(4)
         weights = torch.softmax(best.values / 0.1, dim=0)
-        expected = sum(w * masks[seen[i][0]][:, seen[i][1], seen[i][2]] for w, i in zip(weights, best.indices, strict=True))
+        expected = sum(
+            w * masks[seen[i][0]][:, seen[i][1], seen[i][2]] for w, i in zip(weights, best.indices, strict=True)
+        )
         assert torch.allclose(whole[:, y, x], expected, atol=1e-5)
 
 

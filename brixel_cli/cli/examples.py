@@ -51,6 +51,8 @@ PROBE = """
 
   brixel probe --recipe camvid --source backbone --source student --source features.h5
 
+  brixel probe --recipe camvid --predictions mask2former=DIR --predictions segformer=DIR
+
   brixel probe --apply runs/probe/camvid/heads/student_seed0.safetensors --input photos
 """
 

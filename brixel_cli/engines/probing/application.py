@@ -33,6 +33,7 @@ from brixel_cli.data.inputs import (
     none_usable,
     reason_of,
 )
+from brixel_cli.data.predictions import DEPTH_UNITS, DESCRIPTION
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import Array
 from brixel_cli.drawing.predictions import (
@@ -50,9 +51,6 @@ from brixel_cli.engines.runtime import Runtime, free_memory, memory_errors
 from brixel_cli.engines.streams import num_workers, read_ahead
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
-DESCRIPTION = "predictions.json"
-DEPTH_UNITS = {1000: "millimetres", 100: "centimetres", 10: "decimetres", 1: "metres"}
-"""Of stored depth: how many make a metre. The finest is taken in which the depths of the training fit."""
 DEEPEST = 2**16 - 1
 UNITS = {
     "segmentation": "class numbers in 8-bit palette PNGs",
@@ -305,7 +303,7 @@ def write_predictions(
 
 
 def depth_unit(deepest: float) -> int:
-    """The unit of stored depth in which this depth in metres fits into 16 bits: so many of it make a metre."""
+    """The finest unit of stored depth in which this depth in metres fits into 16 bits: so many of it make a metre."""
     return next((unit for unit in DEPTH_UNITS if deepest * unit <= DEEPEST), 1)
 
 

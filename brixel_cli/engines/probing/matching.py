@@ -26,8 +26,9 @@ from brixel_cli.core.correspondence import (
 from brixel_cli.data.labelled import LabelledSet
 from brixel_cli.data.views import seed_of
 from brixel_cli.engines.probing.features import Maps
-from brixel_cli.engines.probing.frozen import Items, Measured
+from brixel_cli.engines.probing.items import Measured
 from brixel_cli.engines.probing.plan import SplitPlan
+from brixel_cli.engines.probing.results import Items
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError
 
@@ -80,8 +81,8 @@ def find_pairs(labelled: LabelledSet, rules: MatchingProtocol, reporter: Reporte
             bar.update(1)
     if not found:
         raise BrixelError(
-            f"No two of the {len(labelled)} images of {labelled.recipe.name} show the same part of a scene: none shares "
-            f"{rules.overlap:.0%} of its points with another one of its folder. See data.poses (from the camera's "
+            f"No two of the {len(labelled)} images of {labelled.recipe.name} show the same part of a scene: none "
+            f"shares {rules.overlap:.0%} of its points with another one of its folder. See data.poses (from the camera's "
             "coordinates to the scene's, in metres), data.depth.scale and intrinsics, and --set protocol.overlap."
         )
     return found
@@ -107,9 +108,7 @@ def _pairs_of_scene(labelled: LabelledSet, rows: list[int], rules: MatchingProto
             pixels = _valid_pixels(views[first], CANDIDATES * rules.queries, seed_of(_QUERIES, first, second))
             seen, places = visible(pixels, views[first], views[second], rules.tolerance)
             if seen.any():
-                yield Pair(
-                    (first, second), angle, place, pixels[seen][: rules.queries], places[seen][: rules.queries]
-                )
+                yield Pair((first, second), angle, place, pixels[seen][: rules.queries], places[seen][: rules.queries])
 
 
 def _view(labelled: LabelledSet, row: int) -> View:

@@ -19,8 +19,9 @@ from brixel_cli.core.video_metrics import contour_accuracy, object_figures, regi
 from brixel_cli.data.labelled import LabelledSet
 from brixel_cli.data.row_store import Array
 from brixel_cli.engines.probing.features import Maps
-from brixel_cli.engines.probing.frozen import Items, Measured
+from brixel_cli.engines.probing.items import Measured
 from brixel_cli.engines.probing.plan import SplitPlan
+from brixel_cli.engines.probing.results import Items
 from brixel_cli.errors import BrixelError
 
 LEAST_FRAMES = 3
