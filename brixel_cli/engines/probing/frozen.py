@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.protocols import AnyProtocol, MatchingProtocol, PropagationProtocol

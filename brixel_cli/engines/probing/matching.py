@@ -82,8 +82,8 @@ def find_pairs(labelled: LabelledSet, rules: MatchingProtocol, reporter: Reporte
     if not found:
         raise BrixelError(
             f"No two of the {len(labelled)} images of {labelled.recipe.name} show the same part of a scene: none "
-            f"shares {rules.overlap:.0%} of its points with another one of its folder. See data.poses (from the camera's "
-            "coordinates to the scene's, in metres), data.depth.scale and intrinsics, and --set protocol.overlap."
+            f"shares {rules.overlap:.0%} of its points with another one of its folder. See data.poses (from camera to "
+            "scene, in metres), data.depth.scale and intrinsics, and --set protocol.overlap."
         )
     return found
 
