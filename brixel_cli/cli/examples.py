@@ -73,3 +73,13 @@ BENCHMARK = """
 
   brixel benchmark --ablate losses,adapter --recipe dinov2_vits --steps 300 --report out
 """
+
+DEMO = """
+[bold]Examples[/bold]
+
+  brixel demo
+
+  brixel extract --input demo/photos/held_out --res 112 --backbone-weights demo/dinov2_vits14.safetensors
+
+  brixel distill --recipe demo
+"""

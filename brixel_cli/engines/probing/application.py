@@ -17,6 +17,7 @@ from torch import Tensor
 from brixel_cli.config.probe import ApplyOptions
 from brixel_cli.config.section import Side
 from brixel_cli.core.backbone import Backbone
+from brixel_cli.core.extras import require
 from brixel_cli.core.files import locked, make_folder, save_picture, write_text
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.heads import Head, load_head
@@ -99,6 +100,7 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     Raises:
         BrixelError: something the user can fix: no head, no images, other weights than those it was trained on.
     """
+    require("probe", "brixel probe --apply")
     runtime = Runtime(options.device, options.precision)
     head, said = _load_head(options.head)
     spec, size = _model_spec(options, said)

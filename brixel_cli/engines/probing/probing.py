@@ -15,6 +15,7 @@ import torch
 
 from brixel_cli.config.labelled import IGNORE, Split
 from brixel_cli.config.probe import ProbeOptions
+from brixel_cli.core.extras import require
 from brixel_cli.core.files import locked
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.heads import HeadSpec, save_head
@@ -131,6 +132,7 @@ def plan_probe(options: ProbeOptions, runtime: Runtime, reporter: Reporter, dry_
     Raises:
         BrixelError: the set, a source or the protocol cannot be used.
     """
+    require("probe", "brixel probe")
     train = LabelledSet(options.recipe, "train") if options.trains else None
     evaluate = LabelledSet(options.recipe, "evaluate")
     splits = [labelled for labelled in (train, evaluate) if labelled is not None]
