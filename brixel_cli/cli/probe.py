@@ -245,15 +245,18 @@ def _show_results(done: Probed, per_class: bool) -> None:
     present = set().union(*(entry.mean for entry in summary.values()))
     groups = [[name for name in group if name in present] for group in TABLES]
     seeds = ", ".join(map(str, results.seeds))
-    evaluated = f"valuated on {settings.data['evaluate'].images:,} images"
+    evaluated = settings.data["evaluate"].images
     if "train" in settings.data:
         notes = [
-            f"Trained on {settings.data['train'].images:,} images, e{evaluated}. "
+            f"Trained on {settings.data['train'].images:,} images, evaluated on {evaluated:,}. "
             f"Mean and standard deviation over seeds {seeds}."
         ]
     else:
         count = max(run.items for run in results.runs)
-        notes = [f"E{evaluated}; nothing was trained. Mean and standard error over {count:,} {ITEMS[settings.task]}."]
+        notes = [
+            f"Evaluated on {evaluated:,} images; nothing was trained. "
+            f"Mean and standard error over {count:,} {ITEMS[settings.task]}."
+        ]
     if align:
         notes.append("Depth metrics are after fitting scale and shift of each image to the truth.")
     if results.recovered_gap:

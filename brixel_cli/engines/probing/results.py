@@ -318,7 +318,7 @@ def stored_gaps(
     sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary], items: Mapping[str, Items] | None = None
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """The fields `recovered_gap` and `gap_spread` of `ProbeResults`; see `gaps_of`."""
-    found = gaps_of(sources, summary, items or {})
+    found = gaps_of(sources, summary, items)
     return (
         {label: {name: gap.value for name, gap in some.items()} for label, some in found.items()},
         {label: {name: gap.spread for name, gap in some.items()} for label, some in found.items()},
@@ -326,7 +326,7 @@ def stored_gaps(
 
 
 def gaps_of(
-    sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary], items: Mapping[str, Items]
+    sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary], items: Mapping[str, Items] | None = None
 ) -> dict[str, dict[str, Gap]]:
     """The recovered gap of each metric's mean, for every source besides backbone and teacher; empty without them.
 
@@ -334,7 +334,7 @@ def gaps_of(
         sources: by label.
         summary: by label.
         items: by label the figures of the pairs or objects that figures are means of, which are the same for all
-            sources; the spread is then over them. Else it is over seeds.
+            sources; the spread is then over them. None: it is over seeds.
     """
     by_kind = {sources[label].kind: label for label in summary}
     if not {"backbone", "teacher"} <= set(by_kind):
@@ -343,7 +343,7 @@ def gaps_of(
 
     def gap(label: str, name: str) -> Gap:
         better = name.removesuffix("_image_mean") in HIGHER_IS_BETTER
-        if label in items:
+        if items and label in items:
             plain, own, best = ([items[one][item][name] for item in items[label]] for one in (ends[0], label, ends[1]))
             return gap_over_items(plain, own, best, better)
         backbone, source, teacher = (summary[one].figure(name) for one in (ends[0], label, ends[1]))
