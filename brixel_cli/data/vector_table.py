@@ -42,9 +42,8 @@ def write_table(features: FeatureFile) -> Path:
         try:
             for some in in_batches(rows, ROWS_AT_ONCE) or [[]]:
                 table = pyarrow.table(_columns(features, some, pyarrow)).replace_schema_metadata(metadata)
-                writer = writer or parquet.ParquetWriter(
-                    partial, table.schema, compression="none", use_dictionary=False
-                )
+                if writer is None:
+                    writer = parquet.ParquetWriter(partial, table.schema, compression="none", use_dictionary=False)
                 writer.write_table(table)
         finally:
             if writer is not None:
