@@ -94,8 +94,8 @@ class ExtractPlan:
         if self.options.tile is None:
             return None
         patch, enlarge = self.spec.patch_size, self.spec.enlarge
-        sides = (snap(side, patch) * enlarge for side in (self.options.tile, self.options.overlap))
-        return Tiling(*sides, patch, self._finer)
+        tile, overlap = (snap(side, patch) * enlarge for side in (self.options.tile, self.options.overlap))
+        return Tiling(tile, overlap, patch, self._finer)
 
     def is_tiled(self, row: int) -> bool:
         """Whether a row's input is cut into tiles."""
