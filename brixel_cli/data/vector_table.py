@@ -36,6 +36,7 @@ def write_table(features: FeatureFile) -> Path:
 
     path = features.path.with_name(TABLE_NAME)
     rows = features.rows
+    packed = features.description["dtype"] == "int8"  # which Parquet has as 4 bytes; in a dictionary they are one
     metadata = {"brixel": json.dumps(features.description, sort_keys=True)}
     with replacing(path) as partial:
         writer: Any = None
@@ -43,7 +44,7 @@ def write_table(features: FeatureFile) -> Path:
             for some in in_batches(rows, ROWS_AT_ONCE) or [[]]:
                 table = pyarrow.table(_columns(features, some, pyarrow)).replace_schema_metadata(metadata)
                 if writer is None:
-                    writer = parquet.ParquetWriter(partial, table.schema, compression="none", use_dictionary=False)
+                    writer = parquet.ParquetWriter(partial, table.schema, compression="none", use_dictionary=packed)
                 writer.write_table(table)
         finally:
             if writer is not None:
