@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,11 @@ def write_table(features: FeatureFile) -> Path:
     return path
 
 
-def _columns(features: FeatureFile, rows: list[int], pyarrow: Any) -> dict[str, Any]:
+def _columns(features: FeatureFile, rows: Sequence[int], pyarrow: Any) -> dict[str, Any]:
     columns: dict[str, Any] = {
         "path": pyarrow.array([features.paths[row] for row in rows], pyarrow.string()),
-        "height": pyarrow.array(features.original_size[rows, 0]),
-        "width": pyarrow.array(features.original_size[rows, 1]),
+        "height": pyarrow.array(features.original_size[list(rows), 0]),
+        "width": pyarrow.array(features.original_size[list(rows), 1]),
     }
     stored = [features.stored(row) for row in rows]
     for part in features.parts:
