@@ -15,6 +15,7 @@ from brixel_cli.cli.console import error_boundary, set_quiet
 from brixel_cli.config.base import check_device
 from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions, BenchmarkOptions
 from brixel_cli.config.extract import OVERLAP, ExtractOptions, Fit, Number, Source, Storage, named_fields, named_layers
+from brixel_cli.config.shard import find_shard
 from brixel_cli.errors import UsageError
 
 # isort: off
@@ -120,6 +121,9 @@ def extract(
     ] = "student",
     backbone: Backbone = None,
     backbone_weights: Weights = None,
+    shard: Annotated[
+        str | None, _option(INPUT, "Take one part: 3/64, or auto, by Slurm array or torchrun.", metavar="I/N")
+    ] = None,
     output: Annotated[
         Path | None, _option(OUTPUT, "The .h5 file, or folder of single files. Default: beside the input.")
     ] = None,
@@ -177,6 +181,7 @@ def extract(
             batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
             every=every, strict=strict, overwrite=overwrite, preview=preview, page=page,
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
+            shard=find_shard(shard) if shard else None,
         )  # fmt: skip
         run_extract(options, export, verify, dry_run, as_json)
 
@@ -185,6 +190,10 @@ def extract(
 def probe(
     recipe: Annotated[
         str | None, _option(RECIPE, "Recipe of a labelled set: a file, or the name of a shipped one, such as camvid.")
+    ] = None,
+    task: Annotated[
+        str | None,
+        _option(RECIPE, "Task, such as matching or propagation (nothing is trained). Default: the recipe's."),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -248,7 +257,7 @@ def probe(
             verify_probe(verify, as_json)
             return
         if apply is not None:
-            others = {"--recipe": recipe, "--data": data, "--source": source, "--res": res or size,
+            others = {"--recipe": recipe, "--task": task, "--data": data, "--source": source, "--res": res or size,
                       "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
                       "--dry-run": dry_run, "--predictions": predictions}  # fmt: skip
             if given := [name for name, value in others.items() if value]:
@@ -263,8 +272,8 @@ def probe(
         if quick and protocol not in (None, "quick"):
             raise UsageError(f"--quick is the protocol quick, and --protocol is {protocol}: give one of them.")
         options = probe_options(
-            recipe, data=data, protocol="quick" if quick else protocol, size=res or size, overrides=set_ or [],
-            output=output, features=features, sources=source or [], predictions=predictions or [],
+            recipe, task=task, data=data, protocol="quick" if quick else protocol, size=res or size,
+            overrides=set_ or [], output=output, features=features, sources=source or [], predictions=predictions or [],
             checkpoints=checkpoint or [], backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
             device=device, precision=precision, overwrite=overwrite,
         )  # fmt: skip
