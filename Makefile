@@ -3,6 +3,7 @@
 # make test-gpu  the tests that need a GPU; without one they are skipped
 # make hostile  thousands of damaged files against the commands that read them: CASES=5000, or CASES=600s
 # make kills  hundreds of kills, each resumed to the same bits: KILLS=10 of each kind
+# make release-check  sdist and wheel, each installed in a fresh environment and used there
 # make check  what continuous integration runs: style, types, tests
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 CASES ?= 3000
 KILLS ?=
 
-.PHONY: demo test test-gpu hostile kills check clean
+.PHONY: demo test test-gpu hostile kills check release-check clean
 
 # Set up again whenever the requirements change.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -44,6 +45,9 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+release-check: $(VENV)/.ready
+	$(BIN)/python .ci/release_check.py --constraint $(CURDIR)/constraints.txt
 
 clean:
 	rm -rf $(VENV) demo runs dist build .mypy_cache .pytest_cache .ruff_cache
