@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from archives import contents, write_parquet, write_tar
-from conftest import every_row
+from conftest import every_row, without
 from PIL import Image
 
 from brixel_cli.data.inputs import Inputs, Item, find_inputs
@@ -354,6 +354,8 @@ def test_damaged_parquet_is_named(parquet: Path, tmp_path: Path):
 
 
 def test_parquet_needs_its_extra(parquet: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(UsageError, match=r"Parquet needs pyarrow, .* pip install 'brixel\[parquet\]'"):
+    without(monkeypatch, "pyarrow")
+    with pytest.raises(
+        UsageError, match=r"A parquet file needs pyarrow, not installed: pip install 'brixel\[parquet\]'"
+    ):
         find_inputs([str(parquet)], 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from archives import contents, write_parquet, write_tar
-from conftest import Listener, every_row
+from conftest import Listener, every_row, without
 from PIL import Image
 
 from brixel_cli import FeatureFile
@@ -302,12 +302,14 @@ def test_other_stores_of_fsspec_are_read(photographs: Path):
     assert names("memory://set/*.png") == EIGHT
     assert fetched("memory://set/5.png") == (photographs / "5.png").read_bytes()
     assert names("memory://set/clip.mp4", "memory://set/0.png") == ["clip.mp4", "0.png"]
+    with pytest.raises(UsageError, match="az:// cannot be read: Install adlfs"):
+        find_inputs(["az://container/a.png"], 1)
     assert find_inputs(["memory://set/clip.mp4"], 1).items[0].reason == "a video has to be on this disk"
 
 
 def test_urls_need_their_extra(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
-    with pytest.raises(UsageError, match=r"s3:// needs a package .* pip install 'brixel\[remote\]'"):
+    without(monkeypatch, "s3fs")
+    with pytest.raises(UsageError, match=r"s3:// needs s3fs, not installed: pip install 'brixel\[remote\]'"):
         find_inputs(["s3://bucket/a.png"], 1)
 
 

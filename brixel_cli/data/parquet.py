@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Any, BinaryIO
 
+from brixel_cli.core.extras import require
 from brixel_cli.data.members import Member, measured, named_once
 from brixel_cli.errors import BrixelError, UnreachedError, UsageError
 
@@ -104,10 +105,9 @@ class Parquet:
 
     @contextmanager
     def _opened(self, metadata: Any) -> Iterator[Any]:
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise UsageError("Parquet needs pyarrow, which is not installed: pip install 'brixel[parquet]'.") from error
+        require("parquet", "A parquet file")
+        from pyarrow import parquet
+
         with self._open_file() as file:
             yield _sound(lambda: parquet.ParquetFile(file, metadata=metadata))
 

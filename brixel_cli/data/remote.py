@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from brixel_cli.core.extras import require
 from brixel_cli.core.identity import json_digest
 from brixel_cli.errors import UnreachedError, UsageError
 
@@ -214,14 +215,13 @@ class RemoteFile(io.RawIOBase):
 
 def _system(url: Url) -> tuple[Any, str]:
     """The file system of a URL, and what it calls the file."""
-    try:
-        import fsspec
+    require("remote", f"{url.scheme}://")
+    import fsspec
 
+    try:
         system, path = fsspec.core.url_to_fs(url.text)
-    except ImportError as error:
-        raise UsageError(
-            f"{url.scheme}:// needs a package that is not installed ({error}): pip install 'brixel[remote]'."
-        ) from error
+    except ImportError as error:  # of stores that the extra does not cover
+        raise UsageError(f"{url.scheme}:// cannot be read: {error}.") from error
     if isinstance(getattr(system, "retries", None), int):
         system.retries = 1  # trying again is done here, for all kinds of stores in one way
     return system, path
