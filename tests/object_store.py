@@ -29,7 +29,7 @@ class ObjectStore:
     client: Any
     faults: dict[str, str] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)
-    pause: float = 1.0
+    pause: float = 3.0
 
     def put(self, key: str, data: bytes) -> str:
         """Store an object; its URL."""

@@ -141,7 +141,12 @@ def is_folder_url(url: Url) -> bool:
     if url.scheme in ("http", "https"):
         return False
     system, path = _system(url)
-    return bool(_patiently(lambda: _call(system, "info", path, TIME_OUT)).get("type") == "directory")
+    try:
+        return bool(_patiently(lambda: _call(system, "info", path, TIME_OUT)).get("type") == "directory")
+    except UnreachedError as error:
+        if not error.missing:
+            raise
+        return False  # a row will tell
 
 
 def fetch(url: Url, start: int, end: int) -> bytes:
