@@ -26,7 +26,7 @@ Wanted = tuple[Place, Part, int]
 """An image: the file that it lies in, its part of it, and its size in bytes."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Group:
     """Images that come by one request.
 

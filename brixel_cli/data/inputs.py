@@ -23,6 +23,8 @@ from brixel_cli.data.video import VIDEO_EXTENSIONS, Video
 from brixel_cli.errors import BrixelError, UnreachedError, UsageError
 
 SCAN_THREADS = 8
+REMOTE_THREADS = 16
+"""Of which each waits for a server, and of a tar holds two requests in memory."""
 HEADER_BYTES = 1 << 16
 """Of a remote image that are fetched for its size; nearly always all that is needed."""
 
@@ -146,7 +148,8 @@ def find_inputs(
     scan = _Scan(common_root(references, places), column, named.statuses, named.refused)
     videos: dict[Path, Video] = {}
     items: list[Item] = []
-    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+    remote = any(isinstance(place, Url) for place in places)
+    with ThreadPoolExecutor(REMOTE_THREADS if remote else SCAN_THREADS) as pool:
         for place, found in zip(places, pool.map(scan, places), strict=True):
             found = scan.frames(cast(Path, place), every, videos) if found is None else found
             items += found
