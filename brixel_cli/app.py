@@ -14,7 +14,7 @@ from brixel_cli.cli import examples
 from brixel_cli.cli.console import error_boundary, set_quiet
 from brixel_cli.config.base import check_device
 from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions, BenchmarkOptions
-from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage, named_fields, named_layers
+from brixel_cli.config.extract import OVERLAP, ExtractOptions, Fit, Number, Source, Storage, named_fields, named_layers
 from brixel_cli.errors import UsageError
 
 # isort: off
@@ -118,6 +118,10 @@ def extract(
         _option(INPUT, "Column of images in parquet files. Default: the one that looks like it.", metavar="NAME"),
     ] = None,
     allow_urls: Annotated[bool, _flag(INPUT, "Also fetch the URLs that stand in text lists.", "--allow-urls")] = False,
+    tile: Annotated[
+        int | None, _option(INPUT, "Cut larger inputs into tiles of this side in pixels, and blend their maps.")
+    ] = None,
+    overlap: Annotated[int, _option(INPUT, "Overlap of the tiles in pixels.")] = OVERLAP,
     checkpoint: Annotated[str | None, _option(MODEL, f"Student: {STUDENT} {SHIPPED}")] = None,
     source: Annotated[
         Source, _option(MODEL, "Model: student, backbone, or teacher (backbone at the larger input).", metavar="NAME")
@@ -178,7 +182,7 @@ def extract(
         options = ExtractOptions(
             inputs=input_ or [], res=res, fit=fit, source=source, checkpoint=checkpoint, backbone=backbone,
             backbone_weights=backbone_weights, output=output, storage=format_, dtype=dtype, pca=pca, device=device,
-            precision=precision, fields=named_fields(fields), layers=named_layers(layers),
+            precision=precision, fields=named_fields(fields), layers=named_layers(layers), tile=tile, overlap=overlap,
             batch_size=None if batch_size == "auto" else int(batch_size), workers=workers, every=every, column=column,
             allow_urls=allow_urls, strict=strict, overwrite=overwrite, preview=preview, page=page,
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
