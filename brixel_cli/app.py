@@ -104,9 +104,7 @@ def distill(
 def extract(
     input_: Annotated[
         list[str] | None,
-        _option(
-            INPUT, "Folder, image, video, tar, parquet file, quoted glob, .txt list or URL; can be repeated.", "--input"
-        ),
+        _option(INPUT, "Folder, image, video, tar, glob, .txt list or URL; can be repeated.", "--input"),
     ] = None,
     res: Annotated[int, _option(INPUT, "Input size of the student or backbone in pixels.")] = 448,
     fit: Annotated[
@@ -114,8 +112,7 @@ def extract(
     ] = "short",
     every: Annotated[int, _option(INPUT, "Take every Nth frame of a video.")] = 1,
     column: Annotated[
-        str | None,
-        _option(INPUT, "Column of images in parquet files. Default: the one that looks like it.", metavar="NAME"),
+        str | None, _option(INPUT, "Image column of parquet files. Default: found.", metavar="NAME")
     ] = None,
     allow_urls: Annotated[bool, _flag(INPUT, "Also fetch the URLs that stand in text lists.", "--allow-urls")] = False,
     tile: Annotated[
