@@ -12,6 +12,8 @@ from typing import BinaryIO, cast
 
 from PIL import Image
 
+from brixel_cli.config.shard import Shard
+from brixel_cli.core.identity import text_digest
 from brixel_cli.data.fetching import Fetcher
 from brixel_cli.data.images import EXTENSIONS, LARGE_PIXELS, Contents, decoded, file_stat, read_size
 from brixel_cli.data.members import Member, measured
@@ -59,6 +61,19 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Split:
+    """What a shard is one of: the shards of one split have the same.
+
+    Attributes:
+        num_inputs: images, videos and archives that were named, for all shards together.
+        sha256: over their names, in order.
+    """
+
+    num_inputs: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Inputs:
     """All items, in the order in which they were named.
 
@@ -69,6 +84,7 @@ class Inputs:
         passed_over: videos, tars and parquet files in the folders named, which have to be named themselves.
         unreadable: folders below those named that may not be looked into.
         fetcher: of what does not lie in files of its own on this disk.
+        split: of all that was named, where the items are those of one shard; None where they are all.
     """
 
     root: Place
@@ -77,6 +93,7 @@ class Inputs:
     passed_over: list[Path]
     unreadable: list[Path]
     fetcher: Fetcher = field(default_factory=Fetcher)
+    split: Split | None = None
 
     def fetched_ahead(self, items: Sequence[Item]) -> AbstractContextManager[None]:
         """Within, bytes from elsewhere come before they are asked for, in the order of these items."""
@@ -124,6 +141,7 @@ def find_inputs(
     tick: Callable[[int], object] | None = None,
     column: str | None = None,
     allow_urls: bool = False,
+    shard: Shard | None = None,
 ) -> Inputs:
     """Find all items by their headers alone; what cannot be read becomes an item with a reason.
 
@@ -134,6 +152,7 @@ def find_inputs(
         tick: called with the number of items found since the last call.
         column: of the images in parquet files; None: the one that looks like it.
         allow_urls: whether URLs that stand in lists are taken.
+        shard: the part of all that is named to be taken; the headers of the others are not read.
 
     Raises:
         UsageError: a reference names nothing, or nothing at all was found.
@@ -145,7 +164,11 @@ def find_inputs(
     if not places:
         listed = ", ".join(sorted(EXTENSIONS))
         raise UsageError(f"No images in {', '.join(references)}. Files are taken by extension: {listed}.")
-    scan = _Scan(common_root(references, places), column, named.statuses, named.refused)
+    root, split = common_root(references, places), None
+    if shard is not None:
+        split = split_of(root, places)
+        places = list(shard.take(places))
+    scan = _Scan(root, column, named.statuses, named.refused)
     videos: dict[Path, Video] = {}
     items: list[Item] = []
     remote = any(isinstance(place, Url) for place in places)
@@ -157,7 +180,13 @@ def find_inputs(
                 tick(len(found))
     taken = set(places)
     passed_over = [path for path in named.passed_over if absolute(path) not in taken]
-    return Inputs(scan.root, _named_once(items), videos, passed_over, named.unreadable, scan.fetcher)
+    return Inputs(scan.root, _named_once(items), videos, passed_over, named.unreadable, scan.fetcher, split)
+
+
+def split_of(root: Place, places: Sequence[Place]) -> Split:
+    """What is split into shards: the places below the root, each to be opened as a whole."""
+    start = len(str(root))
+    return Split(len(places), text_digest("\n".join(str(place)[start:] for place in places)))
 
 
 def describe_unreadable(folders: Sequence[Path]) -> str:
