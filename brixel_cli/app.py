@@ -104,17 +104,14 @@ def distill(
 @app.command(epilog=examples.EXTRACT)
 def extract(
     input_: Annotated[
-        list[str] | None,
-        _option(INPUT, "Folder, image, video, tar, glob, .txt list or URL; can be repeated.", "--input"),
+        list[str] | None, _option(INPUT, "Folder, image, video, tar, glob, list or URL; can be repeated.", "--input")
     ] = None,
     res: Annotated[int, _option(INPUT, "Input size of the student or backbone in pixels.")] = 448,
     fit: Annotated[
         Fit, _option(INPUT, "short: --res is the shorter side. centre: that of the centre square. stretch: both sides.")
     ] = "short",
     every: Annotated[int, _option(INPUT, "Take every Nth frame of a video.")] = 1,
-    column: Annotated[
-        str | None, _option(INPUT, "Image column of parquet files. Default: found.", metavar="NAME")
-    ] = None,
+    column: Annotated[str | None, _option(INPUT, "Image column of parquet. Default: found.", metavar="NAME")] = None,
     allow_urls: Annotated[bool, _flag(INPUT, "Also fetch the URLs that stand in text lists.", "--allow-urls")] = False,
     tile: Annotated[
         int | None, _option(INPUT, "Cut larger inputs into tiles of this side in pixels, and blend their maps.")
@@ -140,12 +137,10 @@ def extract(
         int | None, _option(OUTPUT, "Number of principal components to store instead of all channels.", metavar="K")
     ] = None,
     fields: Annotated[
-        str,
-        _option(OUTPUT, "Some of map, cls, registers, pooled (mean of the map), by commas.", metavar="NAMES"),
+        str, _option(OUTPUT, "Some of map, cls, registers, pooled (mean of the map), by commas.", metavar="NAMES")
     ] = "map",
     layers: Annotated[
-        str | None,
-        _option(OUTPUT, "Also store the maps of these blocks of the backbone: 5,8,11.", metavar="N,N"),
+        str | None, _option(OUTPUT, "Also store the maps of these blocks of the backbone: 5,8,11.", metavar="N,N")
     ] = None,
     preview: Annotated[bool, _flag(OUTPUT, "Also write pictures of the features.", "--preview")] = False,
     page: Annotated[Path | None, _option(OUTPUT, "Also write a page of the features.", metavar="FILE.html")] = None,
