@@ -20,8 +20,8 @@ from brixel_cli.errors import UsageError
 
 # isort: off
 from brixel_cli.cli.options import ABLATION, COMPUTE, HEAD, INPUT, MEASURE, MODEL, OUTPUT, RECIPE, SHIPPED, STUDENT
-from brixel_cli.cli.options import Arithmetic, Backbone, CopyRecipe, DryRun, Json, ListRecipes, OldRes, Quiet, Set
-from brixel_cli.cli.options import Sources, Weights, Where
+from brixel_cli.cli.options import Arithmetic, Backbone, Copy, CopyRecipe, DryRun, ImageColumn, Images, Join, Json
+from brixel_cli.cli.options import ListRecipes, OfShard, OldRes, Quiet, Set, Sources, Weights, Where
 from brixel_cli.cli.options import flag as _flag
 from brixel_cli.cli.options import option as _option
 # isort: on
@@ -103,35 +103,25 @@ def distill(
 
 @app.command(epilog=examples.EXTRACT)
 def extract(
-    input_: Annotated[
-        list[str] | None,
-        _option(
-            INPUT, "Folder, image, video, tar, parquet file, quoted glob, .txt list or URL; can be repeated.", "--input"
-        ),
-    ] = None,
+    input_: Images = None,
     res: Annotated[int, _option(INPUT, "Input size of the student or backbone in pixels.")] = 448,
     fit: Annotated[
         Fit, _option(INPUT, "short: --res is the shorter side. centre: that of the centre square. stretch: both sides.")
     ] = "short",
     every: Annotated[int, _option(INPUT, "Take every Nth frame of a video.")] = 1,
-    column: Annotated[
-        str | None,
-        _option(INPUT, "Column of images in parquet files. Default: the one that looks like it.", metavar="NAME"),
-    ] = None,
+    column: ImageColumn = None,
     allow_urls: Annotated[bool, _flag(INPUT, "Also fetch the URLs that stand in text lists.", "--allow-urls")] = False,
     tile: Annotated[
         int | None, _option(INPUT, "Cut larger inputs into tiles of this side in pixels, and blend their maps.")
     ] = None,
     overlap: Annotated[int, _option(INPUT, "Overlap of the tiles in pixels.")] = OVERLAP,
+    shard: OfShard = None,
     checkpoint: Annotated[str | None, _option(MODEL, f"Student: {STUDENT} {SHIPPED}")] = None,
     source: Annotated[
         Source, _option(MODEL, "Model: student, backbone, or teacher (backbone at the larger input).", metavar="NAME")
     ] = "student",
     backbone: Backbone = None,
     backbone_weights: Weights = None,
-    shard: Annotated[
-        str | None, _option(INPUT, "Take one part: 3/64, or auto, by Slurm array or torchrun.", metavar="I/N")
-    ] = None,
     output: Annotated[
         Path | None, _option(OUTPUT, "The .h5 file, or folder of single files. Default: beside the input.")
     ] = None,
@@ -143,12 +133,10 @@ def extract(
         int | None, _option(OUTPUT, "Number of principal components to store instead of all channels.", metavar="K")
     ] = None,
     fields: Annotated[
-        str,
-        _option(OUTPUT, "Some of map, cls, registers, pooled (mean of the map), by commas.", metavar="NAMES"),
+        str, _option(OUTPUT, "Some of map, cls, registers, pooled (mean of the map), by commas.", metavar="NAMES")
     ] = "map",
     layers: Annotated[
-        str | None,
-        _option(OUTPUT, "Also store the maps of these blocks of the backbone: 5,8,11.", metavar="N,N"),
+        str | None, _option(OUTPUT, "Also store the maps of these blocks of the backbone: 5,8,11.", metavar="N,N")
     ] = None,
     preview: Annotated[bool, _flag(OUTPUT, "Also write pictures of the features.", "--preview")] = False,
     page: Annotated[Path | None, _option(OUTPUT, "Also write a page of the features.", metavar="FILE.html")] = None,
