@@ -227,7 +227,9 @@ def _check_whole(parts: Sequence[_Part]) -> None:
         lines = difference_lines(changed)
         if part.format != first.format or part.index.keys() != first.index.keys():
             lines.append(f"format: {first.format} -> {part.format}")
-        if any(not np.array_equal(values, part.fixed.get(name)) for name, values in first.fixed.items()):
+        if part.fixed.keys() != first.fixed.keys() or not all(
+            np.array_equal(values, part.fixed[name]) for name, values in first.fixed.items()
+        ):
             lines.append("the principal components")
         if lines:
             listed = "\n".join(lines)
@@ -273,7 +275,7 @@ def _columns(parts: Sequence[_Part], index: dict[str, Array]) -> dict[str, Virtu
                 chosen = own[(part.index["grid_size"][own] == _image_grid(base, shape, part)).all(axis=1)]
                 source = part.index["grid_row"][chosen]
             if mixed and len(shape) == MAP_DIMENSIONS:
-                name, target = f"{base}/{human_size(shape[2:])}", rows[start + chosen]
+                name, target = f"{base}/{human_size((shape[2], shape[3]))}", rows[start + chosen]
             else:
                 target = start + chosen
             kinds[name] = shape[1:], dtype
