@@ -149,12 +149,8 @@ def extract(
     verify: Annotated[
         Path | None, _option(OUTPUT, "Check a feature file, or folder of single files; name the damaged images.")
     ] = None,
-    join: Annotated[
-        str | None, _option(OUTPUT, "Make one file, --output, of the parts of all shards.", metavar="'OUT.*.h5'")
-    ] = None,
-    copy: Annotated[
-        bool, _flag(OUTPUT, "With --join: copy the parts; else the file refers to them.", "--copy")
-    ] = False,
+    join: Join = None,
+    copy: Copy = False,
     overwrite: Annotated[bool, _flag(OUTPUT, "Replace an existing output.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -172,7 +168,7 @@ def extract(
     The same command again continues an interrupted run. Exit code 1: some images failed; they are listed.
     """
     with error_boundary():
-        from brixel_cli.cli.extract import run_extract, run_join
+        from brixel_cli.cli.extract import run_extract
 
         set_quiet(quiet)
         if batch_size != "auto" and not (batch_size.isdecimal() and len(batch_size) < 7 and int(batch_size)):
@@ -186,12 +182,7 @@ def extract(
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
             shard=find_shard(shard) if shard else None,
         )  # fmt: skip
-        if join is not None:
-            run_join(options, join, copy, as_json)
-            return
-        if copy:
-            raise UsageError("--copy goes with --join 'OUT.*.h5'.")
-        run_extract(options, export, verify, dry_run, as_json)
+        run_extract(options, export, verify, join, copy, dry_run, as_json)
 
 
 @app.command(epilog=examples.PROBE)

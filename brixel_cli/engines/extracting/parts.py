@@ -12,7 +12,7 @@ from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.shard import PART, UNFINISHED, Shard
 from brixel_cli.core.files import writing
 from brixel_cli.data.row_store import DONE, FAILED, MISSING, REASON, Store
-from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.errors import UNREACHED, BrixelError, UsageError
 
 ASKED = "asked"
 """Key of a part's description: the words of the command that computes it, without output and shard."""
@@ -108,6 +108,8 @@ def completed(options: ExtractOptions) -> Extracted | None:
         bytes(paths[row]).decode(): bytes(reasons[row]).decode(errors="replace")
         for row in (status == FAILED).nonzero()[0]
     }
+    if any(reason.startswith(UNREACHED) for reason in failures.values()):
+        return None  # those are tried again
     return Extracted(path, len(status), int((status == DONE).sum()), 0, failures, 0.0, [])
 
 
