@@ -264,7 +264,7 @@ def test_a_thousand_parts_open_at_once(tmp_path: Path, listener: Listener) -> No
         (["--join", "none.*.h5", "--output", "a.h5"], "--join none.*.h5: no parts have such names"),
         (["--join", "*.h5", "--output", "a.h5"], "names parts of several outputs: b.*-of-00002.h5, c.*-of-00001.h5"),
         (["--join", "c.*.h5"], "--join needs the name of the file to be made: --output FILE.h5"),
-        (["--join", "c.*.h5", "--output", "a.h5", "--input", "x"], "leave out --input and --shard"),
+        (["--join", "c.*.h5", "--output", "a.h5", "--input", "x"], "leave out --input, --shard and --dry-run"),
         (["--copy", "--input", "x"], "--copy goes with --join"),
         (["--join", "c.*.h5", "--output", "there.h5"], "there.h5 is there already. Give --overwrite"),
         (["--join", "c.*.h5", "--output", "d/a.h5"], "does not lie below .*d, the folder of the output"),
