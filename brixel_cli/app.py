@@ -126,7 +126,7 @@ def extract(
         Path | None, _option(OUTPUT, "The .h5 file, or folder of single files. Default: beside the input.")
     ] = None,
     format_: Annotated[
-        Storage, _option(OUTPUT, "h5: one file. npy, safetensors: one for each image.", "--format")
+        Storage, _option(OUTPUT, "h5: one file. npy, safetensors: one for each image. parquet: vectors.", "--format")
     ] = "h5",
     dtype: Annotated[Number, _option(OUTPUT, "Number format; int8 has a scale for each location.")] = "float16",
     pca: Annotated[

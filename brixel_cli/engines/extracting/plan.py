@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from brixel_cli.config.extract import ExtractOptions
+from brixel_cli.core.extras import require
 from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.identity import files_sha256
@@ -271,6 +272,8 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
     if not options.inputs:
         raise UsageError(f"--input is missing: {KINDS}.")
     spec = model_of(options, reporter)
+    if options.storage == "parquet":
+        require("parquet", "--format parquet")
     _check_parts(options, spec)
     _check_tiles(options, spec)
     resizing = Resizing(options.res, options.fit, spec.patch_size, spec.enlarge)
