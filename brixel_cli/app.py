@@ -20,7 +20,7 @@ from brixel_cli.errors import UsageError
 
 # isort: off
 from brixel_cli.cli.options import ABLATION, COMPUTE, HEAD, INPUT, MEASURE, MODEL, OUTPUT, RECIPE, SHIPPED, STUDENT
-from brixel_cli.cli.options import Arithmetic, Backbone, Copy, CopyRecipe, DryRun, ImageColumn, Images, Join, Json
+from brixel_cli.cli.options import Arithmetic, Backbone, Copy, CopyRecipe, DryRun, Join, Json
 from brixel_cli.cli.options import ListRecipes, OfShard, OldRes, Quiet, Set, Sources, Weights, Where
 from brixel_cli.cli.options import flag as _flag
 from brixel_cli.cli.options import option as _option
@@ -103,13 +103,15 @@ def distill(
 
 @app.command(epilog=examples.EXTRACT)
 def extract(
-    input_: Images = None,
+    input_: Annotated[
+        list[str] | None, _option(INPUT, "Folder, image, video, tar, glob, list or URL; can be repeated.", "--input")
+    ] = None,
     res: Annotated[int, _option(INPUT, "Input size of the student or backbone in pixels.")] = 448,
     fit: Annotated[
         Fit, _option(INPUT, "short: --res is the shorter side. centre: that of the centre square. stretch: both sides.")
     ] = "short",
     every: Annotated[int, _option(INPUT, "Take every Nth frame of a video.")] = 1,
-    column: ImageColumn = None,
+    column: Annotated[str | None, _option(INPUT, "Image column of parquet. Default: found.", metavar="NAME")] = None,
     allow_urls: Annotated[bool, _flag(INPUT, "Also fetch the URLs that stand in text lists.", "--allow-urls")] = False,
     tile: Annotated[
         int | None, _option(INPUT, "Cut larger inputs into tiles of this side in pixels, and blend their maps.")

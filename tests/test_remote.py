@@ -14,6 +14,7 @@ from PIL import Image
 
 from brixel_cli import FeatureFile
 from brixel_cli.cli.extract import _advice
+from brixel_cli.config.shard import find_shard
 from brixel_cli.data import fetching, remote
 from brixel_cli.data.inputs import find_inputs
 from brixel_cli.data.references import default_output
@@ -167,6 +168,20 @@ def test_a_fault_fails_the_row_with_the_reason_and_the_same_command_tries_it_aga
     assert "1 images that were not fetched are tried again" in listener.said
     extract(extract_options(output=options.output.with_name("folder.h5")), listener)
     assert list(every_row(options.output).values()) == list(every_row(options.output.with_name("folder.h5")).values())
+
+
+def test_a_shard_with_rows_that_were_not_fetched_is_not_passed_over(
+    store: ObjectStore, extract_options, listener: Listener
+):
+    store.faults["photos/3.png"] = "forbid>1"
+    options = extract_options(inputs=["s3://bucket/photos"], shard=find_shard("1/2"))
+    assert list(extract(options, listener).failures) == ["3.png"]
+    store.faults.clear()
+    done = extract(options, listener)
+    assert (done.num_before, done.num_computed, done.failures) == (3, 1, {})
+    store.requests.clear()
+    assert extract(options, listener).num_before == 4
+    assert not store.requests
 
 
 @pytest.mark.parametrize("fault", ["slow", "drop", "cut"])

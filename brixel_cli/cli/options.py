@@ -36,13 +36,6 @@ Arithmetic = Annotated[
 Backbone = Annotated[
     str | None, option(MODEL, "Name of the backbone in timm. Default: that of the student.", metavar="NAME")
 ]
-Images = Annotated[
-    list[str] | None, option(INPUT, "Folder, image, video, tar, parquet file, quoted glob, .txt list or URL; can be "
-        "repeated.", "--input"),
-]  # fmt: skip
-ImageColumn = Annotated[
-    str | None, option(INPUT, "Column of images in parquet files. Default: the one that looks like it.", metavar="NAME")
-]
 OfShard = Annotated[
     str | None, option(INPUT, "Take one part: 3/64, or auto, by Slurm array or torchrun.", metavar="I/N")
 ]
