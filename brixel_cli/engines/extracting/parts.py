@@ -113,8 +113,6 @@ def completed(options: ExtractOptions) -> Extracted | None:
         bytes(paths[row]).decode(): bytes(reasons[row]).decode(errors="replace")
         for row in (status == FAILED).nonzero()[0]
     }
-    if any(reason.startswith(UNREACHED) for reason in failures.values()):
-        return None  # those are tried again
     return Extracted(path, len(status), int((status == DONE).sum()), 0, failures, 0.0, [])
 
 
