@@ -38,7 +38,7 @@ def test_a_list_and_a_column_have_the_maps_of_extract(settings, expected: dict[s
     paths = list(expected)
     done = extractor({"photo": np.array(paths), "label": np.arange(8)})
     assert list(done) == ["photo", "label", "features", "error"]
-    assert done["features"].shape == (8, 64, 16, 16)
+    assert done["features"].shape == (8, 64, 16, 20)  # 200x160 px become 80x64: 5x4 tokens, four times that
     assert done["features"].dtype == np.float16
     assert list(done["error"]) == [""] * 8
     for path, feature_map in zip(paths, done["features"], strict=True):
