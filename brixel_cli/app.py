@@ -233,6 +233,9 @@ def probe(
     as_json: Json = False,
     quiet: Quiet = False,
     seeds: Annotated[int, _option(COMPUTE, "Number of trainings for each source.")] = 3,
+    transfer: Annotated[
+        bool, _flag(COMPUTE, "Also apply the backbone's heads to the other sources.", "--transfer")
+    ] = False,
     device: Where = "auto",
     precision: Arithmetic = "auto",
     dry_run: DryRun = False,
@@ -272,7 +275,7 @@ def probe(
             recipe, task=task, data=data, protocol="quick" if quick else protocol, size=res or size,
             overrides=set_ or [], output=output, features=features, sources=source or [], predictions=predictions or [],
             checkpoints=checkpoint or [], backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
-            device=device, precision=precision, overwrite=overwrite,
+            device=device, precision=precision, overwrite=overwrite, transfer=transfer,
         )  # fmt: skip
         run_probe(options, per_class, dry_run, as_json)
 

@@ -77,6 +77,7 @@ def probe_options(
     device: Device = "auto",
     precision: Precision = "auto",
     overwrite: bool = False,
+    transfer: bool = False,
 ) -> ProbeOptions:
     """A probe from what the user gave; see `app.probe` for what the options mean.
 
@@ -104,7 +105,8 @@ def probe_options(
     return ProbeOptions(
         recipe=loaded, protocol=rules, output=folder, features=stored, sources=tuple(sources),
         checkpoints=tuple(checkpoints), backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
-        device=device, precision=precision, overwrite=overwrite, predictions=_named_folders(predictions),
+        device=device, precision=precision, overwrite=overwrite, transfer=transfer,
+        predictions=_named_folders(predictions),
         predicted=with_overrides(PredictionsConfig(), _of(PREDICTED, overrides), "predictions"),
     )  # fmt: skip
 
