@@ -203,6 +203,8 @@ def extract(
     batch_size: int | None = None,
     workers: int | None = None,
     every: int = 1,
+    column: str | None = None,
+    allow_urls: bool = False,
     preview: bool = False,
     strict: bool = False,
     overwrite: bool = False,
@@ -214,7 +216,7 @@ def extract(
     The same call again continues an interrupted run, and reads what is complete.
 
     Args:
-        inputs: folder, image, video, glob or .txt list, or several of them.
+        inputs: folder, image, video, tar, parquet file, glob, .txt list or URL, or several of them.
         res: input size in pixels.
         fit: what `res` is the side of: `short`, `centre` or `stretch`.
         checkpoint: the student, as for `load_student`; default: the one that comes with brixel and was
@@ -236,6 +238,8 @@ def extract(
         batch_size: images at once; default: by memory.
         workers: threads that decode images; default: by the cores.
         every: of a video, every so many frames.
+        column: of the images in parquet files; default: the one that looks like it.
+        allow_urls: also fetch the URLs that stand in text lists.
         preview: also paint the features, beside the output.
         strict: stop at the first image that fails.
         overwrite: begin anew over a feature file.
@@ -274,6 +278,8 @@ def extract(
             batch_size=batch_size,
             workers=workers,
             every=every,
+            column=column,
+            allow_urls=allow_urls,
             strict=strict,
             overwrite=overwrite,
             preview=preview,

@@ -104,13 +104,15 @@ def distill(
 @app.command(epilog=examples.EXTRACT)
 def extract(
     input_: Annotated[
-        list[str] | None, _option(INPUT, "Folder, image, video, quoted glob or .txt list; can be repeated.", "--input")
+        list[str] | None, _option(INPUT, "Folder, image, video, tar, glob, list or URL; can be repeated.", "--input")
     ] = None,
     res: Annotated[int, _option(INPUT, "Input size of the student or backbone in pixels.")] = 448,
     fit: Annotated[
         Fit, _option(INPUT, "short: --res is the shorter side. centre: that of the centre square. stretch: both sides.")
     ] = "short",
     every: Annotated[int, _option(INPUT, "Take every Nth frame of a video.")] = 1,
+    column: Annotated[str | None, _option(INPUT, "Image column of parquet. Default: found.", metavar="NAME")] = None,
+    allow_urls: Annotated[bool, _flag(INPUT, "Also fetch the URLs that stand in text lists.", "--allow-urls")] = False,
     tile: Annotated[
         int | None, _option(INPUT, "Cut larger inputs into tiles of this side in pixels, and blend their maps.")
     ] = None,
@@ -176,10 +178,9 @@ def extract(
         options = ExtractOptions(
             inputs=input_ or [], res=res, fit=fit, source=source, checkpoint=checkpoint, backbone=backbone,
             backbone_weights=backbone_weights, output=output, storage=format_, dtype=dtype, pca=pca, device=device,
-            precision=precision, fields=named_fields(fields),
-            layers=named_layers(layers), tile=tile, overlap=overlap,
-            batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
-            every=every, strict=strict, overwrite=overwrite, preview=preview, page=page,
+            precision=precision, fields=named_fields(fields), layers=named_layers(layers), tile=tile, overlap=overlap,
+            batch_size=None if batch_size == "auto" else int(batch_size), workers=workers, every=every, column=column,
+            allow_urls=allow_urls, strict=strict, overwrite=overwrite, preview=preview, page=page,
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
             shard=find_shard(shard) if shard else None,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from brixel_cli.cli.console import Progress, is_first_process, print_files, print_json, print_table, say
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.core.formatting import human_bytes, human_seconds
-from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.errors import UNREACHED, BrixelError, UsageError
 
 if TYPE_CHECKING:
     from brixel_cli.engines.extracting.extraction import Estimate
@@ -77,8 +77,16 @@ def _finish(done: Extracted, as_json: bool) -> None:
     if done.failures and is_first_process():
         raise BrixelError(
             f"{len(done.failures)} of {done.num_images} images failed; {done.output} holds the others, "
-            "and the reasons in its dataset reason. Replace or remove those files, then give --overwrite."
+            f"and the reasons in its dataset reason. {_advice(done.failures)}"
         )
+
+
+def _advice(failures: dict[str, str]) -> str:
+    """What to do about images that failed."""
+    unreached = sum(reason.startswith(UNREACHED) for reason in failures.values())
+    again = f"The same command tries the {unreached} again that were not fetched. " if unreached else ""
+    others = "Replace or remove those files, then give --overwrite." if unreached < len(failures) else ""
+    return (again + others).strip()
 
 
 def _show_plan(plan: ExtractPlan, estimate: Estimate | None, as_json: bool) -> None:
