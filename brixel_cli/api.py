@@ -28,6 +28,7 @@ from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import batches_of_one_size
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.default_student import default_student
+from brixel_cli.engines.extracting.extractor import Extractor as Extractor
 from brixel_cli.engines.models import model_spec
 from brixel_cli.engines.reporting import Reporter, Silent
 from brixel_cli.engines.runtime import find_device

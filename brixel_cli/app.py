@@ -20,8 +20,8 @@ from brixel_cli.errors import UsageError
 
 # isort: off
 from brixel_cli.cli.options import ABLATION, COMPUTE, HEAD, INPUT, MEASURE, MODEL, OUTPUT, RECIPE, SHIPPED, STUDENT
-from brixel_cli.cli.options import Arithmetic, Backbone, CopyRecipe, DryRun, Json, ListRecipes, OldRes, Quiet, Set
-from brixel_cli.cli.options import Sources, Weights, Where
+from brixel_cli.cli.options import Arithmetic, Backbone, Copy, CopyRecipe, DryRun, Join, Json
+from brixel_cli.cli.options import ListRecipes, OfShard, OldRes, Quiet, Set, Sources, Weights, Where
 from brixel_cli.cli.options import flag as _flag
 from brixel_cli.cli.options import option as _option
 # isort: on
@@ -117,15 +117,13 @@ def extract(
         int | None, _option(INPUT, "Cut larger inputs into tiles of this side in pixels, and blend their maps.")
     ] = None,
     overlap: Annotated[int, _option(INPUT, "Overlap of the tiles in pixels.")] = OVERLAP,
+    shard: OfShard = None,
     checkpoint: Annotated[str | None, _option(MODEL, f"Student: {STUDENT} {SHIPPED}")] = None,
     source: Annotated[
         Source, _option(MODEL, "Model: student, backbone, or teacher (backbone at the larger input).", metavar="NAME")
     ] = "student",
     backbone: Backbone = None,
     backbone_weights: Weights = None,
-    shard: Annotated[
-        str | None, _option(INPUT, "Take one part: 3/64, or auto, by Slurm array or torchrun.", metavar="I/N")
-    ] = None,
     output: Annotated[
         Path | None, _option(OUTPUT, "The .h5 file, or folder of single files. Default: beside the input.")
     ] = None,
@@ -153,6 +151,8 @@ def extract(
     verify: Annotated[
         Path | None, _option(OUTPUT, "Check a feature file, or folder of single files; name the damaged images.")
     ] = None,
+    join: Join = None,
+    copy: Copy = False,
     overwrite: Annotated[bool, _flag(OUTPUT, "Replace an existing output.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -184,7 +184,7 @@ def extract(
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
             shard=find_shard(shard) if shard else None,
         )  # fmt: skip
-        run_extract(options, export, verify, dry_run, as_json)
+        run_extract(options, export, verify, join, copy, dry_run, as_json)
 
 
 @app.command(epilog=examples.PROBE)

@@ -78,7 +78,7 @@ class Skipped:
     reason: str
 
 
-def load_image(path: Path, still: bool = False) -> Image.Image:
+def load_image(path: Path | Contents, still: bool = False) -> Image.Image:
     """Read an image as `decoded` does, to keep all of it."""
     with decoded(path, still) as image:
         return image

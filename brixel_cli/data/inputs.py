@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -206,7 +207,7 @@ def reason_of(error: BrixelError, path: Place) -> str:
 
 
 def _below(place: Place, folders: Sequence[Path]) -> bool:
-    return isinstance(place, Path) and any(folder in place.parents for folder in folders)
+    return isinstance(place, Path) and str(place).startswith(tuple(f"{folder}{os.sep}" for folder in folders))
 
 
 def _named_once(items: list[Item]) -> list[Item]:

@@ -128,7 +128,7 @@ def common_root(references: Sequence[str], places: Sequence[Place]) -> Place:
     paths = [place for place in places if isinstance(place, Path)]
     urls = [place for place in places if isinstance(place, Url)]
     if not urls:
-        return Path(os.path.commonpath([path.parent for path in paths]))
+        return Path(os.path.commonpath({os.path.dirname(path) for path in paths}))
     least, most = min(url.parts[:-1] for url in urls), max(url.parts[:-1] for url in urls)
     shared = [part for part, other in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(least, most))]  # noqa: B905
     if paths or not shared:
