@@ -159,7 +159,7 @@ def interrupted(arguments: Sequence[str]) -> Callable[[], int | None]:
         from brixel_cli.engines.probing import probing
 
         Trainer.update = after(3, Trainer.update)  # type: ignore[method-assign]
-        extraction.encode = after(2, extraction.encode)
+        extraction.encode_parts = after(2, extraction.encode_parts)
         probing.train_head = after(1, probing.train_head)
         return sandbox.command(arguments)()
 
