@@ -61,6 +61,10 @@ Sources = Annotated[
     list[str] | None, _option(MODEL, "backbone, equal-cost (backbone at the largest input that takes no longer than "
         "the student), student, teacher, or a feature file (.h5); can be repeated. Default: the first four."),
 ]  # fmt: skip
+Baselines = Annotated[
+    list[str] | None,
+    _option(MODEL, "Your own upsampler as a row; can be repeated.", "--baseline", metavar="FILE.py:FUNCTION"),
+]
 Set = Annotated[
     list[str] | None, _option(RECIPE, "Override a value of the recipe; can be repeated.", "--set", metavar="KEY=VALUE")
 ]
@@ -222,6 +226,7 @@ def probe(
     size: OldRes = None,
     checkpoint: Annotated[list[str] | None, _option(MODEL, f"Student; can be repeated: {STUDENT} {SHIPPED}")] = None,
     source: Sources = None,
+    baseline: Baselines = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
     apply: Annotated[
@@ -265,7 +270,7 @@ def probe(
         if apply is not None:
             others = {"--recipe": recipe, "--data": data, "--source": source, "--res": res or size,
                       "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
-                      "--dry-run": dry_run}  # fmt: skip
+                      "--baseline": baseline, "--dry-run": dry_run}  # fmt: skip
             if given := [name for name, value in others.items() if value]:
                 raise UsageError(f"--apply takes all from the head; leave out {', '.join(given)}.")
             if len(checkpoint or []) > 1:
@@ -281,6 +286,7 @@ def probe(
             recipe, data=data, protocol="quick" if quick else protocol, size=res or size, overrides=set_ or [],
             output=output, features=features, sources=source or [], checkpoints=checkpoint or [], backbone=backbone,
             backbone_weights=backbone_weights, seeds=seeds, device=device, precision=precision, overwrite=overwrite,
+            baselines=baseline or [],
         )  # fmt: skip
         run_probe(options, per_class, dry_run, as_json)
 
@@ -299,9 +305,7 @@ def benchmark(
     ] = None,
     checkpoint: Annotated[str | None, _option(MODEL, f"One student: {STUDENT}")] = None,
     backbone_weights: Weights = None,
-    baseline: Annotated[
-        list[str] | None, _option(MODEL, "Your own upsampler as a row; can be repeated.", metavar="FILE.py:FUNCTION")
-    ] = None,
+    baseline: Baselines = None,
     res: Annotated[
         str | None,
         _option(INPUT, "Inputs of the student in pixels: 112, 96x128, 84,112,168 or 128..512. Default: as trained."),

@@ -39,6 +39,7 @@ class ProbeOptions:
     device: Device = "auto"
     precision: Precision = "auto"
     overwrite: bool = False
+    baselines: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_device(self.device)

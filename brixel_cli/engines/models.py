@@ -36,6 +36,7 @@ from brixel_cli.core.student import (
 )
 from brixel_cli.data.resizing import snap
 from brixel_cli.data.views import normalise_pixels
+from brixel_cli.engines.baselines import Baseline
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, library_versions, release_cached
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
@@ -260,6 +261,7 @@ class FeatureExtractor:
         runtime: device and precision.
         reporter: is warned where memory runs out.
         batch_size: images at once at most; None: as many as come.
+        baseline: upsampler from elsewhere on top of a plain backbone.
 
     Attributes:
         student: None for plain backbone and teacher.
@@ -275,12 +277,13 @@ class FeatureExtractor:
         runtime: Runtime,
         reporter: Reporter,
         batch_size: int | None = None,
+        baseline: Baseline | None = None,
     ):
         self.spec, self.runtime, self.reporter = spec, runtime, reporter
         model = spec.load(str(runtime.device))
         self.student = model if isinstance(model, Student) else None
         self.backbone: Backbone = model.backbone if isinstance(model, Student) else model
-        self._call = runtime.in_precision(model)
+        self._call = runtime.in_precision(baseline.whole_pass(self.backbone, spec.factor) if baseline else model)
         self.most_at_once = batch_size
 
     def describe(self) -> dict[str, Any]:
@@ -311,10 +314,14 @@ class FeatureExtractor:
             "versions": library_versions(),
         }
 
-    def maps(self, pixels: Tensor) -> Tensor:
+    def maps(self, pixels: Tensor, *guides: Tensor) -> Tensor:
         """Maps (B, D, h, w), float32, of upright RGB pixels (B, 3, H, W), uint8, of one size.
 
         Where memory runs out, the batch is halved, now and for all that follow.
+
+        Args:
+            pixels: for the network.
+            guides: for a baseline, the same images as large as it wants them.
 
         Raises:
             BrixelError: memory does not suffice for a single image.
@@ -324,7 +331,7 @@ class FeatureExtractor:
         while start < len(pixels):
             size = min(self.most_at_once or len(pixels), len(pixels) - start)
             try:
-                outputs.append(self._forward(pixels[start : start + size]))
+                outputs.append(self._forward(*(seen[start : start + size] for seen in (pixels, *guides))))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -359,9 +366,9 @@ class FeatureExtractor:
         return {(h, w): min(max(budget // (h * w), 1), most) for h, w in sizes}
 
     @torch.inference_mode()
-    def _forward(self, pixels: Tensor) -> Tensor:
-        on_device = pixels.to(self.runtime.device, non_blocking=True)
-        return self._call(normalise_pixels(on_device, self.backbone.mean, self.backbone.std))
+    def _forward(self, *pixels: Tensor) -> Tensor:
+        on_device = [seen.to(self.runtime.device, non_blocking=True) for seen in pixels]
+        return self._call(*(normalise_pixels(seen, self.backbone.mean, self.backbone.std) for seen in on_device))
 
     def _largest_batch(self, size: tuple[int, int]) -> int:
         fits, batch = 1, 1
