@@ -25,7 +25,7 @@ if typing.TYPE_CHECKING:
 # Read when torch is imported: what MPS lacks is computed on the CPU.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["FeatureDataset", "FeatureFile", "__version__", "extract", "load_student"]
 
 _HOMES = {

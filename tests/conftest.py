@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +108,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def with_changes(file: Path, *overrides: str) -> Recipe:
     """A recipe file with overrides."""
     return load_recipe(str(file), overrides)
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Make packages look as if they were not installed."""
+    from brixel_cli.core import extras
+
+    found = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name in packages else found(name))
+    for name in packages:
+        monkeypatch.setitem(sys.modules, name, None)
 
 
 class Listener:

@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import make_photograph
+from conftest import make_photograph, without
 from PIL import Image
 
 from brixel_cli.data import images as images_module
@@ -308,9 +308,9 @@ def test_snapping_is_measured():
 
 
 def test_videos_need_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    without(monkeypatch, "av")
     (tmp_path / "clip.mp4").write_bytes(b"x")
-    with pytest.raises(UsageError, match=r"Videos need PyAV, .* pip install 'brixel\[video\]'"):
+    with pytest.raises(UsageError, match=r"A video needs av, not installed: pip install 'brixel\[video\]'"):
         find_inputs([str(tmp_path / "clip.mp4")], 1)
 
 

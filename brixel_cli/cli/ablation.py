@@ -21,9 +21,12 @@ def run_ablation(options: AblationOptions, report: Path | None, dry_run: bool, a
     # torch takes seconds to import: only now, when there is work for it.
     from brixel_cli.cli.report import report_of
     from brixel_cli.cli.tables import ablation_tables, show
+    from brixel_cli.core.extras import require
     from brixel_cli.engines.ablating.ablation import ablate
     from brixel_cli.engines.ablating.results import FILE_NAME, TABLE_NAME
 
+    if report:
+        require("report", "--report")
     probe = _probe(options)
     if dry_run:
         _show_plan(options, probe, as_json)

@@ -23,9 +23,12 @@ def run_benchmark(options: BenchmarkOptions, report: Path | None, dry_run: bool,
         _run_curve(options, as_json)
         return
     from brixel_cli.cli.report import report_of
+    from brixel_cli.core.extras import require
     from brixel_cli.engines.benchmarking.benchmarking import benchmark, count_only
 
     files: list[Path] = []
+    if report:
+        require("report", "--report")
     if dry_run:
         results = count_only(options, Progress())
     else:

@@ -135,11 +135,6 @@ def print_json(result: Mapping[str, Any]) -> None:
         sys.stdout.write(to_json(result) + "\n")
 
 
-def print_version(version: str) -> None:
-    """The version to stdout."""
-    sys.stdout.write(f"brixel {version}\n")
-
-
 def print_files(files: Sequence[Path]) -> None:
     """Name the files that a command wrote, to stdout."""
     if is_first_process():

@@ -51,6 +51,8 @@ PROBE = """
 
   brixel probe --recipe camvid --source backbone --source student --source features.h5
 
+  brixel probe --recipe camvid --predictions mask2former=DIR --predictions segformer=DIR
+
   brixel probe --apply runs/probe/camvid/heads/student_seed0.safetensors --input photos
 """
 
@@ -70,4 +72,14 @@ BENCHMARK = """
   brixel benchmark --compare-highres --report out
 
   brixel benchmark --ablate losses,adapter --recipe dinov2_vits --steps 300 --report out
+"""
+
+DEMO = """
+[bold]Examples[/bold]
+
+  brixel demo
+
+  brixel extract --input demo/photos/held_out --res 112 --backbone-weights demo/dinov2_vits14.safetensors
+
+  brixel distill --recipe demo
 """

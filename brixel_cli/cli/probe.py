@@ -20,7 +20,7 @@ from brixel_cli.cli.console import (
 from brixel_cli.config.base import Device, Precision, did_you_mean, parse_size
 from brixel_cli.config.files import load_recipe, shipped_recipes, with_overrides
 from brixel_cli.config.labelled import ProbeRecipe
-from brixel_cli.config.probe import OUTPUT, ApplyOptions, ProbeOptions
+from brixel_cli.config.probe import OUTPUT, ApplyOptions, PredictionsConfig, ProbeOptions
 from brixel_cli.config.protocols import PROTOCOLS, Protocol, published
 from brixel_cli.config.section import Side
 from brixel_cli.core.formatting import human_bytes, human_percent, human_seconds, human_size
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from brixel_cli.engines.probing.probing import Probed
     from brixel_cli.engines.probing.results import PassCost, SourceDescription, Summary
 
-PREFIX = "protocol."
+PREFIXES = PROTOCOL, PREDICTED = "protocol.", "predictions."
+"""Of values of --set that do not belong to the recipe."""
 TABLES = (
     ("miou", "boundary_iou"),
     ("pixel_accuracy",),
@@ -56,6 +57,7 @@ def probe_options(
     output: Path | None = None,
     features: Path | None = None,
     sources: Sequence[str] = (),
+    predictions: Sequence[str] = (),
     checkpoints: Sequence[str] = (),
     backbone: str | None = None,
     backbone_weights: str | None = None,
@@ -73,7 +75,7 @@ def probe_options(
     if recipe is None:
         listed = ", ".join(shipped_recipes(ProbeRecipe))
         raise UsageError(f"--recipe is missing: a .yaml file, or one of {listed}. Or --apply HEAD --input DIR.")
-    changes = [override for override in overrides if not override.strip().startswith(PREFIX)]
+    changes = [override for override in overrides if not override.strip().startswith(PREFIXES)]
     if data is not None:
         changes.append(f"data.root={json.dumps(str(data))}")
     if size is not None:
@@ -86,6 +88,8 @@ def probe_options(
         recipe=loaded, protocol=rules, output=folder, features=stored, sources=tuple(sources),
         checkpoints=tuple(checkpoints), backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
         device=device, precision=precision, overwrite=overwrite, baselines=tuple(baselines),
+        predictions=_named_folders(predictions),
+        predicted=with_overrides(PredictionsConfig(), _of(PREDICTED, overrides), "predictions"),
     )  # fmt: skip
 
 
@@ -100,7 +104,8 @@ def run_probe(options: ProbeOptions, per_class: bool, dry_run: bool, as_json: bo
         return
     done = probe(options, Progress())
     print_results(as_dict(done.results), done.files, as_json, lambda: _show_results(done, per_class))
-    say(f"use a head: brixel probe --apply {options.output}/heads/HEAD.safetensors --input IMAGES")
+    if any(file.parent.name == "heads" for file in done.files):
+        say(f"use a head: brixel probe --apply {options.output}/heads/HEAD.safetensors --input IMAGES")
 
 
 def verify_probe(folder: Path, as_json: bool) -> None:
@@ -156,10 +161,28 @@ def run_apply(options: ApplyOptions, as_json: bool) -> None:
 def _protocol(name: str, data: str, overrides: Sequence[str]) -> Protocol:
     if name not in PROTOCOLS:
         raise UsageError(f"No protocol {name}.{did_you_mean(name, PROTOCOLS)} There are: {', '.join(PROTOCOLS)}.")
-    changes = [override.strip().removeprefix(PREFIX) for override in overrides if override.strip().startswith(PREFIX)]
+    changes = _of(PROTOCOL, overrides)
     if any(change.partition("=")[0].strip() in ("name", "side") for change in changes):
         raise UsageError("protocol.name and protocol.side say what was published: set the size with --res.")
     return with_overrides(published(name, data), changes, f"protocol {name}")
+
+
+def _of(prefix: str, overrides: Sequence[str]) -> list[str]:
+    """The overrides of a section that is not the recipe's, without its name."""
+    return [item.strip().removeprefix(prefix) for item in overrides if item.strip().startswith(prefix)]
+
+
+def _named_folders(given: Sequence[str]) -> list[tuple[str, Path]]:
+    """Names and folders of predictions.
+
+    Raises:
+        UsageError: a name or a folder is missing.
+    """
+    parts = [text.partition("=") for text in given]
+    for text, (name, _, folder) in zip(given, parts, strict=True):
+        if not name.strip() or not folder:
+            raise UsageError(f"--predictions {text}: give a name and a folder, such as --predictions mask2former=DIR.")
+    return [(name.strip(), Path(folder).expanduser()) for name, _, folder in parts]
 
 
 def _show_plan(plan: ProbePlan, as_json: bool) -> None:
@@ -189,7 +212,7 @@ def _show_plan(plan: ProbePlan, as_json: bool) -> None:
         train, evaluate = plan.sources[0].train.labelled, plan.sources[0].evaluate.labelled
         notes = [
             f"{len(train):,} images to train on, {len(evaluate):,} to evaluate.",
-            f"{options.seeds} seeds of {plan.num_steps:,} steps for each source.",
+            *([f"{options.seeds} seeds of {plan.num_steps:,} steps for each source."] if plan.trains else []),
             f"Disk: {human_bytes(plan.bytes_needed)} needed with targets, {human_bytes(plan.bytes_free)} free, "
             f"in {options.features}.",
             "All images and labels were read: none has an error.",
@@ -262,4 +285,6 @@ def _cost(cost: PassCost | None) -> list[str]:
 
 def _grid(source: SourceDescription) -> str:
     grids = sorted(source.grid, key=lambda grid: -source.grid[grid])
+    if not grids:
+        return "-"
     return grids[0] + (f" and {len(grids) - 1} more" if len(grids) > 1 else "")

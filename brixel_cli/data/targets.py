@@ -31,9 +31,7 @@ def read_labels(path: Path, config: LabelsConfig) -> npt.NDArray[np.uint8]:
             red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.int64), -1, 0)
         values = red << 16 | green << 8 | blue
     else:
-        values = _read_plane(path, "a mask of class numbers; for one of colours give data.labels.colours").astype(
-            np.int64
-        )
+        values = read_classes(path)
     known, classes = _tables(config)
     places = np.searchsorted(known, values).clip(max=len(known) - 1)
     labels = np.where(known[places] == values, classes[places], NO_CLASS)
@@ -44,17 +42,31 @@ def read_labels(path: Path, config: LabelsConfig) -> npt.NDArray[np.uint8]:
     return labels.astype(np.uint8)
 
 
+def read_classes(path: Path) -> npt.NDArray[np.int64]:
+    """The numbers (H, W) of a mask, whatever they mean.
+
+    Raises:
+        BrixelError: the file is damaged or of another kind.
+    """
+    values = (
+        read_npy(path)
+        if path.suffix.lower() == ".npy"
+        else _read_plane(path, "a mask of class numbers; for one of colours give data.labels.colours")
+    )
+    if values.ndim != 2 or values.dtype.kind not in "biu":
+        raise BrixelError(
+            f"{path} has the shape {values.shape} of {values.dtype}; a mask is (height, width) of integers."
+        )
+    return values.astype(np.int64)
+
+
 def read_depth(path: Path, config: DepthConfig) -> npt.NDArray[np.float32]:
     """Depth (H, W) in metres; 0 where it is unknown or out of range.
 
     Raises:
         BrixelError: the file is damaged or of another kind, or no pixel is in range.
     """
-    values = (
-        read_npy(path) if path.suffix.lower() == ".npy" else _read_plane(path, "a depth map of one channel")
-    ).astype(np.float64)
-    if values.ndim != 2:
-        raise BrixelError(f"{path} has the shape {values.shape}; a depth map is (height, width).")
+    values = read_depth_values(path)
     unknown = ~np.isfinite(values) | (values == 0) | np.isin(values, config.invalid)
     units = np.where(unknown, 1, values) * config.scale
     metres = 1 / np.where(units == 0, np.inf, units) if config.inverse else units
@@ -68,6 +80,18 @@ def read_depth(path: Path, config: DepthConfig) -> npt.NDArray[np.float32]:
             f"valid are {least:g} to {most:g} m, data.depth.range."
         )
     return depth
+
+
+def read_depth_values(path: Path) -> npt.NDArray[np.float64]:
+    """The numbers (H, W) of a depth map, in whatever unit.
+
+    Raises:
+        BrixelError: the file is damaged or of another kind.
+    """
+    values = read_npy(path) if path.suffix.lower() == ".npy" else _read_plane(path, "a depth map of one channel")
+    if values.ndim != 2:
+        raise BrixelError(f"{path} has the shape {values.shape}; a depth map is (height, width).")
+    return values.astype(np.float64)
 
 
 def evaluated(path: Path, depth: npt.NDArray[np.float32], config: DepthConfig) -> npt.NDArray[np.bool_]:
@@ -94,11 +118,11 @@ def evaluated(path: Path, depth: npt.NDArray[np.float32], config: DepthConfig) -
     return inside
 
 
-def read_normals(path: Path, config: NormalsConfig) -> npt.NDArray[np.float32]:
-    """Unit normals (3, H, W); x right, y down, z forward, facing the camera; 0 where they are unknown.
+def read_vectors(path: Path, config: NormalsConfig) -> npt.NDArray[np.float32]:
+    """Vectors (3, H, W) as the file has them, of any length, turned by the signs of `axes`.
 
     Raises:
-        BrixelError: the file is damaged or of another kind, or its normals point away from the camera.
+        BrixelError: the file is damaged or of another kind.
     """
     if config.encoding == "npy":
         values = read_npy(path).astype(np.float32)
@@ -113,7 +137,16 @@ def read_normals(path: Path, config: NormalsConfig) -> npt.NDArray[np.float32]:
                 raise BrixelError(f"{image.mode} pixels, expected RGB that encodes normals as 2 x value / 255 - 1")
             coded = np.moveaxis(np.asarray(image.convert("RGB"), np.float32), -1, 0)
         vectors = np.where(coded.any(0), coded * (2 / 255) - 1, 0)
-    vectors = np.nan_to_num(vectors) * np.array(config.axes, np.float32)[:, None, None]
+    return vectors * np.array(config.axes, np.float32)[:, None, None]
+
+
+def read_normals(path: Path, config: NormalsConfig) -> npt.NDArray[np.float32]:
+    """Unit normals (3, H, W); x right, y down, z forward, facing the camera; 0 where they are unknown.
+
+    Raises:
+        BrixelError: the file is damaged or of another kind, or its normals point away from the camera.
+    """
+    vectors = np.nan_to_num(read_vectors(path, config))
     length = np.sqrt((vectors**2).sum(0))
     known = length > 0.5  # the codes of 0, such as grey, have a length of next to nothing
     normals: npt.NDArray[np.float32] = np.where(known, vectors / np.where(known, length, 1), 0).astype(np.float32)

@@ -9,8 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from brixel_cli.core.extras import require
 from brixel_cli.core.files import replacing
-from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.errors import BrixelError
 
 VIDEO_EXTENSIONS = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())  # noqa: SIM905
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,asf,ogg,mpeg,mpegts,mpegvideo,m4v,h264,hevc"
@@ -116,8 +117,7 @@ def _upright(frame: Any) -> Image.Image:
 
 
 def _load_av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise UsageError("Videos need PyAV, which is not installed: pip install 'brixel[video]'.") from error
+    require("video", "A video")
+    import av
+
     return av

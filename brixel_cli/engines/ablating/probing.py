@@ -10,6 +10,7 @@ from typing import Literal
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
+from brixel_cli.core.extras import require
 from brixel_cli.core.identity import text_digest
 from brixel_cli.data.labelled import LabelledSet
 from brixel_cli.engines.benchmarking.probes import Figure, ProbeResult, read_probe
@@ -75,5 +76,6 @@ def check_set(options: ProbeOptions) -> None:
     Raises:
         BrixelError: some are missing.
     """
+    require("probe", "--probe")
     for split in SPLITS:
         LabelledSet(options.recipe, split)

@@ -15,6 +15,7 @@ from torch import Tensor
 from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.config.distill import ViewConfig
 from brixel_cli.core.adapter import resize
+from brixel_cli.core.extras import require
 from brixel_cli.core.files import make_folder, write_text
 from brixel_cli.core.formatting import human_size, now
 from brixel_cli.core.student import Student
@@ -123,6 +124,7 @@ def measure_curve(options: BenchmarkOptions, reporter: Reporter) -> tuple[Curve,
         UsageError: the students have several backbones, or there are no images or no trained student.
         BrixelError: weights or images cannot be read, or memory does not suffice.
     """
+    require("report", "--curve")
     runtime = Runtime(options.device, options.precision)
     candidates = find_candidates(options, reporter)
     first = candidates[0]

@@ -16,6 +16,7 @@ from PIL import Image
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import dump_recipe
 from brixel_cli.core.backbone import Backbone, load_backbone
+from brixel_cli.core.extras import require
 from brixel_cli.core.files import locked, save_picture, write_text
 from brixel_cli.core.formatting import Stored
 from brixel_cli.core.student import StudentCard, read_adapter, save_student
@@ -75,6 +76,8 @@ def distill(
         BrixelError: something the user can fix; what was computed before stays in the folder.
     """
     recipe = resolve_paths(recipe)
+    if recipe.run.tensorboard:
+        require("train", "run.tensorboard", ", or do without: --set run.tensorboard=false")
     runtime = Runtime(recipe.run.device, recipe.run.precision, training=True, device_option="run.device")
     warn_of_workers(recipe.run.workers, "run.workers", reporter, runtime.world_size)
     share = recipe.optim.accumulate * runtime.world_size

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.core.backbone import check_size
 from brixel_cli.core.cost import count_bytes
+from brixel_cli.core.extras import require
 from brixel_cli.engines.extracting.plan import model_of
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
@@ -27,7 +28,6 @@ OPSET = 20
 """The first with GridSample and antialiased Resize as PyTorch has them."""
 LARGEST_SINGLE_FILE = 1_800_000_000
 """Bytes of weights; what is larger goes to a second file, as the format of the first allows 2 GB only."""
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,9 @@ def export(options: ExtractOptions, path: Path, reporter: Reporter) -> Exported:
 
 
 def _check(path: Path) -> None:
-    from importlib.util import find_spec
-
     if path.suffix != ".onnx":
         raise UsageError(f"--export {path}: the file must end in .onnx.")
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise UsageError(f"--export needs {', '.join(missing)}: pip install 'brixel[onnx]'.")
+    require("onnx", "--export")
 
 
 def _write(model: nn.Module, example: Tensor, path: Path, patch: int, free_size: bool) -> None:

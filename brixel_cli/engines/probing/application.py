@@ -17,6 +17,7 @@ from torch import Tensor
 from brixel_cli.config.probe import ApplyOptions
 from brixel_cli.config.section import Side
 from brixel_cli.core.backbone import Backbone
+from brixel_cli.core.extras import require
 from brixel_cli.core.files import locked, make_folder, save_picture, write_text
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.heads import Head, load_head
@@ -33,6 +34,7 @@ from brixel_cli.data.inputs import (
     none_usable,
     reason_of,
 )
+from brixel_cli.data.predictions import DEPTH_UNITS, DESCRIPTION
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import Array
 from brixel_cli.drawing.predictions import (
@@ -50,9 +52,6 @@ from brixel_cli.engines.runtime import Runtime, free_memory, memory_errors
 from brixel_cli.engines.streams import num_workers, read_ahead
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
-DESCRIPTION = "predictions.json"
-DEPTH_UNITS = {1000: "millimetres", 100: "centimetres", 10: "decimetres", 1: "metres"}
-"""Of stored depth: how many make a metre. The finest is taken in which the depths of the training fit."""
 DEEPEST = 2**16 - 1
 UNITS = {
     "segmentation": "class numbers in 8-bit palette PNGs",
@@ -101,6 +100,7 @@ def apply_head(options: ApplyOptions, reporter: Reporter) -> Applied:
     Raises:
         BrixelError: something the user can fix: no head, no images, other weights than those it was trained on.
     """
+    require("probe", "brixel probe --apply")
     runtime = Runtime(options.device, options.precision)
     head, said = _load_head(options.head)
     spec, size = _model_spec(options, said)
@@ -310,7 +310,7 @@ def write_predictions(
 
 
 def depth_unit(deepest: float) -> int:
-    """The unit of stored depth in which this depth in metres fits into 16 bits: so many of it make a metre."""
+    """The finest unit of stored depth in which this depth in metres fits into 16 bits: so many of it make a metre."""
     return next((unit for unit in DEPTH_UNITS if deepest * unit <= DEEPEST), 1)
 
 

@@ -139,7 +139,7 @@ def prepare(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> None:
     clear_partials(plan.options.features)
     plan.check_disk()
     for source_plan in plan.sources:
-        for split in (source_plan.train, source_plan.evaluate):
+        for split in source_plan.splits:
             _fill_targets(split, plan.options.recipe.task, reporter)
     for source_plan in plan.sources:
         _fill_maps(source_plan, runtime, reporter)

@@ -24,7 +24,7 @@ from brixel_cli.drawing.page import check_document
 from brixel_cli.engines.probing.results import ProbeResults, Run, Settings, SourceDescription, as_dict
 from brixel_cli.errors import BrixelError, UsageError
 
-PLACES = ("checkpoint", "backbone_weights", "path", "description.backbone_weights")
+PLACES = ("checkpoint", "backbone_weights", "path", "description.backbone_weights", "folders")
 """Of a source, where its files are: another place makes no other source."""
 
 
@@ -99,8 +99,10 @@ class ProbeFolder:
             if found != expected:
                 raise ValueError(f"it holds {found} images, not {expected}")
 
-        return {self.head(label, seed): load_head, self.curve(label, seed): check_curve,
-                self.images(label, seed): check_images}  # fmt: skip
+        checks: dict[Path, Callable[[Path], object]] = {self.images(label, seed): check_images}
+        if results.sources[label].kind != "predictions":  # for which nothing was trained
+            checks |= {self.head(label, seed): load_head, self.curve(label, seed): check_curve}
+        return checks
 
     def damaged_pictures(self) -> bool:
         """Whether one of the pictures or the page is damaged, or there are no curves."""
@@ -109,7 +111,8 @@ class ProbeFolder:
     def _drawn(self) -> dict[Path, Callable[[Path], object]]:
         """What reads each picture, and the page."""
         pages = [self.page] if self.page.exists() else []  # some protocols and earlier versions have none
-        pictures = [self.curves, *self.pictures.glob("*.png")]
+        curves = [self.curves] if any((self.path / "curves").glob("*.jsonl")) else []
+        pictures = [*curves, *self.pictures.glob("*.png")]
         return {**dict.fromkeys(pictures, check_picture), **dict.fromkeys(pages, check_document)}
 
     def verify(self) -> dict[Path, str]:
@@ -155,8 +158,9 @@ class ProbeFolder:
 
     def write_run(self, label: str, seed: int, curve: Sequence[Mapping[str, float]], names: Sequence[str],
                   images: Sequence[Mapping[str, float]]) -> None:  # fmt: skip
-        """Write the loss curve, and the metrics of each image, of a source and seed."""
-        write_text(self.curve(label, seed), "".join(to_json(point) + "\n" for point in curve))
+        """Write the loss curve, if anything was trained, and the metrics of each image, of a source and seed."""
+        if curve:
+            write_text(self.curve(label, seed), "".join(to_json(point) + "\n" for point in curve))
         metrics = list(dict.fromkeys(name for image in images for name in image))
         rows = [[name, *(image.get(metric) for metric in metrics)] for name, image in zip(names, images, strict=True)]
         write_text(self.images(label, seed), csv_text(["image", *metrics], rows))

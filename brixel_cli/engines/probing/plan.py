@@ -24,7 +24,7 @@ from brixel_cli.data.crops import Crop, cut_target, plan_crops
 from brixel_cli.data.feature_layout import Grid, Layout
 from brixel_cli.data.labelled import LabelledSet
 from brixel_cli.data.row_store import Column, bytes_needed
-from brixel_cli.engines.probing.sources import FileSource, ModelSource, Source
+from brixel_cli.engines.probing.sources import FileSource, ModelSource, PredictionSource, Source
 from brixel_cli.errors import BrixelError
 
 FORMAT = 1
@@ -85,6 +85,10 @@ class SplitPlan:
             found[crop.row].append(position)
         return found
 
+    def target_row(self, image: int) -> int:
+        """The row of the targets that an image is evaluated on."""
+        return image if self.slides else self.positions[image][0]
+
 
 @dataclass(frozen=True)
 class SourcePlan:
@@ -93,6 +97,16 @@ class SourcePlan:
     source: Source
     train: SplitPlan
     evaluate: SplitPlan
+
+    @property
+    def splits(self) -> list[SplitPlan]:
+        """Those whose targets and maps it needs: nothing is trained for predictions that are there already."""
+        return [self.evaluate] if isinstance(self.source, PredictionSource) else [self.train, self.evaluate]
+
+    @property
+    def seeds(self) -> int | None:
+        """How many seeds it has of itself; None: as many as are asked for."""
+        return len(self.source.folders) if isinstance(self.source, PredictionSource) else None
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ class ProbePlan:
     @property
     def parts(self) -> list[StoredPart]:
         """Every file that is needed, once."""
-        splits = [split for source in self.sources for split in (source.train, source.evaluate)]
+        splits = [split for source in self.sources for split in source.splits]
         found = [part for split in splits for part in (split.targets, split.maps) if part is not None]
         return list({part.path: part for part in found}.values())
 
@@ -118,6 +132,11 @@ class ProbePlan:
     def bytes_free(self) -> int:
         """Bytes free where the features go."""
         return free_bytes(self.options.features)
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained."""
+        return any(item.seeds is None for item in self.sources)
 
     @property
     def num_steps(self) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from brixel_cli.config.labelled import ProbeRecipe, Split, SplitConfig, Task
+from brixel_cli.config.probe import PredictionsConfig
 from brixel_cli.config.protocols import Protocol
 from brixel_cli.config.section import Side
 from brixel_cli.core.formatting import to_json
@@ -81,7 +82,29 @@ class FileDescription:
     input: None = None
 
 
-SourceDescription = ModelDescription | FileDescription
+@dataclass(frozen=True)
+class PredictionsDescription:
+    """A row of predictions that another model has made, read from files.
+
+    Attributes:
+        folders: of the predictions, one for each seed.
+        files: evaluated images in each of them.
+        sha256: over the files of each folder.
+        predicted: what their values mean.
+    """
+
+    kind: Literal["predictions"]
+    source: Literal["predictions"]
+    folders: list[str]
+    files: int
+    sha256: list[str]
+    predicted: PredictionsConfig
+    grid: dict[str, int] = field(default_factory=dict)
+    input: None = None
+
+
+FeaturesDescription = ModelDescription | FileDescription
+SourceDescription = FeaturesDescription | PredictionsDescription
 
 
 @dataclass(frozen=True)
@@ -122,13 +145,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One head: the figures of a source and seed.
+    """The figures of a source and seed.
 
     Attributes:
         source: label of the source.
         seed: of the training.
         figures: of the whole split, by metric; nan where nothing counts.
-        final_loss: mean over the last steps.
+        final_loss: mean over the last steps; nan where nothing was trained.
         train_seconds, evaluate_seconds, steps_per_second: the time it took.
         versions: of the libraries; a probe can be continued with others.
     """
@@ -136,10 +159,10 @@ class Run:
     source: str
     seed: int
     figures: dict[str, Value]
-    final_loss: float
+    final_loss: Number
     train_seconds: float
     evaluate_seconds: float
-    steps_per_second: float
+    steps_per_second: Number
     versions: Versions
 
 
@@ -261,7 +284,7 @@ class HeadDescription:
     size: Side
     seed: int
     label: str
-    source: SourceDescription
+    source: FeaturesDescription
     versions: Versions
     backbone_signature: list[float] = field(default_factory=list)
 

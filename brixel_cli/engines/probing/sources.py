@@ -1,8 +1,8 @@
-"""Whose features a probe compares: plain backbone, students, teacher, and feature files."""
+"""Whose features or predictions a probe compares: backbone, students, teacher, feature files, predictions as files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +10,14 @@ from typing import Any, ClassVar, Literal
 
 from brixel_cli.config.base import height_width
 from brixel_cli.config.extract import Source as ModelKind
-from brixel_cli.config.probe import ProbeOptions
+from brixel_cli.config.probe import PredictionsConfig, ProbeOptions
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.formatting import human_size
-from brixel_cli.core.identity import tensors_sha256
+from brixel_cli.core.heads import QUANTITIES
+from brixel_cli.core.identity import files_sha256, json_digest, tensors_sha256
 from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile
 from brixel_cli.data.feature_layout import Grid
+from brixel_cli.data.predictions import find_predictions
 from brixel_cli.data.resizing import snap
 from brixel_cli.engines.baselines import Baseline, load_baseline
 from brixel_cli.engines.equal_cost import EQUAL_COST, equal_cost_size
@@ -132,11 +134,43 @@ class FileSource:
         return {"source": "file", "path": str(self.file.path.absolute()), "bytes": stat.st_size, "description": said}
 
 
-Source = ModelSource | FileSource
+@dataclass(frozen=True)
+class PredictionSource:
+    """A row of predictions that another model has made: nothing is trained.
+
+    Attributes:
+        label: names it in tables and files.
+        folders: of the predictions, one for each seed.
+        files: for each folder and quantity the file of each evaluated image.
+        config: what the values mean.
+        patch_size: of the backbone beside which the row stands: crops are the same; 1: there is none.
+        digests: SHA-256 over the files of each folder.
+    """
+
+    label: str
+    folders: tuple[Path, ...]
+    files: tuple[Mapping[str, Sequence[Path]], ...]
+    config: PredictionsConfig
+    patch_size: int
+    digests: tuple[str, ...]
+    kind: ClassVar[Literal["predictions"]] = "predictions"
+
+    def identity(self) -> dict[str, Any]:
+        """The files, and how they are read."""
+        return {
+            "source": "predictions",
+            "folders": [str(folder.absolute()) for folder in self.folders],
+            "files": len(next(iter(self.files[0].values()))),
+            "sha256": list(self.digests),
+            "predicted": self.config,
+        }
+
+
+Source = ModelSource | FileSource | PredictionSource
 
 
 def resolve_sources(
-    options: ProbeOptions, runtime: Runtime, reporter: Reporter, read_weights: bool = True
+    options: ProbeOptions, runtime: Runtime, reporter: Reporter, evaluated: Sequence[str], read_weights: bool = True
 ) -> list[Source]:
     """The sources that were asked for, in that order.
 
@@ -144,14 +178,15 @@ def resolve_sources(
         options: of the probe.
         runtime: where the cost of backbone and student is measured.
         reporter: hears which student is taken where none is named.
+        evaluated: names of the images that predictions as files have to be of.
         read_weights: whether the backbone's weights are read, once, for their SHA-256, and cost is measured; else a
             student's description says it, or nothing.
 
     Raises:
         UsageError: a source is unknown or stands twice, or no model is named.
-        BrixelError: a checkpoint, weights or a feature file cannot be read.
+        BrixelError: a checkpoint, weights, a feature file or predictions cannot be read.
     """
-    names = list(options.sources) or list(MODELS)
+    names = list(options.sources) or ([] if options.predictions else list(MODELS))
     baselines = [load_baseline(reference) for reference in options.baselines]
     checkpoints = list(options.checkpoints)
     adapted, computed = {"student", "equal-cost"} & set(names), set(MODELS) & set(names) or set(options.baselines)
@@ -179,6 +214,7 @@ def resolve_sources(
         place = next((place for place, source in enumerate(sources) if source.kind in ("student", "teacher")), None)
         rows = [replace(plain, label=baseline.name, kind="baseline", baseline=baseline) for baseline in baselines]
         sources[len(sources) if place is None else place : place] = rows
+    sources += _predictions(options, evaluated, sources[0].patch_size if sources else 1)
     labels = [source.label for source in sources]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice:
@@ -238,6 +274,26 @@ def _file(name: str) -> FileSource:
             f"{path} holds features of the middle of each image alone: extract them again with --fit short."
         )
     return source
+
+
+def _predictions(options: ProbeOptions, names: Sequence[str], patch_size: int) -> list[PredictionSource]:
+    """The rows of predictions as files; folders of one name are the seeds of a row."""
+    folders: dict[str, list[Path]] = {}
+    for label, folder in options.predictions:
+        folders.setdefault(label, []).append(folder)
+    sources = []
+    for label, some in folders.items():
+        if len({folder.resolve() for folder in some}) < len(some):
+            raise UsageError(f"--predictions {label}: a folder stands twice. Each is another seed of the row.")
+        quantities = QUANTITIES[options.recipe.task]
+        files: list[dict[str, list[Path]]] = [
+            {quantity: find_predictions(folder, quantity, names) for quantity in quantities} for folder in some
+        ]
+        digests = [json_digest(files_sha256([path for paths in by.values() for path in paths])) for by in files]
+        sources.append(
+            PredictionSource(label, tuple(some), tuple(files), options.predicted, patch_size, tuple(digests))
+        )
+    return sources
 
 
 def _labels(checkpoints: Sequence[str]) -> list[str]:
