@@ -177,7 +177,11 @@ def probe(
     ] = None,
     protocol: Annotated[
         str | None,
-        _option(RECIPE, "quick, jafar, brixel, dinov3-ade, dinov3-nyu, brixel-nyu or normals. Default: by the recipe."),
+        _option(
+            RECIPE,
+            "quick, jafar, jafar-published, brixel, dinov3-ade, dinov3-nyu, brixel-nyu or normals. Default: "
+            "by the recipe.",
+        ),
     ] = None,
     quick: Annotated[bool, _flag(RECIPE, "As --protocol quick, which takes minutes.", "--quick")] = False,
     list_recipes: ListRecipes = False,

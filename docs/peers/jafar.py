@@ -1,4 +1,4 @@
-"""JAFAR, arXiv 2506.11136, for DINOv2 ViT-S/14. JAFAR_REPO: a clone of github.com/PaulCouairon/JAFAR. Needs einops."""
+"""JAFAR, arXiv 2506.11136, for DINOv2 ViT-S/14, from a clone of github.com/PaulCouairon/JAFAR. Needs einops."""
 
 import functools
 import os
@@ -6,6 +6,8 @@ import sys
 
 import torch
 
+if "JAFAR_REPO" not in os.environ:
+    raise ImportError("set JAFAR_REPO to a clone of github.com/PaulCouairon/JAFAR")
 sys.path.insert(0, os.environ["JAFAR_REPO"])
 from src.upsampler import jafar as package
 
