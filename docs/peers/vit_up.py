@@ -1,7 +1,7 @@
 """ViT-Up for DINOv3 ViT-S+: github.com/krispinwandel/vit-up by torch.hub. It runs a backbone of its own, at 448 px.
 
-Its features are DINOv3's: compare it with a student of vit_small_plus_patch16_dinov3.lvd1689m. brixel's backbone, which it
-does not use, is in the cost of the row: subtract that of the row `backbone`.
+Its features are DINOv3's: compare it with a student of vit_small_plus_patch16_dinov3.lvd1689m. The pass of brixel's
+backbone, which it does not use, is in the cost of the row: subtract that of the row `backbone`.
 """
 
 import torch
