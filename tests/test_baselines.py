@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from brixel_cli.core.identity import file_sha256
 from brixel_cli.data.views import resize_view
 from brixel_cli.engines.baselines import load_baseline
 from brixel_cli.engines.benchmarking.methods import make_methods
-from brixel_cli.engines.models import model_spec
+from brixel_cli.engines.memory import check_batch
+from brixel_cli.engines.models import FeatureExtractor, model_spec
 from brixel_cli.engines.probing.application import apply_head
 from brixel_cli.engines.probing.features import open_maps
 from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.engines.probing.results import BaselineDescription, ModelDescription
+from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
 
 NEAREST = """
@@ -162,6 +165,18 @@ def test_the_benchmark_gives_the_guide_to_the_function_and_its_reduction_to_the_
         assert torch.allclose(output[0, 0], expected[0], atol=1e-4)
         small = resize_view(images, (32, 32))
         assert torch.allclose(rows["plain"].call(small), rows["bilinear"].call(small), atol=1e-5)
+
+
+def test_batches_of_a_baseline_are_small_everywhere_and_are_not_tried_out(
+    guided: Path, model: tuple[str, str], listener: Listener
+) -> None:
+    spec, runtime = model_spec("backbone", checkpoint=model[0]), Runtime("cpu", "float32")
+    extractor = FeatureExtractor(spec, runtime, listener, baseline=load_baseline(f"{guided}:guided"))
+    extractor.runtime = SimpleNamespace(device=torch.device("cuda"))  # type: ignore[assignment]
+    # 4 x 448 x 448 pixels in all: 802,816 / (448 x 640) = 2.8; of the smaller ones 16 at most.
+    assert extractor.batch_sizes({(448, 640): 9, (96, 144): 9}, None) == {(448, 640): 2, (96, 144): 16}
+    check_batch(extractor, {(4001, 4001): 1}, None)  # no multiple of the patch, which a guide need not be
+    assert listener.said == listener.warned == []
 
 
 def test_a_probe_has_rows_of_baselines_with_what_they_see_and_the_cost_of_a_pass(

@@ -279,7 +279,7 @@ class FeatureExtractor:
         batch_size: int | None = None,
         baseline: Baseline | None = None,
     ):
-        self.spec, self.runtime, self.reporter = spec, runtime, reporter
+        self.spec, self.runtime, self.reporter, self.baseline = spec, runtime, reporter, baseline
         model = spec.load(str(runtime.device))
         self.student = model if isinstance(model, Student) else None
         self.backbone: Backbone = model.backbone if isinstance(model, Student) else model
@@ -358,7 +358,7 @@ class FeatureExtractor:
         """
         if batch_size is not None:
             return dict.fromkeys(sizes, batch_size)
-        if self.runtime.device.type == "cpu":
+        if self.runtime.device.type == "cpu" or self.baseline:  # what a function from elsewhere takes is not known
             budget, most = CPU_BATCH_PIXELS, LARGEST_CPU_BATCH
         else:
             commonest = max(sizes, key=lambda size: sizes[size])
