@@ -14,7 +14,7 @@ from brixel_cli.cli import examples
 from brixel_cli.cli.console import error_boundary, set_quiet
 from brixel_cli.config.base import check_device
 from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions, BenchmarkOptions
-from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage
+from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage, named_fields, named_layers
 from brixel_cli.errors import UsageError
 
 # isort: off
@@ -72,6 +72,9 @@ def distill(
     resume: Annotated[bool, _flag(OUTPUT, "Continue the run in the output folder.", "--resume")] = False,
     verify: Annotated[Path | None, _option(OUTPUT, "Check a run's files; name damaged ones.", metavar="DIR")] = None,
     overwrite: Annotated[bool, _flag(OUTPUT, "Replace an existing run.", "--overwrite")] = False,
+    push_to_hub: Annotated[
+        str | None, _option(OUTPUT, "Send the student to the hub; needs HF_TOKEN.", metavar="USER/NAME")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     device: Annotated[
@@ -94,7 +97,7 @@ def distill(
             "data.images": images, "init": init, "backbone.weights": backbone_weights, "run.device": device,
         }  # fmt: skip
         overrides = [f"{key}={json.dumps(value)}" for key, value in shorthands.items() if value is not None]
-        run_distill(recipe, output, overrides + (set_ or []), resume, overwrite, verify, dry_run, as_json)
+        run_distill(recipe, output, overrides + (set_ or []), resume, overwrite, verify, dry_run, as_json, push_to_hub)
 
 
 @app.command(epilog=examples.EXTRACT)
@@ -122,6 +125,14 @@ def extract(
     dtype: Annotated[Number, _option(OUTPUT, "Number format; int8 has a scale for each location.")] = "float16",
     pca: Annotated[
         int | None, _option(OUTPUT, "Number of principal components to store instead of all channels.", metavar="K")
+    ] = None,
+    fields: Annotated[
+        str,
+        _option(OUTPUT, "Some of map, cls, registers, pooled (mean of the map), by commas.", metavar="NAMES"),
+    ] = "map",
+    layers: Annotated[
+        str | None,
+        _option(OUTPUT, "Also store the maps of these blocks of the backbone: 5,8,11.", metavar="N,N"),
     ] = None,
     preview: Annotated[bool, _flag(OUTPUT, "Also write pictures of the features.", "--preview")] = False,
     page: Annotated[Path | None, _option(OUTPUT, "Also write a page of the features.", metavar="FILE.html")] = None,
@@ -159,7 +170,8 @@ def extract(
         options = ExtractOptions(
             inputs=input_ or [], res=res, fit=fit, source=source, checkpoint=checkpoint, backbone=backbone,
             backbone_weights=backbone_weights, output=output, storage=format_, dtype=dtype, pca=pca, device=device,
-            precision=precision, batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
+            precision=precision, fields=named_fields(fields),
+            layers=named_layers(layers), batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
             every=every, strict=strict, overwrite=overwrite, preview=preview, page=page,
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
         )  # fmt: skip

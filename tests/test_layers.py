@@ -99,6 +99,7 @@ def test_engines_outside_the_packages_serve_all_of_them() -> None:
     assert set(shared) == {
         "__init__",
         "baselines",
+        "default_student",
         "equal_cost",
         "latency",
         "memory",
