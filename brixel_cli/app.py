@@ -188,6 +188,10 @@ def probe(
     recipe: Annotated[
         str | None, _option(RECIPE, "Recipe of a labelled set: a file, or the name of a shipped one, such as camvid.")
     ] = None,
+    task: Annotated[
+        str | None,
+        _option(RECIPE, "Task, such as matching or propagation (nothing is trained). Default: the recipe's."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         _option(RECIPE, "Override a value, also protocol.KEY; can be repeated.", "--set", metavar="KEY=VALUE"),
@@ -255,7 +259,7 @@ def probe(
             verify_probe(verify, as_json)
             return
         if apply is not None:
-            others = {"--recipe": recipe, "--data": data, "--source": source, "--res": res or size,
+            others = {"--recipe": recipe, "--task": task, "--data": data, "--source": source, "--res": res or size,
                       "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
                       "--baseline": baseline, "--dry-run": dry_run, "--predictions": predictions}  # fmt: skip
             if given := [name for name, value in others.items() if value]:
@@ -270,8 +274,8 @@ def probe(
         if quick and protocol not in (None, "quick"):
             raise UsageError(f"--quick is the protocol quick, and --protocol is {protocol}: give one of them.")
         options = probe_options(
-            recipe, data=data, protocol="quick" if quick else protocol, size=res or size, overrides=set_ or [],
-            output=output, features=features, sources=source or [], predictions=predictions or [],
+            recipe, task=task, data=data, protocol="quick" if quick else protocol, size=res or size,
+            overrides=set_ or [], output=output, features=features, sources=source or [], predictions=predictions or [],
             checkpoints=checkpoint or [], backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
             device=device, precision=precision, overwrite=overwrite, baselines=baseline or [],
         )  # fmt: skip

@@ -20,7 +20,7 @@ from brixel_cli.app import app
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import recipe_summaries
 from brixel_cli.config.labelled import ProbeRecipe
-from brixel_cli.config.protocols import Protocol
+from brixel_cli.config.protocols import MatchingProtocol, PropagationProtocol, Protocol
 from brixel_cli.config.section import Section
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "docs" / "reference"
@@ -92,6 +92,8 @@ def recipes_page() -> str:
         ("Options of a distillation", Recipe),
         ("Options of a labelled set", ProbeRecipe),
         ("Options of a protocol", Protocol),
+        ("Options of the protocol matching", MatchingProtocol),
+        ("Options of the protocol propagation", PropagationProtocol),
     ):
         parts += [f"## {title}\n", table(["key", "type", "default", "what it is"], list(option_rows(section)))]
     return "\n".join(parts)

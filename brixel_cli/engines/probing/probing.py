@@ -24,7 +24,8 @@ from brixel_cli.engines.probing.cost import measure_costs
 from brixel_cli.engines.probing.evaluation import evaluate, evaluate_head, meters
 from brixel_cli.engines.probing.features import Maps, Targets, open_maps, prepare
 from brixel_cli.engines.probing.folder import ProbeFolder
-from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan, SplitPlan, make_plan
+from brixel_cli.engines.probing.frozen import FrozenTask, groups_of
+from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan, make_plan
 from brixel_cli.engines.probing.predictions import check_predictions, reader
 from brixel_cli.engines.probing.report import write_curves, write_pictures
 from brixel_cli.engines.probing.results import (
@@ -96,23 +97,29 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
         for run in earlier.runs:
             if (run.source, run.seed) not in done:
                 reporter.warn(f"{run.source}, seed {run.seed}: a file of it is missing or damaged; it is made again")
+    if not options.trains:
+        folder.write(_results(options, settings, described, runs, folder))  # what is kept by sequence belongs to it
     missing = [(item, seed) for item in plan.sources for seed in range(item.seeds or options.seeds)
                if (item.source.label, seed) not in done]  # fmt: skip
     redraw = bool(missing) or folder.damaged_pictures()
     if redraw:
         prepare(plan, runtime, reporter)
+    frozen = FrozenTask(plan, folder, runtime, reporter, _versions)
     for item in plan.sources:
         seeds = [seed for other, seed in missing if other is item]
         if seeds:
-            for run in _run_source(plan, item, seeds, folder, runtime, reporter):
+            trained = (
+                _run_source(plan, item, seeds, folder, runtime, reporter) if options.trains else [frozen.run(item)]
+            )
+            for run in trained:
                 runs.append(run)
-                folder.write(_results(options, settings, described, runs))
+                folder.write(_results(options, settings, described, runs, folder))
     costs = earlier.costs if earlier else {}
     if any(isinstance(item.source, ModelSource) and item.source.label not in costs for item in plan.sources):
         costs = costs | measure_costs(plan, runtime, reporter)
     order = {label: place for place, label in enumerate(described)}
     runs.sort(key=lambda run: (order[run.source], run.seed))
-    results = replace(_results(options, settings, described, runs), costs=costs)
+    results = replace(_results(options, settings, described, runs, folder), costs=costs)
     folder.write(results)
     return Probed(results, _files(folder, plan, results, redraw, runtime))
 
@@ -130,14 +137,17 @@ def plan_probe(options: ProbeOptions, runtime: Runtime, reporter: Reporter, dry_
         BrixelError: the set, a source or the protocol cannot be used.
     """
     require("probe", "brixel probe")
-    splits = train, evaluate = LabelledSet(options.recipe, "train"), LabelledSet(options.recipe, "evaluate")
+    train = LabelledSet(options.recipe, "train") if options.trains else None
+    evaluate = LabelledSet(options.recipe, "evaluate")
+    splits = [labelled for labelled in (train, evaluate) if labelled is not None]
+    groups_of(options.recipe, options.protocol, evaluate)  # whose errors come before any work
     if dry_run:
-        total = len(train) + len(evaluate)
+        total = sum(map(len, splits))
         with reporter.bar("check images and labels", total, unit="image") as bar:
             errors = [error for labelled in splits for error in labelled.errors(bar.update)]
         if errors:
             raise all_errors(errors, total)
-    with reporter.bar("check files", len(train.files()) + len(evaluate.files()), unit="file") as bar:
+    with reporter.bar("check files", sum(len(labelled.files()) for labelled in splits), unit="file") as bar:
         for labelled in splits:
             labelled.read_contents(bar.update)
     sources = resolve_sources(options, runtime, reporter, evaluate.names, read_weights=not dry_run)
@@ -197,7 +207,7 @@ def _run_head(
     runtime: Runtime,
     reporter: Reporter,
 ) -> Run:
-    protocol, label = plan.options.protocol, item.source.label
+    protocol, label = plan.options.training, item.source.label
     maps = {"train": open_maps(item, item.train), "evaluate": open_maps(item, item.evaluate)}
     spec = head_spec(plan.options, maps["train"])
     smaller = f"--set protocol.batch_size={max(protocol.batch_size // 2, 1)}, a smaller --res, or another --device"
@@ -232,15 +242,17 @@ def _run_head(
 
 def head_spec(options: ProbeOptions, maps: Maps) -> HeadSpec:
     """The head that the protocol asks for, on maps of a source."""
-    data = options.recipe.data
+    data, task = options.recipe.data, options.recipe.task
+    assert task != "matching"
+    assert task != "propagation"
     low, high = data.depth.range if data.depth else (0.001, 10.0)
     return HeadSpec(
-        task=options.recipe.task,
+        task=task,
         channels=maps.channels,
         num_classes=num_classes(options),
-        kind=options.protocol.head,
-        batch_norm=options.protocol.batch_norm,
-        bins=options.protocol.bins,
+        kind=options.training.head,
+        batch_norm=options.training.batch_norm,
+        bins=options.training.bins,
         depth_range=(low, high),
     )
 
@@ -254,8 +266,8 @@ def num_classes(options: ProbeOptions) -> int:
 def _settings(plan: ProbePlan, runtime: Runtime) -> Settings:
     """All that every figure depends on."""
     options = plan.options
-    labels = options.recipe.data.labels
-    splits: dict[Split, SplitPlan] = {"train": plan.sources[0].train, "evaluate": plan.sources[0].evaluate}
+    first = plan.sources[0]
+    splits = {split.split: split for split in (first.training, first.evaluate) if split is not None}
     return Settings(
         recipe=options.recipe.name,
         task=options.recipe.task,
@@ -266,7 +278,7 @@ def _settings(plan: ProbePlan, runtime: Runtime) -> Settings:
             name: SplitUsed(getattr(options.recipe.data, name), len(split.labelled), split.labelled.fingerprint())
             for name, split in splits.items()
         },
-        classes=labels.classes if labels and options.recipe.task == "segmentation" else None,
+        classes=groups_of(options.recipe, options.protocol, first.evaluate.labelled),
         precision=runtime.precision,
         device=runtime.device.type,
     )
@@ -313,10 +325,16 @@ def _versions() -> Versions:
 
 
 def _results(
-    options: ProbeOptions, settings: Settings, sources: dict[str, SourceDescription], runs: Sequence[Run]
+    options: ProbeOptions,
+    settings: Settings,
+    sources: dict[str, SourceDescription],
+    runs: Sequence[Run],
+    folder: ProbeFolder,
 ) -> ProbeResults:
     summary = summarise(list(sources), runs)
-    gaps, spreads = stored_gaps(sources, summary)
+    gaps, spreads = stored_gaps(
+        sources, summary, {run.source: folder.read_items(run.source) for run in runs if run.items}
+    )
     return ProbeResults(
         settings=settings,
         recipe=options.recipe,
