@@ -281,7 +281,7 @@ def _show_results(done: Probed, per_class: bool) -> None:
         notes.append("Fewer than three seeds: the spread says little.")
     title = _title(settings.recipe, settings.task, settings.protocol, settings.size)
     for names in filter(None, groups):
-        leading = names[0] in LEADING.values()
+        leading = not set(names).isdisjoint(LEADING.values())
         columns = ["source", *(COST_COLUMNS if leading else ["grid"]), *(figure_title(name, align) for name in names)]
         rows = [[label, *(_cost(results.costs.get(label)) if leading else [_grid(results.sources[label])]),
                  *(figure_text(name, entry.mean_of(name), entry.spread.get(name)) for name in names)]
