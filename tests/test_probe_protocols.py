@@ -34,7 +34,7 @@ def test_a_name_means_what_is_published(name: str) -> None:
 
 
 def test_no_other_protocols_are_there() -> None:
-    assert set(PROTOCOLS) == set(TABLE)
+    assert set(PROTOCOLS) == set(TABLE) | {"propagation", "matching"}  # which train nothing
 
 
 def test_further_rules_of_single_protocols() -> None:
@@ -46,7 +46,7 @@ def test_further_rules_of_single_protocols() -> None:
     assert not PROTOCOLS["dinov3-nyu"].align
     nyu = PROTOCOLS["brixel-nyu"]
     assert (nyu.depth_loss, nyu.gradient_weight, nyu.align) == ("silog", 0, True)
-    assert all(p.evaluate_labels is None for name, p in PROTOCOLS.items() if not name.startswith("jafar"))
+    assert all(p.evaluate_labels is None for name, p in PROTOCOLS.items() if name in TABLE and "jafar" not in name)
 
 
 def test_the_published_code_of_jafar_steps_its_cosine_of_20_epochs_once_an_update() -> None:
