@@ -15,6 +15,7 @@ from brixel_cli.cli.console import error_boundary, set_quiet
 from brixel_cli.config.base import check_device
 from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions, BenchmarkOptions
 from brixel_cli.config.extract import OVERLAP, ExtractOptions, Fit, Number, Source, Storage, named_fields, named_layers
+from brixel_cli.config.shard import find_shard
 from brixel_cli.errors import UsageError
 
 # isort: off
@@ -120,6 +121,9 @@ def extract(
     ] = "student",
     backbone: Backbone = None,
     backbone_weights: Weights = None,
+    shard: Annotated[
+        str | None, _option(INPUT, "Take one part: 3/64, or auto, by Slurm array or torchrun.", metavar="I/N")
+    ] = None,
     output: Annotated[
         Path | None, _option(OUTPUT, "The .h5 file, or folder of single files. Default: beside the input.")
     ] = None,
@@ -179,6 +183,7 @@ def extract(
             batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
             every=every, strict=strict, overwrite=overwrite, preview=preview, page=page,
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
+            shard=find_shard(shard) if shard else None,
         )  # fmt: skip
         run_extract(options, export, verify, dry_run, as_json)
 

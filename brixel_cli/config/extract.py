@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from brixel_cli.config.base import Device, Precision, check_counts, check_device
+from brixel_cli.config.shard import Shard
 from brixel_cli.errors import UsageError
 
 Source = Literal["student", "backbone", "teacher"]
@@ -70,6 +71,7 @@ class ExtractOptions:
     page: Path | None = None
     page_sources: tuple[str, ...] | None = None
     page_images: int = 12
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         check_device(self.device)
@@ -89,6 +91,11 @@ class ExtractOptions:
             raise UsageError(
                 "--dtype int8 stores a scale beside the map, which .npy cannot: take --format h5 or safetensors."
             )
+        whole = {"--pca": self.pca, "--preview": self.preview, "--page": self.page}
+        if self.shard is not None and (given := [name for name, value in whole.items() if value]):
+            raise UsageError(f"{', '.join(given)} take the whole set, and --shard a part of it: leave them out.")
+        if self.shard is not None and self.storage != "h5":
+            raise UsageError(f"--shard writes a part as an .h5 file: leave out --format {self.storage}.")
         self._check_fields()
         if self.page is not None and self.page.suffix != ".html":
             raise UsageError(f"--page {self.page}: the file must end in .html.")

@@ -29,7 +29,7 @@ def check_batch(model: FeatureExtractor, sizes: Mapping[tuple[int, int], int], b
     Raises:
         BrixelError: it does not fit.
     """
-    if model.baseline is not None:  # it runs on tensors that hold numbers alone
+    if not sizes or model.baseline is not None:  # a baseline runs on tensors that hold numbers alone
         return
     counts = dict.fromkeys(sizes, 1)
     if model.runtime.device.type == "cpu":
