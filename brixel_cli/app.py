@@ -21,7 +21,7 @@ from brixel_cli.errors import UsageError
 # isort: off
 from brixel_cli.cli.options import ABLATION, COMPUTE, HEAD, INPUT, MEASURE, MODEL, OUTPUT, RECIPE, SHIPPED, STUDENT
 from brixel_cli.cli.options import Arithmetic, Backbone, CopyRecipe, DryRun, Json, ListRecipes, OldRes, Quiet, Set
-from brixel_cli.cli.options import Baselines, Sources, Weights, Where
+from brixel_cli.cli.options import Baselines, ProtocolName, Sources, Weights, Where
 from brixel_cli.cli.options import flag as _flag
 from brixel_cli.cli.options import option as _option
 # isort: on
@@ -201,14 +201,7 @@ def probe(
         list[str] | None,
         _option(RECIPE, "Override a value, also protocol.KEY; can be repeated.", "--set", metavar="KEY=VALUE"),
     ] = None,
-    protocol: Annotated[
-        str | None,
-        _option(
-            RECIPE,
-            "quick, jafar, jafar-published, brixel, dinov3-ade, dinov3-nyu, brixel-nyu or normals. Default: "
-            "by the recipe.",
-        ),
-    ] = None,
+    protocol: ProtocolName = None,
     quick: Annotated[bool, _flag(RECIPE, "As --protocol quick, which takes minutes.", "--quick")] = False,
     list_recipes: ListRecipes = False,
     copy_recipe: CopyRecipe = None,
