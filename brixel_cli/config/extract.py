@@ -13,7 +13,9 @@ from brixel_cli.errors import UsageError
 
 Source = Literal["student", "backbone", "teacher"]
 Fit = Literal["short", "centre", "stretch"]
-Storage = Literal["h5", "npy", "safetensors"]
+Storage = Literal["h5", "npy", "safetensors", "parquet"]
+SINGLE_FILES: tuple[Storage, ...] = ("npy", "safetensors")
+"""Formats with a file for each image."""
 Number = Literal["float16", "float32", "int8"]
 OVERLAP = 64
 """Of tiles in pixels, unless the user says otherwise."""
@@ -122,6 +124,8 @@ class ExtractOptions:
             )
         if "map" not in self.fields and (self.preview or self.page):
             raise UsageError(f"--preview and --page show feature maps: add map to {asked}.")
+        if self.storage == "parquet" and ("map" in self.fields or self.layers):
+            raise UsageError("--format parquet is for vectors: name them, as in --fields cls,pooled, without --layers.")
         if self.tile is not None and (self.storage != "h5" or self.fields != ("map",) or self.layers):
             raise UsageError(
                 "--tile stores the feature map alone, in --format h5: leave out other --fields, --layers and --format."

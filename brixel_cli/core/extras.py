@@ -12,6 +12,7 @@ EXTRAS = {
     "report": ("matplotlib",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "video": ("av",),
+    "parquet": ("pyarrow",),
     "demo": ("onnx", "skimage", "sklearn"),
 }
 """The packages that must be there, as they are imported, for each extra of pyproject.toml."""

@@ -23,6 +23,7 @@ from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_layout import MapWriter, encode_parts
 from brixel_cli.data.inputs import reason_of
 from brixel_cli.data.row_store import CHECKSUM, DONE, FAILED, MISSING, REASON, Array, Store, create_store, in_batches
+from brixel_cli.data.vector_table import write_table
 from brixel_cli.engines.extracting.continuing import check_same, describe
 from brixel_cli.engines.extracting.parts import ASKED, Extracted, asked_words, completed, finish_part
 from brixel_cli.engines.extracting.plan import (
@@ -168,6 +169,8 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
     seconds = time.perf_counter() - began
     features = FeatureFile(plan.store_path)
     pictures: list[Path] = []
+    if options.storage == "parquet" and runtime.is_first:
+        pictures.append(write_table(features))
     if options.preview and runtime.is_first:
         from brixel_cli.engines.extracting.preview import write_previews
 

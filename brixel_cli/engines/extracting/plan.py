@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from brixel_cli.config.extract import ExtractOptions
+from brixel_cli.core.extras import require
 from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.identity import files_sha256
@@ -270,6 +271,8 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
     if not options.inputs:
         raise UsageError("--input is missing: a folder, an image, a video, a quoted glob, or a .txt list of paths.")
     spec = model_of(options, reporter)
+    if options.storage == "parquet":
+        require("parquet", "--format parquet")
     _check_parts(options, spec)
     _check_tiles(options, spec)
     resizing = Resizing(options.res, options.fit, spec.patch_size, spec.enlarge)
