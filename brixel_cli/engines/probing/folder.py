@@ -105,7 +105,7 @@ class ProbeFolder:
                 raise ValueError(f"it holds {found} images, not {expected}")
 
         checks: dict[Path, Callable[[Path], object]] = {self.images(label, seed): check_images}
-        if results.sources[label].kind != "predictions":  # for which nothing was trained
+        if results.sources[label].kind not in ("predictions", "transfer"):  # for which nothing was trained
             checks |= {self.head(label, seed): load_head, self.curve(label, seed): check_curve}
         return checks
 

@@ -46,6 +46,7 @@ from brixel_cli.engines.probing.results import (
 )
 from brixel_cli.engines.probing.sources import ModelSource, PredictionSource, resolve_sources
 from brixel_cli.engines.probing.training import train_head
+from brixel_cli.engines.probing.transfer import run_transfer, transfers
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, library_versions, memory_errors
 from brixel_cli.errors import BrixelError, UsageError
@@ -89,6 +90,8 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
     options = plan.options
     folder = ProbeFolder(options.output)
     settings, described = _settings(plan, runtime), {item.source.label: _describe(item) for item in plan.sources}
+    for label, item in transfers(plan).items():
+        described[label] = replace(described[item.source.label], kind="transfer")  # type: ignore[arg-type]
     runs = folder.begin(settings, described, options.overwrite)
     done = {(run.source, run.seed) for run in runs}
     earlier = folder.read() if folder.results.exists() else None
@@ -101,8 +104,10 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
         folder.write(_results(options, settings, described, runs, folder))  # what is kept by sequence belongs to it
     missing = [(item, seed) for item in plan.sources for seed in range(item.seeds or options.seeds)
                if (item.source.label, seed) not in done]  # fmt: skip
+    applied = [(label, item, seed) for label, item in transfers(plan).items() for seed in range(options.seeds)
+               if (label, seed) not in done]  # fmt: skip
     redraw = bool(missing) or folder.damaged_pictures()
-    if redraw:
+    if redraw or applied:
         prepare(plan, runtime, reporter)
     frozen = FrozenTask(plan, folder, runtime, reporter, _versions)
     for item in plan.sources:
@@ -114,6 +119,9 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
             for run in trained:
                 runs.append(run)
                 folder.write(_results(options, settings, described, runs, folder))
+    for label, item, seed in applied:
+        runs.append(run_transfer(plan, label, item, seed, folder, runtime, reporter, _versions()))
+        folder.write(_results(options, settings, described, runs, folder))
     costs = earlier.costs if earlier else {}
     if any(isinstance(item.source, ModelSource) and item.source.label not in costs for item in plan.sources):
         costs = costs | measure_costs(plan, runtime, reporter)

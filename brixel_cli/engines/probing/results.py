@@ -42,7 +42,7 @@ class ModelDescription:
     """A source that computed its features here.
 
     Attributes:
-        kind, source: which source it is, and which model.
+        kind, source: which source it is, and which model; `transfer`: with the head of the plain backbone.
         backbone, backbone_weights, backbone_sha256: timm name of the backbone, and its weights.
         checkpoint, student_sha256, student_step: of the student; None for the other sources.
         factor: output grid over token grid of the student; the teacher's input over the student's.
@@ -54,7 +54,7 @@ class ModelDescription:
         baseline: the upsampler on top of the plain backbone, if there is one; then `input` is the image that it sees.
     """
 
-    kind: Literal["backbone", "equal_cost", "baseline", "student", "teacher"]
+    kind: Literal["backbone", "equal_cost", "baseline", "student", "teacher", "transfer"]
     source: Literal["backbone", "student", "teacher"]
     backbone: str
     backbone_weights: str
