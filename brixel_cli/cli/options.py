@@ -51,6 +51,15 @@ Sources = Annotated[
     list[str] | None, option(MODEL, "backbone, equal-cost (backbone at the largest input that takes no longer than "
         "the student), student, teacher, or a feature file (.h5); can be repeated. Default: the first four."),
 ]  # fmt: skip
+Baselines = Annotated[
+    list[str] | None,
+    option(MODEL, "Your own upsampler as a row; can be repeated.", "--baseline", metavar="FILE.py:FUNCTION"),
+]
+ProtocolName = Annotated[
+    str | None,
+    option(RECIPE, "quick, jafar, jafar-published, brixel, dinov3-ade, dinov3-nyu, brixel-nyu or normals. Default: by "
+        "the recipe.", "--protocol"),
+]  # fmt: skip
 Set = Annotated[
     list[str] | None, option(RECIPE, "Override a value of the recipe; can be repeated.", "--set", metavar="KEY=VALUE")
 ]

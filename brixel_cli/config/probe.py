@@ -57,6 +57,7 @@ class ProbeOptions:
     transfer: bool = False
     predictions: Sequence[tuple[str, Path]] = ()
     predicted: PredictionsConfig = field(default_factory=PredictionsConfig)
+    baselines: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_device(self.device)
