@@ -28,13 +28,13 @@ from brixel_cli.data.feature_layout import picture_names
 from brixel_cli.data.inputs import (
     Inputs,
     Item,
-    default_output,
     describe_unreadable,
     find_inputs,
     none_usable,
     reason_of,
 )
 from brixel_cli.data.predictions import DEPTH_UNITS, DESCRIPTION
+from brixel_cli.data.references import default_output
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import Array
 from brixel_cli.drawing.predictions import (
@@ -166,6 +166,11 @@ def _model_spec(options: ApplyOptions, said: HeadDescription) -> tuple[ModelSpec
                 "new images: train the head on the source backbone, student or teacher."
             )
         size = described["res"]
+    elif source.baseline is not None:
+        raise BrixelError(
+            f"{options.head} was trained on the maps of the upsampler {source.baseline.function}, which --apply does "
+            "not load: train the head on the source backbone, student or teacher."
+        )
     else:
         checkpoint = checkpoint or source.checkpoint
     is_student = described["source"] == "student"

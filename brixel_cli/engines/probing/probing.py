@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from brixel_cli.core.files import locked
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.heads import HeadSpec, save_head
 from brixel_cli.data.labelled import LabelledSet, all_errors
+from brixel_cli.engines.probing.cost import measure_costs
 from brixel_cli.engines.probing.evaluation import evaluate, evaluate_head, meters
 from brixel_cli.engines.probing.features import Maps, Targets, open_maps, prepare
 from brixel_cli.engines.probing.folder import ProbeFolder
@@ -45,6 +46,7 @@ from brixel_cli.engines.probing.results import (
 )
 from brixel_cli.engines.probing.sources import ModelSource, PredictionSource, resolve_sources
 from brixel_cli.engines.probing.training import train_head
+from brixel_cli.engines.probing.transfer import run_transfer, transfers
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, library_versions, memory_errors
 from brixel_cli.errors import BrixelError, UsageError
@@ -88,10 +90,12 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
     options = plan.options
     folder = ProbeFolder(options.output)
     settings, described = _settings(plan, runtime), {item.source.label: _describe(item) for item in plan.sources}
+    for label, item in transfers(plan).items():
+        described[label] = replace(described[item.source.label], kind="transfer")  # type: ignore[arg-type]
     runs = folder.begin(settings, described, options.overwrite)
     done = {(run.source, run.seed) for run in runs}
-    if folder.results.exists():
-        earlier = folder.read()
+    earlier = folder.read() if folder.results.exists() else None
+    if earlier is not None:
         described = earlier.sources | described
         for run in earlier.runs:
             if (run.source, run.seed) not in done:
@@ -100,8 +104,10 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
         folder.write(_results(options, settings, described, runs, folder))  # what is kept by sequence belongs to it
     missing = [(item, seed) for item in plan.sources for seed in range(item.seeds or options.seeds)
                if (item.source.label, seed) not in done]  # fmt: skip
+    applied = [(label, item, seed) for label, item in transfers(plan).items() for seed in range(options.seeds)
+               if (label, seed) not in done]  # fmt: skip
     redraw = bool(missing) or folder.damaged_pictures()
-    if redraw:
+    if redraw or applied:
         prepare(plan, runtime, reporter)
     frozen = FrozenTask(plan, folder, runtime, reporter, _versions)
     for item in plan.sources:
@@ -113,9 +119,15 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
             for run in trained:
                 runs.append(run)
                 folder.write(_results(options, settings, described, runs, folder))
+    for label, item, seed in applied:
+        runs.append(run_transfer(plan, label, item, seed, folder, runtime, reporter, _versions()))
+        folder.write(_results(options, settings, described, runs, folder))
+    costs = earlier.costs if earlier else {}
+    if any(isinstance(item.source, ModelSource) and item.source.label not in costs for item in plan.sources):
+        costs = costs | measure_costs(plan, runtime, reporter)
     order = {label: place for place, label in enumerate(described)}
     runs.sort(key=lambda run: (order[run.source], run.seed))
-    results = _results(options, settings, described, runs, folder)
+    results = replace(_results(options, settings, described, runs, folder), costs=costs)
     folder.write(results)
     return Probed(results, _files(folder, plan, results, redraw, runtime))
 
@@ -283,9 +295,10 @@ def _settings(plan: ProbePlan, runtime: Runtime) -> Settings:
 def _describe(item: SourcePlan) -> SourceDescription:
     source, crops = item.source, item.evaluate.crops
     if isinstance(source, ModelSource):
-        inputs = Counter(human_size(source.spec.input_size(crop.size)) for crop in crops)
+        inputs = Counter(human_size(source.seen(crop.size)[-1]) for crop in crops)
         grids = Counter("x".join(map(str, source.grid(crop.size))) for crop in crops)
-        return ModelDescription(kind=source.kind, input=dict(inputs), grid=dict(grids), **source.identity())
+        identity = source.identity() | {"baseline": source.described_baseline}
+        return ModelDescription(kind=source.kind, input=dict(inputs), grid=dict(grids), **identity)
     if isinstance(source, PredictionSource):
         return PredictionsDescription(kind="predictions", **source.identity())
     grids = Counter("x".join(map(str, grid)) for grid in open_maps(item, item.evaluate).grids)
