@@ -358,7 +358,7 @@ def stored_gaps(
 def gaps_of(
     sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary], items: Mapping[str, Items] | None = None
 ) -> dict[str, dict[str, Gap]]:
-    """The recovered gap of each metric's mean, for every source besides backbone and teacher; empty without them.
+    """The recovered gap of each metric's mean, for every source between backbone and teacher; empty without them.
 
     Args:
         sources: by label.
@@ -386,7 +386,7 @@ def gaps_of(
             if not isinstance(value, list) and all(name in summary[end].mean for end in ends)
         }
         for label, entry in summary.items()
-        if sources[label].kind not in ("backbone", "teacher")
+        if sources[label].kind in ("equal_cost", "baseline", "student", "transfer", "file")
     }
 
 
