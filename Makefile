@@ -3,6 +3,9 @@
 # make test-gpu  the tests that need a GPU; without one they are skipped
 # make hostile  thousands of damaged files against the commands that read them: CASES=5000, or CASES=600s
 # make kills  hundreds of kills, each resumed to the same bits: KILLS=10 of each kind
+# make docs   the site of the documentation, in build/site; the reference pages are made again
+# make test-docs  the blocks of the documentation and the notebook, with the weights of the demo
+# make release-check  sdist and wheel, each installed in a fresh environment and used there
 # make check  what continuous integration runs: style, types, tests
 
 PYTHON ?= python3
@@ -12,7 +15,7 @@ BIN := $(VENV)/bin
 CASES ?= 3000
 KILLS ?=
 
-.PHONY: demo test test-gpu hostile kills check clean
+.PHONY: demo docs test test-docs test-gpu hostile kills check release-check clean
 
 # Set up again whenever the requirements change.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -28,6 +31,10 @@ demo: $(VENV)/.ready
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+test-docs: $(VENV)/.ready
+	$(BIN)/brixel demo
+	$(BIN)/python -m pytest -rs tests/test_runnable_documentation.py tests/test_notebook.py
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -m gpu -rs tests/gpu
@@ -46,6 +53,14 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python tests/measure/reference_pages.py
+	$(BIN)/python -m mkdocs build --strict --site-dir build/site
+
+release-check: $(VENV)/.ready
+	$(BIN)/python .ci/release_check.py --constraint $(CURDIR)/constraints.txt
 
 clean:
 	rm -rf $(VENV) demo runs dist build .mypy_cache .pytest_cache .ruff_cache

@@ -18,14 +18,18 @@ from PIL import Image
 from torch import Tensor
 
 from brixel_cli.config.base import Precision
-from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage
+from brixel_cli.config.extract import OVERLAP, ExtractOptions, Field, Fit, Number, Source, Storage
+from brixel_cli.config.shard import find_shard
+from brixel_cli.core.sampling import Points, covered_part, read_at
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.images import load_image, upright
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import batches_of_one_size
 from brixel_cli.data.views import normalise_pixels
-from brixel_cli.engines.models import default_student, model_spec
+from brixel_cli.engines.default_student import default_student
+from brixel_cli.engines.extracting.extractor import Extractor as Extractor
+from brixel_cli.engines.models import model_spec
 from brixel_cli.engines.reporting import Reporter, Silent
 from brixel_cli.engines.runtime import find_device
 from brixel_cli.errors import SizeError, UsageError
@@ -67,15 +71,7 @@ class ImageStudent(Student):
             BrixelError: the file cannot be read, or the image is too small or too elongated.
             UsageError: it is neither a path nor a PIL image, or `res` is under two patches.
         """
-        if isinstance(image, str | Path):
-            picture = load_image(Path(image).expanduser())
-        elif isinstance(image, Image.Image):
-            picture = upright(image)
-        else:
-            raise UsageError(
-                f"transform and features take the path of an image or a PIL image, not {_described(image)}. An array "
-                "becomes one with PIL.Image.fromarray(array); normalised tensors go to student(images)."
-            )
+        picture = _picture(image)
         pixels = Resizing(res, fit, self.backbone.patch_size).apply(picture)
         on_device = pixels.to(next(self.adapter.parameters()).device)
         return normalise_pixels(on_device, self.backbone.mean, self.backbone.std)[None]
@@ -117,6 +113,36 @@ class ImageStudent(Student):
         for rows in batches_of_one_size(range(len(inputs)), lambda row: inputs[row].shape, batch_size):
             maps |= dict(zip(rows, self(torch.cat([inputs[row] for row in rows])), strict=True))
         return [maps[row] for row in range(len(inputs))]
+
+    def at(
+        self,
+        image: ImageLike,
+        size: Sequence[int] | None = None,
+        points: Points | None = None,
+        res: int = 448,
+        fit: Fit = "short",
+    ) -> Tensor:
+        """The feature map of an image at pixels of that image, bilinear, as `FeatureFile.at` reads it from a file.
+
+        Args:
+            image: path of an image file, or a PIL image.
+            size: height and width in pixels to which the map is resized; default without `points`: the image's own
+                (with `fit` centre: that of the middle square).
+            points: [[y, x], ...] in pixels of the upright image; they need not be whole.
+            res: input size in pixels, as for `transform`.
+            fit: what `res` is the side of.
+
+        Returns:
+            (D, *size), or (N, D) for N points; float32, on the student's device.
+
+        Raises:
+            BrixelError: as for `transform`, or the result does not fit into memory.
+            UsageError: both size and points are given, one is no size or points, or a point lies outside of the image.
+        """
+        picture = _picture(image)
+        whole, seen = (picture.height, picture.width), Resizing(res, fit, self.backbone.patch_size)
+        part = covered_part(whole, seen.model_size(*whole), fit)
+        return read_at(self.features(picture, res, fit), part, size, points)
 
 
 def load_student(
@@ -169,14 +195,21 @@ def extract(
     format: Storage = "h5",
     dtype: Number = "float16",
     pca: int | None = None,
+    fields: Sequence[Field] = ("map",),
+    layers: Sequence[int] = (),
+    tile: int | None = None,
+    overlap: int = OVERLAP,
     device: str = "auto",
     precision: Precision = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
     every: int = 1,
+    column: str | None = None,
+    allow_urls: bool = False,
     preview: bool = False,
     strict: bool = False,
     overwrite: bool = False,
+    shard: str | None = None,
     reporter: Reporter | None = None,
 ) -> FeatureFile:
     """Write the feature maps of images or video frames to disk, as `brixel extract` does with the options of its names.
@@ -184,7 +217,7 @@ def extract(
     The same call again continues an interrupted run, and reads what is complete.
 
     Args:
-        inputs: folder, image, video, glob or .txt list, or several of them.
+        inputs: folder, image, video, tar, parquet file, glob, .txt list or URL, or several of them.
         res: input size in pixels.
         fit: what `res` is the side of: `short`, `centre` or `stretch`.
         checkpoint: the student, as for `load_student`; default: the one that comes with brixel and was
@@ -193,17 +226,25 @@ def extract(
         backbone: timm name; default: the one of the student.
         backbone_weights: `pretrained` or a file; default: as in training.
         output: the .h5 file, or folder of single files; default: beside the input.
-        format: `h5`, one file; `npy` or `safetensors`, a folder with a file for each image.
+        format: `h5`, one file; `npy` or `safetensors`, a folder with a file for each image; `parquet`, a
+            folder with a table of vectors.
         dtype: how features are stored.
         pca: number of principal components to store; default: the maps themselves.
+        fields: what to store of the last block: some of `map`, `cls`, `registers` and `pooled`.
+        layers: 0-based blocks of the backbone whose maps to store too.
+        tile: side in pixels of the tiles into which larger inputs are cut; default: none is cut.
+        overlap: of the tiles, in pixels.
         device: where the model computes: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: its arithmetic: `auto`, `float32`, `bfloat16` or `float16`.
         batch_size: images at once; default: by memory.
         workers: threads that decode images; default: by the cores.
         every: of a video, every so many frames.
+        column: of the images in parquet files; default: the one that looks like it.
+        allow_urls: also fetch the URLs that stand in text lists.
         preview: also paint the features, beside the output.
         strict: stop at the first image that fails.
         overwrite: begin anew over a feature file.
+        shard: the part of the inputs to take, `3/64`, or `auto`: by the variables of a Slurm array or of torchrun.
         reporter: hears of stages and progress; default: warnings alone are shown.
 
     Returns:
@@ -229,18 +270,36 @@ def extract(
             storage=format,
             dtype=dtype,
             pca=pca,
+            fields=tuple(fields),
+            layers=tuple(layers),
+            tile=tile,
+            overlap=overlap,
             device=device,
             precision=precision,
             batch_size=batch_size,
             workers=workers,
             every=every,
+            column=column,
+            allow_urls=allow_urls,
             strict=strict,
             overwrite=overwrite,
             preview=preview,
+            shard=None if shard is None else find_shard(shard),
         ),
         reporter or Silent(),
     )
     return FeatureFile(done.output)
+
+
+def _picture(image: ImageLike) -> Image.Image:
+    if isinstance(image, str | Path):
+        return load_image(Path(image).expanduser())
+    if isinstance(image, Image.Image):
+        return upright(image)
+    raise UsageError(
+        f"transform and features take the path of an image or a PIL image, not {_described(image)}. An array "
+        "becomes one with PIL.Image.fromarray(array); normalised tensors go to student(images)."
+    )
 
 
 def _check_normalised(images: object) -> None:

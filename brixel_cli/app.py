@@ -14,13 +14,14 @@ from brixel_cli.cli import examples
 from brixel_cli.cli.console import error_boundary, set_quiet
 from brixel_cli.config.base import check_device
 from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions, BenchmarkOptions
-from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage
+from brixel_cli.config.extract import OVERLAP, ExtractOptions, Fit, Number, Source, Storage, named_fields, named_layers
+from brixel_cli.config.shard import find_shard
 from brixel_cli.errors import UsageError
 
 # isort: off
 from brixel_cli.cli.options import ABLATION, COMPUTE, HEAD, INPUT, MEASURE, MODEL, OUTPUT, RECIPE, SHIPPED, STUDENT
-from brixel_cli.cli.options import Arithmetic, Backbone, CopyRecipe, DryRun, Json, ListRecipes, OldRes, Quiet, Set
-from brixel_cli.cli.options import Sources, Weights, Where
+from brixel_cli.cli.options import Arithmetic, Backbone, Baselines, Copy, CopyRecipe, DryRun, Join, Json
+from brixel_cli.cli.options import ListRecipes, OfShard, OldRes, ProtocolName, Quiet, Set, Sources, Weights, Where
 from brixel_cli.cli.options import flag as _flag
 from brixel_cli.cli.options import option as _option
 # isort: on
@@ -72,6 +73,9 @@ def distill(
     resume: Annotated[bool, _flag(OUTPUT, "Continue the run in the output folder.", "--resume")] = False,
     verify: Annotated[Path | None, _option(OUTPUT, "Check a run's files; name damaged ones.", metavar="DIR")] = None,
     overwrite: Annotated[bool, _flag(OUTPUT, "Replace an existing run.", "--overwrite")] = False,
+    push_to_hub: Annotated[
+        str | None, _option(OUTPUT, "Send the student to the hub; needs HF_TOKEN.", metavar="USER/NAME")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     device: Annotated[
@@ -94,19 +98,26 @@ def distill(
             "data.images": images, "init": init, "backbone.weights": backbone_weights, "run.device": device,
         }  # fmt: skip
         overrides = [f"{key}={json.dumps(value)}" for key, value in shorthands.items() if value is not None]
-        run_distill(recipe, output, overrides + (set_ or []), resume, overwrite, verify, dry_run, as_json)
+        run_distill(recipe, output, overrides + (set_ or []), resume, overwrite, verify, dry_run, as_json, push_to_hub)
 
 
 @app.command(epilog=examples.EXTRACT)
 def extract(
     input_: Annotated[
-        list[str] | None, _option(INPUT, "Folder, image, video, quoted glob or .txt list; can be repeated.", "--input")
+        list[str] | None, _option(INPUT, "Folder, image, video, tar, glob, list or URL; can be repeated.", "--input")
     ] = None,
     res: Annotated[int, _option(INPUT, "Input size of the student or backbone in pixels.")] = 448,
     fit: Annotated[
         Fit, _option(INPUT, "short: --res is the shorter side. centre: that of the centre square. stretch: both sides.")
     ] = "short",
     every: Annotated[int, _option(INPUT, "Take every Nth frame of a video.")] = 1,
+    column: Annotated[str | None, _option(INPUT, "Image column of parquet. Default: found.", metavar="NAME")] = None,
+    allow_urls: Annotated[bool, _flag(INPUT, "Also fetch the URLs that stand in text lists.", "--allow-urls")] = False,
+    tile: Annotated[
+        int | None, _option(INPUT, "Cut larger inputs into tiles of this side in pixels, and blend their maps.")
+    ] = None,
+    overlap: Annotated[int, _option(INPUT, "Overlap of the tiles in pixels.")] = OVERLAP,
+    shard: OfShard = None,
     checkpoint: Annotated[str | None, _option(MODEL, f"Student: {STUDENT} {SHIPPED}")] = None,
     source: Annotated[
         Source, _option(MODEL, "Model: student, backbone, or teacher (backbone at the larger input).", metavar="NAME")
@@ -117,11 +128,17 @@ def extract(
         Path | None, _option(OUTPUT, "The .h5 file, or folder of single files. Default: beside the input.")
     ] = None,
     format_: Annotated[
-        Storage, _option(OUTPUT, "h5: one file. npy, safetensors: one for each image.", "--format")
+        Storage, _option(OUTPUT, "h5: one file. npy, safetensors: one for each image. parquet: vectors.", "--format")
     ] = "h5",
     dtype: Annotated[Number, _option(OUTPUT, "Number format; int8 has a scale for each location.")] = "float16",
     pca: Annotated[
         int | None, _option(OUTPUT, "Number of principal components to store instead of all channels.", metavar="K")
+    ] = None,
+    fields: Annotated[
+        str, _option(OUTPUT, "Some of map, cls, registers, pooled (mean of the map), by commas.", metavar="NAMES")
+    ] = "map",
+    layers: Annotated[
+        str | None, _option(OUTPUT, "Also store the maps of these blocks of the backbone: 5,8,11.", metavar="N,N")
     ] = None,
     preview: Annotated[bool, _flag(OUTPUT, "Also write pictures of the features.", "--preview")] = False,
     page: Annotated[Path | None, _option(OUTPUT, "Also write a page of the features.", metavar="FILE.html")] = None,
@@ -134,6 +151,8 @@ def extract(
     verify: Annotated[
         Path | None, _option(OUTPUT, "Check a feature file, or folder of single files; name the damaged images.")
     ] = None,
+    join: Join = None,
+    copy: Copy = False,
     overwrite: Annotated[bool, _flag(OUTPUT, "Replace an existing output.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -159,11 +178,13 @@ def extract(
         options = ExtractOptions(
             inputs=input_ or [], res=res, fit=fit, source=source, checkpoint=checkpoint, backbone=backbone,
             backbone_weights=backbone_weights, output=output, storage=format_, dtype=dtype, pca=pca, device=device,
-            precision=precision, batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
-            every=every, strict=strict, overwrite=overwrite, preview=preview, page=page,
+            precision=precision, fields=named_fields(fields), layers=named_layers(layers), tile=tile, overlap=overlap,
+            batch_size=None if batch_size == "auto" else int(batch_size), workers=workers, every=every, column=column,
+            allow_urls=allow_urls, strict=strict, overwrite=overwrite, preview=preview, page=page,
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
+            shard=find_shard(shard) if shard else None,
         )  # fmt: skip
-        run_extract(options, export, verify, dry_run, as_json)
+        run_extract(options, export, verify, join, copy, dry_run, as_json)
 
 
 @app.command(epilog=examples.PROBE)
@@ -171,14 +192,15 @@ def probe(
     recipe: Annotated[
         str | None, _option(RECIPE, "Recipe of a labelled set: a file, or the name of a shipped one, such as camvid.")
     ] = None,
+    task: Annotated[
+        str | None,
+        _option(RECIPE, "Task, such as matching or propagation (nothing is trained). Default: the recipe's."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         _option(RECIPE, "Override a value, also protocol.KEY; can be repeated.", "--set", metavar="KEY=VALUE"),
     ] = None,
-    protocol: Annotated[
-        str | None,
-        _option(RECIPE, "quick, jafar, brixel, dinov3-ade, dinov3-nyu, brixel-nyu or normals. Default: by the recipe."),
-    ] = None,
+    protocol: ProtocolName = None,
     quick: Annotated[bool, _flag(RECIPE, "As --protocol quick, which takes minutes.", "--quick")] = False,
     list_recipes: ListRecipes = False,
     copy_recipe: CopyRecipe = None,
@@ -189,6 +211,10 @@ def probe(
     size: OldRes = None,
     checkpoint: Annotated[list[str] | None, _option(MODEL, f"Student; can be repeated: {STUDENT} {SHIPPED}")] = None,
     source: Sources = None,
+    baseline: Baselines = None,
+    predictions: Annotated[
+        list[str] | None, _option(MODEL, "Predictions of any model, as files; can be repeated.", metavar="NAME=DIR")
+    ] = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
     apply: Annotated[
@@ -209,6 +235,9 @@ def probe(
     as_json: Json = False,
     quiet: Quiet = False,
     seeds: Annotated[int, _option(COMPUTE, "Number of trainings for each source.")] = 3,
+    transfer: Annotated[
+        bool, _flag(COMPUTE, "Also apply the backbone's heads to the other sources.", "--transfer")
+    ] = False,
     device: Where = "auto",
     precision: Arithmetic = "auto",
     dry_run: DryRun = False,
@@ -218,7 +247,7 @@ def probe(
     The same command again continues an interrupted probe, source by source and seed by seed.
     """
     with error_boundary():
-        from brixel_cli.cli.probe import probe_options, run_apply, run_probe, verify_probe
+        from brixel_cli.cli.probe import check_apply, probe_options, run_apply, run_probe, verify_probe
         from brixel_cli.cli.recipes import recipes_only
         from brixel_cli.config.labelled import ProbeRecipe
         from brixel_cli.config.probe import ApplyOptions
@@ -230,24 +259,21 @@ def probe(
             verify_probe(verify, as_json)
             return
         if apply is not None:
-            others = {"--recipe": recipe, "--data": data, "--source": source, "--res": res or size,
+            others = {"--recipe": recipe, "--task": task, "--data": data, "--source": source, "--res": res or size,
                       "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
-                      "--dry-run": dry_run}  # fmt: skip
-            if given := [name for name, value in others.items() if value]:
-                raise UsageError(f"--apply takes all from the head; leave out {', '.join(given)}.")
-            if len(checkpoint or []) > 1:
-                raise UsageError("--apply takes one --checkpoint: the student that the head was trained on.")
+                      "--baseline": baseline, "--dry-run": dry_run, "--transfer": transfer,
+                      "--predictions": predictions}  # fmt: skip
+            check_apply(others, checkpoint or [])
             run_apply(ApplyOptions(apply, input_ or [], output, checkpoint[0] if checkpoint else None, backbone_weights,
                                    device, precision, overwrite), as_json)  # fmt: skip
             return
         if input_:
             raise UsageError("--input goes with --apply; the images of a probe are those of the recipe: --data DIR.")
-        if quick and protocol not in (None, "quick"):
-            raise UsageError(f"--quick is the protocol quick, and --protocol is {protocol}: give one of them.")
         options = probe_options(
-            recipe, data=data, protocol="quick" if quick else protocol, size=res or size, overrides=set_ or [],
-            output=output, features=features, sources=source or [], checkpoints=checkpoint or [], backbone=backbone,
-            backbone_weights=backbone_weights, seeds=seeds, device=device, precision=precision, overwrite=overwrite,
+            recipe, task=task, data=data, protocol=protocol, quick=quick, size=res or size,
+            overrides=set_ or [], output=output, features=features, sources=source or [], predictions=predictions or [],
+            checkpoints=checkpoint or [], backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
+            device=device, precision=precision, overwrite=overwrite, transfer=transfer, baselines=baseline or [],
         )  # fmt: skip
         run_probe(options, per_class, dry_run, as_json)
 
@@ -266,9 +292,7 @@ def benchmark(
     ] = None,
     checkpoint: Annotated[str | None, _option(MODEL, f"One student: {STUDENT}")] = None,
     backbone_weights: Weights = None,
-    baseline: Annotated[
-        list[str] | None, _option(MODEL, "Your own upsampler as a row; can be repeated.", metavar="FILE.py:FUNCTION")
-    ] = None,
+    baseline: Baselines = None,
     res: Annotated[
         str | None,
         _option(INPUT, "Inputs of the student in pixels: 112, 96x128, 84,112,168 or 128..512. Default: as trained."),

@@ -33,6 +33,10 @@ EXTRACT = """
 
   brixel extract --input photos --res 224 --page features.html --page-sources student,backbone,teacher
 
+  brixel extract --input photos --output out/photos.h5 --shard 3/64
+
+  brixel extract --join 'out/photos.*.h5' --output photos.h5
+
   brixel extract --checkpoint runs/vits --export student.onnx
 """
 
@@ -50,6 +54,8 @@ PROBE = """
   brixel probe --recipe camvid --checkpoint runs/a --checkpoint runs/b --set protocol.lr=1e-3 --per-class
 
   brixel probe --recipe camvid --source backbone --source student --source features.h5
+
+  brixel probe --recipe camvid --predictions mask2former=DIR --predictions segformer=DIR
 
   brixel probe --apply runs/probe/camvid/heads/student_seed0.safetensors --input photos
 """

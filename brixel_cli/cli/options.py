@@ -36,6 +36,13 @@ Arithmetic = Annotated[
 Backbone = Annotated[
     str | None, option(MODEL, "Name of the backbone in timm. Default: that of the student.", metavar="NAME")
 ]
+OfShard = Annotated[
+    str | None, option(INPUT, "Take one part: 3/64, or auto, by Slurm array or torchrun.", metavar="I/N")
+]
+Join = Annotated[
+    str | None, option(OUTPUT, "Make one file, --output, of the parts of all shards.", metavar="'OUT.*.h5'")
+]
+Copy = Annotated[bool, flag(OUTPUT, "With --join: copy the parts; else the file refers to them.", "--copy")]
 Weights = Annotated[
     str | None,
     option(MODEL, "A .safetensors or .pth file, or pretrained. Default: those of the training.", metavar="FILE"),
@@ -43,6 +50,15 @@ Weights = Annotated[
 Sources = Annotated[
     list[str] | None, option(MODEL, "backbone, equal-cost (backbone at the largest input that takes no longer than "
         "the student), student, teacher, or a feature file (.h5); can be repeated. Default: the first four."),
+]  # fmt: skip
+Baselines = Annotated[
+    list[str] | None,
+    option(MODEL, "Your own upsampler as a row; can be repeated.", "--baseline", metavar="FILE.py:FUNCTION"),
+]
+ProtocolName = Annotated[
+    str | None,
+    option(RECIPE, "quick, jafar, jafar-published, brixel, dinov3-ade, dinov3-nyu, brixel-nyu or normals. Default: by "
+        "the recipe.", "--protocol"),
 ]  # fmt: skip
 Set = Annotated[
     list[str] | None, option(RECIPE, "Override a value of the recipe; can be repeated.", "--set", metavar="KEY=VALUE")

@@ -6,14 +6,14 @@ printed and stored with the name.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from brixel_cli.config import section
 from brixel_cli.config.base import scheduled_rate
 from brixel_cli.config.labelled import Task
-from brixel_cli.config.section import Rate, Section, Side, Weight
+from brixel_cli.config.section import Fraction, Rate, Section, Side, Weight
 
 
 class CropConfig(Section):
@@ -74,6 +74,9 @@ class Protocol(Section):
     """Passes over the training images; give this or `steps`."""
     schedule: Literal["cosine", "linear", "constant"]
     """How the rate goes from its peak to zero after the warm-up; or not at all."""
+    cosine_steps: PositiveInt | None = None
+    """Steps in which a cosine goes from the peak to zero; as many follow in which it goes back, and so on. null: those
+    of the whole training, once."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the rate rises linearly from zero; at most a tenth of the training is used."""
     align: bool = False
@@ -83,6 +86,8 @@ class Protocol(Section):
     def _consistent(self) -> Protocol:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of protocol.steps and protocol.epochs")
+        if self.cosine_steps is not None and (self.schedule != "cosine" or self.warmup_steps):
+            raise ValueError("protocol.cosine_steps is for schedule cosine without warm-up")
         if self.points and self.gradient_weight and "depth" in self.tasks:
             raise ValueError("protocol.points leaves no neighbours to compare: set protocol.gradient_weight=0")
         if self.train.kind == "random" and self.train_labels is None:
@@ -112,25 +117,100 @@ class Protocol(Section):
 
     def learning_rate(self, step: int, total: int) -> float:
         """Rate of a step, from 0 to total - 1."""
+        if self.cosine_steps is not None:
+            return scheduled_rate("cosine", self.lr, step, self.cosine_steps, 0)
         return scheduled_rate(self.schedule, self.lr, step, total, self.warmup_steps)
 
 
+class FrozenProtocol(Section):
+    """What the rules of tasks that train nothing have in common; images are seen as a whole."""
+
+    name: str
+    tasks: list[Task]
+    """What it can be used for."""
+    align: ClassVar[bool] = False
+    side: ClassVar[Side | None] = None
+    evaluate_labels: ClassVar[Side | None] = None
+    evaluate: ClassVar[CropConfig] = CropConfig(kind="whole")
+
+    def stride(self, size: Side) -> int | None:
+        """Pixels between sliding windows: there are none."""
+        return None
+
+
+class MatchingProtocol(FrozenProtocol):
+    """Rules of matching: nearest neighbours of frozen features against correspondences from poses and depth.
+
+    Source of the task and of the bins: El Banani et al. 2024, https://arxiv.org/abs/2404.08636.
+    """
+
+    grid: PositiveInt
+    """Rows of the shorter side to which every map is enlarged bilinearly: the places that can be matched."""
+    frames: Annotated[int, Field(ge=2)]
+    """Images of a scene that make pairs; of more, so many at equal distances are taken."""
+    pairs: PositiveInt
+    """Pairs of images of a scene for each bin of viewpoint changes, drawn by a fixed seed where there are more."""
+    queries: PositiveInt
+    """Points of a pair's first image that are looked for in its second, drawn from those that are visible in both."""
+    overlap: Fraction
+    """Least share of the first image's valid points that is visible in the second."""
+    tolerance: Rate
+    """A point is visible if the depth measured at its place differs by at most this share from its own."""
+    angles: Annotated[list[Rate], Field(min_length=1)]
+    """Upper ends of the bins of viewpoint changes: the angle of the rotation between both cameras, in degrees."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> MatchingProtocol:
+        if sorted(set(self.angles)) != self.angles:
+            raise ValueError("protocol.angles must rise")
+        return self
+
+    @property
+    def bins(self) -> list[str]:
+        """Names of the bins, such as `0-15 deg`."""
+        ends = [0.0, *self.angles]
+        return [f"{low:g}-{high:g} deg" for low, high in zip(ends, self.angles, strict=False)]
+
+
+class PropagationProtocol(FrozenProtocol):
+    """Rules of propagation: the first frame's mask is handed on by the similarity of frozen features.
+
+    Source: the evaluation of DINO, Caron et al. 2021, https://arxiv.org/abs/2104.14294, after Jabri et al. 2020,
+    https://arxiv.org/abs/2006.14613.
+    """
+
+    grid: PositiveInt
+    """Rows of the shorter side to which every map is brought bilinearly, and on which masks are propagated."""
+    memory: Annotated[int, Field(ge=0)]
+    """Last frames whose masks are handed on, besides the first frame."""
+    radius: PositiveInt
+    """Cells, in either direction, within which a cell looks for similar ones."""
+    top: PositiveInt
+    """Most similar cells whose labels are averaged."""
+    temperature: Rate
+    """Of the softmax of cosine similarities that weighs them."""
+
+
+AnyProtocol = Protocol | MatchingProtocol | PropagationProtocol
+
 _WHOLE = CropConfig(kind="whole")
 _CENTRE = CropConfig(kind="centre")
+_JAFAR = Protocol(
+    name="jafar", tasks=["segmentation"], side=448,
+    train=CropConfig(kind="centre", flip=True), train_labels=448,
+    evaluate=_CENTRE, evaluate_labels=448, batch_norm=False,
+    lr=5e-4, weight_decay=1e-5, batch_size=2, epochs=20, schedule="cosine",
+)  # fmt: skip
 _NYU_SCALE = [480 / 416, 480 / 416]
 """NYUv2 has 480x640 pixels: crops of 416x544 are taken, and whole images evaluated, at that size."""
 _NYU_CROPS = CropConfig(kind="random", per_image=4, scale=_NYU_SCALE)
 _NYU_WHOLE = CropConfig(kind="whole", scale=_NYU_SCALE)
 
-PROTOCOLS: dict[str, Protocol] = {
+PROTOCOLS: dict[str, AnyProtocol] = {
     protocol.name: protocol
     for protocol in (
-        Protocol(
-            name="jafar", tasks=["segmentation"], side=448,
-            train=CropConfig(kind="centre", flip=True), train_labels=448,
-            evaluate=_CENTRE, evaluate_labels=448, batch_norm=False,
-            lr=5e-4, weight_decay=1e-5, batch_size=2, epochs=20, schedule="cosine",
-        ),
+        _JAFAR,
+        _JAFAR.model_copy(update={"name": "jafar-published", "cosine_steps": 20}),
         Protocol(
             name="dinov3-ade", tasks=["segmentation"], side=512,
             train=CropConfig(kind="random", per_image=4, scale=[0.5, 2.0]), train_labels=512,
@@ -161,6 +241,13 @@ PROTOCOLS: dict[str, Protocol] = {
             train=_WHOLE, evaluate=_WHOLE, depth_loss="silog", gradient_weight=0.0, points=4096,
             lr=2e-3, weight_decay=1e-4, batch_size=8, steps=1500, schedule="cosine",
         ),
+        MatchingProtocol(
+            name="matching", tasks=["matching"], grid=96, frames=200, pairs=150, queries=400, overlap=0.2,
+            tolerance=0.05, angles=[15.0, 30.0, 60.0, 180.0],
+        ),
+        PropagationProtocol(
+            name="propagation", tasks=["propagation"], grid=32, memory=7, radius=12, top=5, temperature=0.1,
+        ),
     )
 }  # fmt: skip
 
@@ -171,7 +258,7 @@ BY_DATA: dict[str, dict[str, dict[str, int]]] = {
 """What a protocol prescribes for single data sets, by the recipe's name."""
 
 
-def published(name: str, data: str) -> Protocol:
+def published(name: str, data: str) -> AnyProtocol:
     """The protocol of a name as it is for a data set.
 
     Raises:
@@ -180,14 +267,14 @@ def published(name: str, data: str) -> Protocol:
     return PROTOCOLS[name].model_copy(update=BY_DATA.get(name, {}).get(data, {}))
 
 
-def differences(protocol: Protocol, data: str, size: Side) -> list[str]:
+def differences(protocol: AnyProtocol, data: str, size: Side) -> list[str]:
     """What is not as published, as `key=value`; the input's size among it."""
     changed = section.differences(published(protocol.name, data), protocol)
     own_size = [f"size={size}"] if protocol.side is not None and size != protocol.side else []
     return [f"{key}={value}" for key, (_, value) in changed.items()] + own_size
 
 
-def printed_name(protocol: Protocol, data: str, size: Side) -> str:
+def printed_name(protocol: AnyProtocol, data: str, size: Side) -> str:
     """The name as it stands in tables and files: with everything that is not as published."""
     changed = differences(protocol, data, size)
     return f"{protocol.name} (changed: {', '.join(changed)})" if changed else protocol.name

@@ -12,6 +12,8 @@ EXTRAS = {
     "report": ("matplotlib",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "video": ("av",),
+    "remote": ("fsspec", "s3fs", "gcsfs"),
+    "parquet": ("pyarrow",),
     "demo": ("onnx", "skimage", "sklearn"),
 }
 """The packages that must be there, as they are imported, for each extra of pyproject.toml."""

@@ -32,7 +32,7 @@ def find_entries(recipe: ProbeRecipe, split: Split, root: Path, patterns: Mappin
         recipe: describes the set.
         split: `train` or `evaluate`.
         root: folder of the set.
-        patterns: paths of what belongs to an image, by kind: labels, depth, normals, camera.
+        patterns: paths of what belongs to an image, by kind: labels, depth, normals, camera, poses.
 
     Returns:
         In the order of the list file; sorted by path where there is none.
@@ -63,7 +63,7 @@ def find_entries(recipe: ProbeRecipe, split: Split, root: Path, patterns: Mappin
     if lacking:
         raise BrixelError(
             f"{len(lacking)} files are missing for the {len(found)} {config.split} images of {recipe.name} in {root}:\n"
-            f"{_first(lacking)}\n{how_to_get(recipe, root)}"
+            f"{first_lines(lacking)}\n{how_to_get(recipe, root)}"
         )
     return entries
 
@@ -159,7 +159,8 @@ def _read_list(recipe: ProbeRecipe, root: Path, split: str, only: str | None) ->
             found[relative] = words
     if missing:
         raise BrixelError(
-            f"{path} lists {len(missing)} images that are not in {root}:\n{_first(missing)}\n{how_to_get(recipe, root)}"
+            f"{path} lists {len(missing)} images that are not in {root}:\n{first_lines(missing)}\n"
+            f"{how_to_get(recipe, root)}"
         )
     if not found:
         raise BrixelError(f"{path} lists no image{f' that fits {only}' if only else ''}.")
@@ -168,7 +169,7 @@ def _read_list(recipe: ProbeRecipe, root: Path, split: str, only: str | None) ->
 
 def _patterns(recipe: ProbeRecipe) -> list[str]:
     data = recipe.data
-    sections = (data.labels, data.depth, data.normals)
+    sections = (data.labels, data.depth, data.normals, data.poses)
     return [data.images] + [section.files for section in sections if section is not None and section.files]
 
 
@@ -195,10 +196,11 @@ def _refuse_orphans(
         if found and orphans:
             raise BrixelError(
                 f"{len(orphans)} of the {len(orphans) + len(claimed)} files of {kind} of {recipe.name} ({split}) have "
-                f"no image in {root}:\n{_first(orphans)}\nAdd the images, or take these files away."
+                f"no image in {root}:\n{first_lines(orphans)}\nAdd the images, or take these files away."
             )
 
 
-def _first(lines: Sequence[str]) -> str:
+def first_lines(lines: Sequence[str]) -> str:
+    """The first few of many lines, indented, and how many more there are."""
     more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
     return "\n".join([*(f"  {line}" for line in lines[:_SHOWN]), *more])

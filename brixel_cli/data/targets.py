@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from brixel_cli.config.labelled import IGNORE, DepthConfig, LabelsConfig, NormalsConfig
 from brixel_cli.core.files import read_npy
-from brixel_cli.data.images import open_image
+from brixel_cli.data.images import file_stat, open_image
 from brixel_cli.data.normals import normals_from_depth
 from brixel_cli.errors import BrixelError
 
@@ -31,9 +31,7 @@ def read_labels(path: Path, config: LabelsConfig) -> npt.NDArray[np.uint8]:
             red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.int64), -1, 0)
         values = red << 16 | green << 8 | blue
     else:
-        values = _read_plane(path, "a mask of class numbers; for one of colours give data.labels.colours").astype(
-            np.int64
-        )
+        values = read_classes(path)
     known, classes = _tables(config)
     places = np.searchsorted(known, values).clip(max=len(known) - 1)
     labels = np.where(known[places] == values, classes[places], NO_CLASS)
@@ -44,17 +42,31 @@ def read_labels(path: Path, config: LabelsConfig) -> npt.NDArray[np.uint8]:
     return labels.astype(np.uint8)
 
 
+def read_classes(path: Path) -> npt.NDArray[np.int64]:
+    """The numbers (H, W) of a mask, whatever they mean.
+
+    Raises:
+        BrixelError: the file is damaged or of another kind.
+    """
+    values = (
+        read_npy(path)
+        if path.suffix.lower() == ".npy"
+        else _read_plane(path, "a mask of class numbers; for one of colours give data.labels.colours")
+    )
+    if values.ndim != 2 or values.dtype.kind not in "biu":
+        raise BrixelError(
+            f"{path} has the shape {values.shape} of {values.dtype}; a mask is (height, width) of integers."
+        )
+    return values.astype(np.int64)
+
+
 def read_depth(path: Path, config: DepthConfig) -> npt.NDArray[np.float32]:
     """Depth (H, W) in metres; 0 where it is unknown or out of range.
 
     Raises:
         BrixelError: the file is damaged or of another kind, or no pixel is in range.
     """
-    values = (
-        read_npy(path) if path.suffix.lower() == ".npy" else _read_plane(path, "a depth map of one channel")
-    ).astype(np.float64)
-    if values.ndim != 2:
-        raise BrixelError(f"{path} has the shape {values.shape}; a depth map is (height, width).")
+    values = read_depth_values(path)
     unknown = ~np.isfinite(values) | (values == 0) | np.isin(values, config.invalid)
     units = np.where(unknown, 1, values) * config.scale
     metres = 1 / np.where(units == 0, np.inf, units) if config.inverse else units
@@ -68,6 +80,18 @@ def read_depth(path: Path, config: DepthConfig) -> npt.NDArray[np.float32]:
             f"valid are {least:g} to {most:g} m, data.depth.range."
         )
     return depth
+
+
+def read_depth_values(path: Path) -> npt.NDArray[np.float64]:
+    """The numbers (H, W) of a depth map, in whatever unit.
+
+    Raises:
+        BrixelError: the file is damaged or of another kind.
+    """
+    values = read_npy(path) if path.suffix.lower() == ".npy" else _read_plane(path, "a depth map of one channel")
+    if values.ndim != 2:
+        raise BrixelError(f"{path} has the shape {values.shape}; a depth map is (height, width).")
+    return values.astype(np.float64)
 
 
 def evaluated(path: Path, depth: npt.NDArray[np.float32], config: DepthConfig) -> npt.NDArray[np.bool_]:
@@ -94,11 +118,11 @@ def evaluated(path: Path, depth: npt.NDArray[np.float32], config: DepthConfig) -
     return inside
 
 
-def read_normals(path: Path, config: NormalsConfig) -> npt.NDArray[np.float32]:
-    """Unit normals (3, H, W); x right, y down, z forward, facing the camera; 0 where they are unknown.
+def read_vectors(path: Path, config: NormalsConfig) -> npt.NDArray[np.float32]:
+    """Vectors (3, H, W) as the file has them, of any length, turned by the signs of `axes`.
 
     Raises:
-        BrixelError: the file is damaged or of another kind, or its normals point away from the camera.
+        BrixelError: the file is damaged or of another kind.
     """
     if config.encoding == "npy":
         values = read_npy(path).astype(np.float32)
@@ -113,7 +137,16 @@ def read_normals(path: Path, config: NormalsConfig) -> npt.NDArray[np.float32]:
                 raise BrixelError(f"{image.mode} pixels, expected RGB that encodes normals as 2 x value / 255 - 1")
             coded = np.moveaxis(np.asarray(image.convert("RGB"), np.float32), -1, 0)
         vectors = np.where(coded.any(0), coded * (2 / 255) - 1, 0)
-    vectors = np.nan_to_num(vectors) * np.array(config.axes, np.float32)[:, None, None]
+    return vectors * np.array(config.axes, np.float32)[:, None, None]
+
+
+def read_normals(path: Path, config: NormalsConfig) -> npt.NDArray[np.float32]:
+    """Unit normals (3, H, W); x right, y down, z forward, facing the camera; 0 where they are unknown.
+
+    Raises:
+        BrixelError: the file is damaged or of another kind, or its normals point away from the camera.
+    """
+    vectors = np.nan_to_num(read_vectors(path, config))
     length = np.sqrt((vectors**2).sum(0))
     known = length > 0.5  # the codes of 0, such as grey, have a length of next to nothing
     normals: npt.NDArray[np.float32] = np.where(known, vectors / np.where(known, length, 1), 0).astype(np.float32)
@@ -172,6 +205,28 @@ def _read_records(path: Path, key: str) -> dict[str, dict[str, Any]]:
         return {str(record[key]): record for record in records}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BrixelError(f"{path} is no JSON list of records with the key {key}.") from error
+
+
+def read_pose(path: Path) -> npt.NDArray[np.float64]:
+    """Pose (4, 4) of a camera, from its coordinates to those of the scene.
+
+    Raises:
+        BrixelError: the file holds something else.
+    """
+    try:
+        file_stat(path)  # reading a pipe or a device might never end
+        numbers = [float(word) for word in path.read_text(encoding="utf-8").split()]
+    except (OSError, ValueError) as error:
+        raise BrixelError(f"{path} is no pose: {error}. Expected are 4 lines of 4 numbers.") from error
+    if len(numbers) != 16 or not np.isfinite(numbers).all():
+        raise BrixelError(f"{path} is no pose: expected are 4 lines of 4 finite numbers; found {len(numbers)} numbers.")
+    pose = np.array(numbers, np.float64).reshape(4, 4)
+    turn = pose[:3, :3]
+    if np.abs(turn @ turn.T - np.eye(3)).max() > 0.01 or np.linalg.det(turn) < 0:
+        raise BrixelError(
+            f"{path} is no pose: its first three rows and columns are no rotation. Leave the image out, or correct it."
+        )
+    return pose
 
 
 def _tables(config: LabelsConfig) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

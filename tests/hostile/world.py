@@ -159,7 +159,7 @@ def interrupted(arguments: Sequence[str]) -> Callable[[], int | None]:
         from brixel_cli.engines.probing import probing
 
         Trainer.update = after(3, Trainer.update)  # type: ignore[method-assign]
-        extraction.encode = after(2, extraction.encode)
+        extraction.encode_parts = after(2, extraction.encode_parts)
         probing.train_head = after(1, probing.train_head)
         return sandbox.command(arguments)()
 
@@ -234,6 +234,7 @@ def pictures_of(folder: Path) -> dict[str, list[int]]:
 
 def copy(source: Path, target: Path) -> Path:
     """A copy of a file or folder, times included."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
         shutil.copytree(source, target)
     else:

@@ -74,7 +74,11 @@ def probes_of(student_sha256: str) -> list[ProbeResult]:
             results = ProbeFolder(file.parent).read()
             for label in results.summary:
                 source = results.sources[label]
-                if isinstance(source, ModelDescription) and source.student_sha256 == student_sha256:
+                if (
+                    isinstance(source, ModelDescription)
+                    and source.kind == "student"
+                    and source.student_sha256 == student_sha256
+                ):
                     found += _main_figures(file.parent, results, label)
     return found
 
@@ -85,7 +89,7 @@ def _main_figures(folder: Path, results: ProbeResults, student: str) -> list[Pro
     labels = {kind: label for label, kind in kinds.items() if kind in ("backbone", "teacher") or label == student}
     gaps, spreads = results.recovered_gap.get(student, {}), results.gap_spread.get(student, {})
     found = []
-    for quantity in QUANTITIES[settings.task]:
+    for quantity in QUANTITIES[settings.task] or (settings.task,):
         metric = LEADING[quantity]
         figures = {
             kind: Figure(known(summary[label].mean_of(metric)), known(summary[label].spread[metric]))

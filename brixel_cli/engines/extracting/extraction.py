@@ -6,7 +6,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,19 +20,21 @@ from brixel_cli.core.formatting import human_size
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
 from brixel_cli.data.feature_file import FeatureFile
-from brixel_cli.data.feature_layout import FORMAT, MapWriter, encode
+from brixel_cli.data.feature_layout import MapWriter, encode_parts
 from brixel_cli.data.inputs import reason_of
 from brixel_cli.data.row_store import CHECKSUM, DONE, FAILED, MISSING, REASON, Array, Store, create_store, in_batches
+from brixel_cli.data.vector_table import write_table
+from brixel_cli.engines.extracting.continuing import check_same, describe
+from brixel_cli.engines.extracting.parts import ASKED, Extracted, asked_words, completed, finish_part
 from brixel_cli.engines.extracting.plan import (
     CONTACT_SHEET,
     ExtractPlan,
-    check_same,
-    describe,
     make_plan,
     preview_folder,
     reason_text,
 )
-from brixel_cli.engines.extracting.verification import discard_damaged, restore_index
+from brixel_cli.engines.extracting.tiled_images import fill_by_tiles, larger_images, map_strips
+from brixel_cli.engines.extracting.verification import discard_damaged, fetch_again, restore_index
 from brixel_cli.engines.memory import check_batch
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.reporting import Reporter
@@ -45,29 +47,6 @@ PCA_SAMPLE = 64
 
 
 @dataclass(frozen=True)
-class Extracted:
-    """How an extraction ended.
-
-    Attributes:
-        output: the feature file, or the folder of single files.
-        num_images: rows of the file.
-        num_before: rows that were finished by an earlier run.
-        failures: images without features, with the reasons.
-        seconds: from the first image to the last.
-        num_computed: images that this run computed, on all processes.
-        pictures: what `preview` and `page` wrote.
-    """
-
-    output: Path
-    num_images: int
-    num_before: int
-    num_computed: int
-    failures: dict[str, str]
-    seconds: float
-    pictures: list[Path]
-
-
-@dataclass(frozen=True)
 class _Finished:
     """A computed chunk on its way to the disk: rows, and their place in the batch."""
 
@@ -77,7 +56,7 @@ class _Finished:
 
 def plan_only(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
     """The plan, without carrying it out; errors as for `extract`."""
-    with _quiet_pillow():
+    with _quiet_pillow(options):
         return make_plan(options, reporter)
 
 
@@ -105,7 +84,7 @@ def rehearse(plan: ExtractPlan, reporter: Reporter) -> Estimate:
     share_memory_pools()
     options = plan.options
     runtime = Runtime(options.device, options.precision)
-    with _quiet_pillow():
+    with _quiet_pillow(options):
         plan.check_disk()
         model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
         check_batch(model, plan.num_of_size, options.batch_size)
@@ -119,6 +98,8 @@ def rehearse(plan: ExtractPlan, reporter: Reporter) -> Estimate:
         rows_of_size = {size: rows for size, rows in rows_of_size.items() if rows}
         if not rows_of_size:
             return Estimate(0, 0.0, "nothing is left to be computed")
+        if any(plan.is_tiled(row) for row in missing):
+            return Estimate(len(missing), None, "images that are cut into tiles are not timed")
         size, rows = max(rows_of_size.items(), key=lambda item: len(item[1]))
         batch = rows[: model.batch_sizes({size: len(rows)}, options.batch_size)[size]]
         loaded: list[Tensor | str] = []
@@ -126,8 +107,8 @@ def rehearse(plan: ExtractPlan, reporter: Reporter) -> Estimate:
         if all(isinstance(pixels, str) for pixels in loaded):
             return Estimate(len(missing), None, f"none of the first {len(batch)} images can be decoded")
         pixels = _stack(loaded)
-        model.maps(pixels)  # not timed: the first pass allocates, and on a GPU chooses its kernels
-        computing = call_seconds(lambda: encode(model.maps(pixels), options.dtype, None), runtime.device)
+        _parts(plan, model, pixels)  # not timed: the first pass allocates, and on a GPU chooses its kernels
+        computing = call_seconds(lambda: encode_parts(_parts(plan, model, pixels), options.dtype, None), runtime.device)
     # On a CPU the threads that read share its cores with the model; a GPU computes meanwhile.
     of_batch = reading + computing if runtime.device.type == "cpu" else max(reading, computing)
     area = sum(height * width * len(rows) for (height, width), rows in rows_of_size.items())
@@ -148,9 +129,11 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     Raises:
         BrixelError: something the user can fix; an image that fails is none of it, unless `strict`.
     """
+    if (passed := completed(options)) is not None:
+        return passed
     share_memory_pools()
     runtime = Runtime(options.device, options.precision)
-    with _quiet_pillow():
+    with _quiet_pillow(options):
         plan = make_plan(options, reporter)
         plan.announce(reporter)
         again = "What was computed stays: give the same command again, with torchrun or alone."
@@ -186,6 +169,8 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
     seconds = time.perf_counter() - began
     features = FeatureFile(plan.store_path)
     pictures: list[Path] = []
+    if options.storage == "parquet" and runtime.is_first:
+        pictures.append(write_table(features))
     if options.preview and runtime.is_first:
         from brixel_cli.engines.extracting.preview import write_previews
 
@@ -194,6 +179,9 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
         from brixel_cli.engines.extracting.page import write_page
 
         pictures.append(write_page(features, plan, runtime, reporter))
+    if options.shard is not None:
+        runtime.wait()  # until every process has opened it under its name so far
+        runtime.first_only(lambda: finish_part(plan.output))
     num_done = int(np.sum(features.status == DONE))
     return Extracted(
         plan.output, len(features), num_before, num_done - num_before, features.failures, seconds, pictures
@@ -214,6 +202,7 @@ def _open_output(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter)
     else:
         restore_index(plan, reporter)
         check_same(plan, model, Store(plan.store_path), reporter)
+        fetch_again(plan, reporter)
 
 
 def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> None:
@@ -221,7 +210,11 @@ def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> N
     description = describe(plan, model) | {
         "root": str(plan.inputs.root),
         "threads": torch.get_num_threads(),
-        "batch_sizes": {human_size(size): count for size, count in batch_sizes.items()},
+        **({ASKED: asked_words(plan.options)} if plan.options.shard else {}),
+        "batch_sizes": {
+            human_size(size): 1 if plan.is_tiled(rows[0]) else batch_sizes[size]
+            for size, rows in plan.rows_of_size.items()
+        },
     }
     filled = plan.filled(plan.digests(reporter))
     if plan.options.pca is not None:
@@ -229,7 +222,12 @@ def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> N
         filled |= {"pca_components": basis.components.numpy(), "pca_mean": basis.mean.numpy()}
     _clear_output(plan)  # as late as can be: should the model or the images fail, what is there stays
     create_store(
-        plan.store_path, len(plan.reasons), plan.layout.columns, description, filled, attributes={"format": FORMAT}
+        plan.store_path,
+        len(plan.reasons),
+        plan.layout.columns,
+        description,
+        filled,
+        attributes={"format": plan.layout.format},
     )
 
 
@@ -243,7 +241,7 @@ def _compute(
     spare: deque[dict[str, Tensor]] = deque(maxlen=1)
 
     def load(row: int) -> Tensor | str:
-        return "" if status[row] == FAILED else _load(plan, row)
+        return "" if status[row] == FAILED or plan.is_tiled(row) else _load(plan, row)
 
     def write(finished: _Finished) -> None:
         tensors = {name: tensor.cpu() for name, tensor in finished.tensors.items()}
@@ -251,22 +249,27 @@ def _compute(
             writer.write(row, {name: _planes(tensor[place]) for name, tensor in tensors.items()})
         spare.append(finished.tensors)
 
-    with WriteBehind[_Finished](write, polite).running() as behind:
+    asked_for = [row for chunk in chunks for row in chunk if status[row] != FAILED]
+    with plan.fetched_ahead(asked_for), WriteBehind[_Finished](write, polite).running() as behind:
         for chunk, loaded in read_ahead(chunks, load, _workers(plan), polite):
             missing = {row for row in chunk if status[row] == MISSING}
             for row, pixels in zip(chunk, loaded, strict=True):
-                if isinstance(pixels, str) and row in missing:
+                if isinstance(pixels, str) and row in missing and not plan.is_tiled(row):
                     _fail(plan, store, row, pixels)
-            if any(row in missing and not isinstance(pixels, str) for row, pixels in zip(chunk, loaded, strict=True)):
-                maps = model.maps(_stack(loaded))
-                tensors, finite = encode(maps, plan.options.dtype, basis, spare.pop() if spare else None)
+            if plan.is_tiled(chunk[0]):
+                for row in missing:
+                    if reason := fill_by_tiles(plan, model, store, row, basis):
+                        _fail(plan, store, row, reason)
+            elif any(row in missing and not isinstance(pixels, str) for row, pixels in zip(chunk, loaded, strict=True)):
+                parts = _parts(plan, model, _stack(loaded))
+                tensors, finite = encode_parts(parts, plan.options.dtype, basis, spare.pop() if spare else None)
                 rows = []
                 for place, row in enumerate(chunk):
                     if row in missing and not isinstance(loaded[place], str):
                         if finite[place]:
                             rows.append((row, place))
                         else:
-                            _fail(plan, store, row, _overflow(plan))
+                            _fail(plan, store, row, plan.overflow)
                 behind.put(_Finished(rows, tensors))
             yield len(missing)
 
@@ -301,8 +304,18 @@ def _stack(loaded: Sequence[Tensor | str]) -> Tensor:
     return torch.stack([black if isinstance(pixels, str) else pixels for pixels in loaded]).contiguous()
 
 
+def _parts(plan: ExtractPlan, model: FeatureExtractor, pixels: Tensor) -> dict[str, Tensor]:
+    """What is stored of these images, by dataset."""
+    return model.parts(pixels, plan.options.fields, plan.options.layers)
+
+
 def _planes(features: Tensor) -> Array:
-    """One image's (D, h, w), channel by channel as it is stored; the models compute with channels last."""
+    """One image's (D, h, w), channel by channel as it is stored; the models compute with channels last. Or its tokens.
+
+    Nothing is changed in tokens, which are (D) or (R, D).
+    """
+    if features.ndim < 3:
+        return np.asarray(features.numpy())
     # Flat, the copy is a plain transpose, for which torch has a faster way.
     flat: Array = features.flatten(1).contiguous().view(features.shape).numpy()
     return flat
@@ -318,20 +331,21 @@ def _fail(plan: ExtractPlan, store: Store, row: int, reason: str) -> None:
         )
 
 
-def _overflow(plan: ExtractPlan) -> str:
-    hint = "; --dtype float32 may hold them" if plan.options.dtype == "float16" else ""
-    return f"its features are no finite numbers in {plan.options.dtype}{hint}"
-
-
 def _fit_pca(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> Basis:
     usable = [row for row, size in enumerate(plan.model_sizes) if size is not None]
     sample = [usable[at * len(usable) // min(PCA_SAMPLE, len(usable))] for at in range(min(PCA_SAMPLE, len(usable)))]
     gathered = RunningPca(plan.spec.embed_dim)
     polite = model.runtime.device.type == "cpu"
-    with reporter.bar("principal components", len(sample), unit="image") as bar:
-        for _, loaded in read_ahead([[row] for row in sample], lambda row: _load(plan, row), _workers(plan), polite):
+    whole = [row for row in sample if not plan.is_tiled(row)]
+    with plan.fetched_ahead(whole), reporter.bar("principal components", len(sample), unit="image") as bar:
+        for _, loaded in read_ahead([[row] for row in whole], lambda row: _load(plan, row), _workers(plan), polite):
             if not isinstance(loaded[0], str):
                 gathered.add(model.maps(_stack(loaded))[0])
+            bar.update(1)
+        for row in sorted(set(sample) - set(whole)):
+            with suppress(BrixelError), map_strips(plan, model, row) as strips:
+                for _, strip in strips:
+                    gathered.add(strip)
             bar.update(1)
     if not gathered.count:
         raise BrixelError(
@@ -364,8 +378,8 @@ def _threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_pillow() -> Iterator[None]:
+def _quiet_pillow(options: ExtractOptions) -> Iterator[None]:
     """Pillow warns about odd files one by one; what matters of it is in the status column."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), larger_images(options.tile is not None):
         warnings.filterwarnings("ignore", module="PIL")
         yield

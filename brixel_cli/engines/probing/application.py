@@ -28,12 +28,13 @@ from brixel_cli.data.feature_layout import picture_names
 from brixel_cli.data.inputs import (
     Inputs,
     Item,
-    default_output,
     describe_unreadable,
     find_inputs,
     none_usable,
     reason_of,
 )
+from brixel_cli.data.predictions import DEPTH_UNITS, DESCRIPTION
+from brixel_cli.data.references import default_output
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import Array
 from brixel_cli.drawing.predictions import (
@@ -51,9 +52,6 @@ from brixel_cli.engines.runtime import Runtime, free_memory, memory_errors
 from brixel_cli.engines.streams import num_workers, read_ahead
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
-DESCRIPTION = "predictions.json"
-DEPTH_UNITS = {1000: "millimetres", 100: "centimetres", 10: "decimetres", 1: "metres"}
-"""Of stored depth: how many make a metre. The finest is taken in which the depths of the training fit."""
 DEEPEST = 2**16 - 1
 UNITS = {
     "segmentation": "class numbers in 8-bit palette PNGs",
@@ -168,6 +166,11 @@ def _model_spec(options: ApplyOptions, said: HeadDescription) -> tuple[ModelSpec
                 "new images: train the head on the source backbone, student or teacher."
             )
         size = described["res"]
+    elif source.baseline is not None:
+        raise BrixelError(
+            f"{options.head} was trained on the maps of the upsampler {source.baseline.function}, which --apply does "
+            "not load: train the head on the source backbone, student or teacher."
+        )
     else:
         checkpoint = checkpoint or source.checkpoint
     is_student = described["source"] == "student"
@@ -307,7 +310,7 @@ def write_predictions(
 
 
 def depth_unit(deepest: float) -> int:
-    """The unit of stored depth in which this depth in metres fits into 16 bits: so many of it make a metre."""
+    """The finest unit of stored depth in which this depth in metres fits into 16 bits: so many of it make a metre."""
     return next((unit for unit in DEPTH_UNITS if deepest * unit <= DEEPEST), 1)
 
 

@@ -1,24 +1,28 @@
-"""Evaluation of a head on stored maps, image by image, at the labels' own resolution."""
+"""Evaluation of predictions, image by image, at the labels' own resolution: of a head on stored maps, or any other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from brixel_cli.core.heads import Head, enlarge
+from brixel_cli.core.heads import QUANTITIES, Head, enlarge
 from brixel_cli.core.probe_metrics import DepthMeter, Meter, NormalsMeter, SegmentationMeter
 from brixel_cli.data.crops import Crop, stitch
 from brixel_cli.engines.probing.features import Maps, Targets
 from brixel_cli.engines.probing.plan import Size, SplitPlan
 
+Predict = Callable[[int, Size], dict[str, Tensor]]
+"""Predictions of an image of a split, by its number, at the (height, width) asked for; see `predict`."""
+
 
 @dataclass(frozen=True)
 class Evaluated:
-    """How a head did.
+    """How a source did.
 
     Attributes:
         figures: of the whole set, by metric; lists are by class.
@@ -29,15 +33,44 @@ class Evaluated:
     images: list[dict[str, float]]
 
 
-def meters(head: Head, align: bool) -> dict[str, Meter]:
-    """What measures each quantity of a head."""
+def meters(task: str, num_classes: int, align: bool) -> dict[str, Meter]:
+    """What measures each quantity of a task."""
     made: dict[str, Meter] = {}
-    for quantity in head.spec.quantities:
+    for quantity in QUANTITIES[task]:
         if quantity == "segmentation":
-            made[quantity] = SegmentationMeter(head.spec.num_classes)
+            made[quantity] = SegmentationMeter(num_classes)
         else:
             made[quantity] = DepthMeter(align) if quantity == "depth" else NormalsMeter()
     return made
+
+
+def evaluate(
+    predict: Predict, measured: Mapping[str, Meter], targets: Targets, split: SplitPlan, bar: Any
+) -> Evaluated:
+    """Measure predictions on a split.
+
+    Args:
+        predict: makes them.
+        measured: fresh meters, by quantity.
+        targets: of the split.
+        split: the images and their crops.
+        bar: hears of every image.
+    """
+    images = []
+    for image in range(len(split.labelled)):
+        row = split.target_row(image)
+        truths = targets.read(row)
+        predictions = predict(image, targets.sizes[row])
+        own: dict[str, float] = {}
+        for quantity, meter in measured.items():
+            truth = truths[quantity]
+            own |= meter.add(predictions[quantity], truth[0] if quantity == "depth" else truth)
+        images.append(own)
+        bar.update(1)
+    figures: dict[str, Any] = {}
+    for meter in measured.values():
+        figures |= meter.compute()
+    return Evaluated(figures, images)
 
 
 @torch.inference_mode()
@@ -55,27 +88,13 @@ def evaluate_head(
         device: where the head is.
         bar: hears of every image.
     """
-    measured = meters(head, align)
-    images = []
-    for image in range(len(split.labelled)):
-        row = image if split.slides else split.positions[image][0]
-        truths = targets.read(row)
-        predictions = predict(head, maps, split, image, targets.sizes[row], device)
-        own: dict[str, float] = {}
-        for quantity, meter in measured.items():
-            truth = truths[quantity]
-            own |= meter.add(predictions[quantity], truth[0] if quantity == "depth" else truth)
-        images.append(own)
-        bar.update(1)
-    figures: dict[str, Any] = {}
-    for meter in measured.values():
-        figures |= meter.compute()
-    return Evaluated(figures, images)
+    measured = meters(head.spec.task, head.spec.num_classes, align)
+    return evaluate(partial(predict, head, maps, split, device=device), measured, targets, split, bar)
 
 
 @torch.inference_mode()
 def predict(
-    head: Head, maps: Maps, split: SplitPlan, image: int, size: Size, device: torch.device
+    head: Head, maps: Maps, split: SplitPlan, image: int, size: Size, *, device: torch.device
 ) -> dict[str, Tensor]:
     """What a head says of an image of a split, (height, width) as asked for, on the CPU.
 

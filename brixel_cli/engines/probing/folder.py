@@ -15,16 +15,17 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_files, check_picture, make_folder, write_text
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.heads import load_head
 from brixel_cli.drawing.page import check_document
-from brixel_cli.engines.probing.results import ProbeResults, Run, Settings, SourceDescription, as_dict
+from brixel_cli.engines.probing.results import Items, ProbeResults, Run, Settings, SourceDescription, as_dict
 from brixel_cli.errors import BrixelError, UsageError
 
-PLACES = ("checkpoint", "backbone_weights", "path", "description.backbone_weights")
+PLACES = ("checkpoint", "backbone_weights", "path", "description.backbone_weights", "folders")
 """Of a source, where its files are: another place makes no other source."""
 
 
@@ -83,15 +84,22 @@ class ProbeFolder:
         for folder in ("heads", "curves", "images", "pictures"):
             make_folder(self.path / folder)
         if earlier is None:
+            for file in (self.path / "images").glob("*_seed*.csv"):  # of a probe whose results are gone
+                file.unlink()
             return []
         return [run for run in earlier.runs if not any(check_files(self._checks(run, earlier)).values())]
 
     def _checks(self, run: Run, results: ProbeResults) -> dict[Path, Callable[[Path], object]]:
         """What reads each file of a source and seed."""
         label, seed = run.source, run.seed
+        if run.items:
+            return {self.images(label, seed): lambda _: self._check_items(run)}
 
         def check_curve(_: Path) -> None:
-            if self.read_curve(label, seed)[-1]["loss"] != run.final_loss:
+            points = self.read_curve(label, seed)
+            if any(type(point[key]) not in (int, float) for point in points for key in ("step", "loss")):
+                raise ValueError("a point of it is no step with a loss")
+            if points[-1]["loss"] != run.final_loss:
                 raise ValueError("it does not end with the loss of results.json")
 
         def check_images(_: Path) -> None:
@@ -99,8 +107,16 @@ class ProbeFolder:
             if found != expected:
                 raise ValueError(f"it holds {found} images, not {expected}")
 
-        return {self.head(label, seed): load_head, self.curve(label, seed): check_curve,
-                self.images(label, seed): check_images}  # fmt: skip
+        checks: dict[Path, Callable[[Path], object]] = {self.images(label, seed): check_images}
+        if results.sources[label].kind not in ("predictions", "transfer"):  # for which nothing was trained
+            checks |= {self.head(label, seed): load_head, self.curve(label, seed): check_curve}
+        return checks
+
+    def _check_items(self, run: Run) -> None:
+        items = self.read_items(run.source).values()
+        for name in run.errors:
+            if not items or fmean(item[name] for item in items) != run.figures[name]:
+                raise ValueError("it does not hold the figures of results.json")
 
     def damaged_pictures(self) -> bool:
         """Whether one of the pictures or the page is damaged, or there are no curves."""
@@ -109,7 +125,8 @@ class ProbeFolder:
     def _drawn(self) -> dict[Path, Callable[[Path], object]]:
         """What reads each picture, and the page."""
         pages = [self.page] if self.page.exists() else []  # some protocols and earlier versions have none
-        pictures = [self.curves, *self.pictures.glob("*.png")]
+        curves = [self.curves] if any((self.path / "curves").glob("*.jsonl")) else []
+        pictures = [*curves, *self.pictures.glob("*.png")]
         return {**dict.fromkeys(pictures, check_picture), **dict.fromkeys(pages, check_document)}
 
     def verify(self) -> dict[Path, str]:
@@ -155,8 +172,9 @@ class ProbeFolder:
 
     def write_run(self, label: str, seed: int, curve: Sequence[Mapping[str, float]], names: Sequence[str],
                   images: Sequence[Mapping[str, float]]) -> None:  # fmt: skip
-        """Write the loss curve, and the metrics of each image, of a source and seed."""
-        write_text(self.curve(label, seed), "".join(to_json(point) + "\n" for point in curve))
+        """Write the loss curve, if anything was trained, and the metrics of each image, of a source and seed."""
+        if curve:
+            write_text(self.curve(label, seed), "".join(to_json(point) + "\n" for point in curve))
         metrics = list(dict.fromkeys(name for image in images for name in image))
         rows = [[name, *(image.get(metric) for metric in metrics)] for name, image in zip(names, images, strict=True)]
         write_text(self.images(label, seed), csv_text(["image", *metrics], rows))
@@ -171,6 +189,17 @@ class ProbeFolder:
         with open(self.images(label, seed), encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         return [{key: float(value or "nan") for key, value in row.items() if key != "image"} for row in rows]
+
+    def read_items(self, label: str) -> Items:
+        """The figures of the pairs or objects of a source, as many as there are; of a damaged file none."""
+        try:
+            with open(self.images(label, 0), encoding="utf-8", newline="") as file:
+                return {
+                    row.pop("image"): {name: float(value) for name, value in row.items()}
+                    for row in csv.DictReader(file)
+                }
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error):
+            return {}
 
     def _clear(self) -> None:
         # The results go first: without them, no kill can leave half of an old probe to be continued.

@@ -24,7 +24,7 @@ from brixel_cli.data.crops import Crop, cut_target, plan_crops
 from brixel_cli.data.feature_layout import Grid, Layout
 from brixel_cli.data.labelled import LabelledSet
 from brixel_cli.data.row_store import Column, bytes_needed
-from brixel_cli.engines.probing.sources import FileSource, ModelSource, Source
+from brixel_cli.engines.probing.sources import FileSource, ModelSource, PredictionSource, Source
 from brixel_cli.errors import BrixelError
 
 FORMAT = 1
@@ -85,14 +85,38 @@ class SplitPlan:
             found[crop.row].append(position)
         return found
 
+    def target_row(self, image: int) -> int:
+        """The row of the targets that an image is evaluated on."""
+        return image if self.slides else self.positions[image][0]
+
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """A source, with both splits as it sees them."""
+    """A source, with the splits as it sees them; there is none to train on for tasks that train nothing."""
 
     source: Source
-    train: SplitPlan
     evaluate: SplitPlan
+    training: SplitPlan | None
+
+    @property
+    def train(self) -> SplitPlan:
+        """The split that heads are trained on, of a task that trains them."""
+        assert self.training is not None
+        return self.training
+
+    @property
+    def splits(self) -> list[SplitPlan]:
+        """Those whose targets and maps it needs: nothing is trained for predictions that are there already."""
+        if self.training is None or isinstance(self.source, PredictionSource):
+            return [self.evaluate]
+        return [self.training, self.evaluate]
+
+    @property
+    def seeds(self) -> int | None:
+        """How many seeds it has of itself; None: as many as are asked for."""
+        if isinstance(self.source, PredictionSource):
+            return len(self.source.folders)
+        return 1 if self.training is None else None
 
 
 @dataclass(frozen=True)
@@ -105,7 +129,7 @@ class ProbePlan:
     @property
     def parts(self) -> list[StoredPart]:
         """Every file that is needed, once."""
-        splits = [split for source in self.sources for split in (source.train, source.evaluate)]
+        splits = [split for source in self.sources for split in source.splits]
         found = [part for split in splits for part in (split.targets, split.maps) if part is not None]
         return list({part.path: part for part in found}.values())
 
@@ -120,9 +144,14 @@ class ProbePlan:
         return free_bytes(self.options.features)
 
     @property
+    def trains(self) -> bool:
+        """Whether anything is trained."""
+        return any(item.seeds is None for item in self.sources)
+
+    @property
     def num_steps(self) -> int:
         """Steps of each training."""
-        return self.options.protocol.num_steps(len(self.sources[0].train.labelled))
+        return self.options.training.num_steps(len(self.sources[0].train.labelled))
 
     @property
     def notes(self) -> list[str]:
@@ -143,27 +172,25 @@ class ProbePlan:
 
 
 def make_plan(
-    options: ProbeOptions, sources: Sequence[Source], train: LabelledSet, evaluate: LabelledSet, precision: str
+    options: ProbeOptions, sources: Sequence[Source], train: LabelledSet | None, evaluate: LabelledSet, precision: str
 ) -> ProbePlan:
-    """Work out crops, grids and bytes from headers; nothing is written.
+    """Work out crops, grids and bytes from headers; nothing is written. Without `train`, nothing will be trained.
 
     Raises:
         BrixelError: an image's header cannot be read, or a feature file lacks an image of the set, or has
             one row for two of them.
     """
-    sizes: dict[Split, list[Size]] = {
-        "train": [train.size(row) for row in range(len(train))],
-        "evaluate": [evaluate.size(row) for row in range(len(evaluate))],
-    }
     protocol = options.protocol
+    settings: list[tuple[Split, LabelledSet, CropConfig, Side | None]] = [
+        ("evaluate", evaluate, protocol.evaluate, protocol.evaluate_labels)
+    ]
+    if train is not None:
+        settings.append(("train", train, options.training.train, options.training.train_labels))
+    sizes = {split: [labelled.size(row) for row in range(len(labelled))] for split, labelled, _, _ in settings}
     plans = []
     targets: dict[tuple[Split, int], tuple[list[Crop], StoredPart, list[Size]]] = {}
     for source in sources:
         splits = []
-        settings: list[tuple[Split, LabelledSet, CropConfig, Side | None]] = [
-            ("train", train, protocol.train, protocol.train_labels),
-            ("evaluate", evaluate, protocol.evaluate, protocol.evaluate_labels),
-        ]
         for split, labelled, config, label_side in settings:
             key = split, source.patch_size
             if key not in targets:
@@ -177,7 +204,7 @@ def make_plan(
             splits.append(SplitPlan(labelled, split, crops, part, target_sizes, maps, layout, slides))
         if isinstance(source, FileSource):
             _refuse_shared_rows(source, [planned.labelled for planned in splits])
-        plans.append(SourcePlan(source, *splits))
+        plans.append(SourcePlan(source, splits[0], splits[1] if len(splits) > 1 else None))
     return ProbePlan(options, plans)
 
 

@@ -22,14 +22,17 @@ from brixel_cli.engines.probing.evaluation import predict
 from brixel_cli.engines.probing.features import Targets, open_maps
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
+from brixel_cli.engines.probing.predictions import reader
+from brixel_cli.engines.probing.sources import PredictionSource
 from brixel_cli.engines.runtime import Runtime
 
 
-def write_curves(folder: ProbeFolder, labels: Sequence[str], seeds: Sequence[int]) -> Path:
-    """Draw the loss curves of all sources and seeds that there are."""
-    curves = {label: [folder.read_curve(label, seed) for seed in seeds] for label in labels}
-    draw_curves(folder.curves, {label: [curve for curve in some if curve] for label, some in curves.items()})
-    return folder.curves
+def write_curves(folder: ProbeFolder, labels: Sequence[str], seeds: Sequence[int]) -> None:
+    """Draw the loss curves of all sources and seeds that there are; nothing where nothing was trained."""
+    curves = {label: [curve for seed in seeds if (curve := folder.read_curve(label, seed))] for label in labels}
+    trained = {label: some for label, some in curves.items() if some}
+    if trained:
+        draw_curves(folder.curves, trained)
 
 
 def write_pictures(folder: ProbeFolder, plan: ProbePlan, runtime: Runtime) -> list[Path]:
@@ -44,11 +47,11 @@ def write_pictures(folder: ProbeFolder, plan: ProbePlan, runtime: Runtime) -> li
     for quantity in QUANTITIES[plan.options.recipe.task]:
         metric = LEADING[quantity]
         for place, number in ranked_images(ranking, metric).items():
-            row = number if reference.evaluate.slides else reference.evaluate.positions[number][0]
+            row = reference.evaluate.target_row(number)
             targets = Targets(reference.evaluate, plan.options.recipe.task)
             truth = targets.read(row)[quantity]
             predictions = {
-                item.source.label: _prediction(folder, item, number, targets.sizes[row], runtime)[quantity]
+                item.source.label: _prediction(folder, plan, item, number, targets.sizes[row], runtime)[quantity]
                 for item in plan.sources
             }
             titles, rows = comparison(quantity, _image(reference, row), truth, predictions)
@@ -64,7 +67,7 @@ def write_pictures(folder: ProbeFolder, plan: ProbePlan, runtime: Runtime) -> li
                 }
                 name = f"{titles[0]}, {reference.evaluate.labelled.names[number]}"
                 seen.append(PageImage(name, rows[0][0], _maps(plan, number), layers))
-    if seen:
+    if any(image.maps for image in seen):
         write_text(folder.page, feature_page(f"Features of the probe {plan.options.recipe.name}", seen).html)
     return written
 
@@ -73,15 +76,20 @@ def _maps(plan: ProbePlan, number: int) -> dict[str, Tensor]:
     """The stored maps of an evaluated image that is seen as a whole, by source."""
     found = {}
     for item in plan.sources:
+        if isinstance(item.source, PredictionSource):
+            continue
         found[item.source.label] = open_maps(item, item.evaluate).read(item.evaluate.positions[number][:1])[0]
     return found
 
 
 def _prediction(
-    folder: ProbeFolder, item: SourcePlan, number: int, size: tuple[int, int], runtime: Runtime
+    folder: ProbeFolder, plan: ProbePlan, item: SourcePlan, number: int, size: tuple[int, int], runtime: Runtime
 ) -> dict[str, Tensor]:
+    if isinstance(item.source, PredictionSource):
+        return reader(plan.options.recipe, item.source, 0, item.evaluate)(number, size)
     head, _ = load_head(folder.head(item.source.label, 0))
-    return predict(head.to(runtime.device), open_maps(item, item.evaluate), item.evaluate, number, size, runtime.device)
+    maps, device = open_maps(item, item.evaluate), runtime.device
+    return predict(head.to(device), maps, item.evaluate, number, size, device=device)
 
 
 def _image(item: SourcePlan, row: int) -> Image.Image:

@@ -12,17 +12,29 @@ import numpy as np
 from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from brixel_cli.config.labelled import ProbeRecipe, Split, SplitConfig, Task
-from brixel_cli.config.protocols import Protocol
+from brixel_cli.config.probe import PredictionsConfig
+from brixel_cli.config.protocols import AnyProtocol
 from brixel_cli.config.section import Side
 from brixel_cli.core.formatting import to_json
-from brixel_cli.core.metrics import Gap, Number, gap_over_seeds
+from brixel_cli.core.metrics import Gap, Number, gap_over_items, gap_over_seeds
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
 
 FORMAT = "brixel-probe-1"
 Value = Number | list[Number]
 """A metric of a whole set, or of each class."""
 Versions = dict[str, str | int]
+Items = dict[str, dict[str, float]]
+"""By name, the figures of what figures are means of: pairs of images, or objects of sequences."""
 Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class BaselineDescription:
+    """An upsampler from elsewhere: name of the function, SHA-256 of its source file, and its `guide_size` in pixels."""
+
+    function: str
+    sha256: str
+    guide_size: int | None
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class ModelDescription:
     """A source that computed its features here.
 
     Attributes:
-        kind, source: which source it is, and which model.
+        kind, source: which source it is, and which model; `transfer`: with the head of the plain backbone.
         backbone, backbone_weights, backbone_sha256: timm name of the backbone, and its weights.
         checkpoint, student_sha256, student_step: of the student; None for the other sources.
         factor: output grid over token grid of the student; the teacher's input over the student's.
@@ -39,9 +51,10 @@ class ModelDescription:
         input: number of evaluated crops of each input size, as `HEIGHTxWIDTH`.
         grid: the same by the size of the feature map.
         scale: of the backbone at equal cost: its input over the student's, as measured; else 1.
+        baseline: the upsampler on top of the plain backbone, if there is one; then `input` is the image that it sees.
     """
 
-    kind: Literal["backbone", "equal_cost", "student", "teacher"]
+    kind: Literal["backbone", "equal_cost", "baseline", "student", "teacher", "transfer"]
     source: Literal["backbone", "student", "teacher"]
     backbone: str
     backbone_weights: str
@@ -55,6 +68,7 @@ class ModelDescription:
     input: dict[str, int]
     grid: dict[str, int]
     scale: float = 1.0
+    baseline: BaselineDescription | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,29 @@ class FileDescription:
     input: None = None
 
 
-SourceDescription = ModelDescription | FileDescription
+@dataclass(frozen=True)
+class PredictionsDescription:
+    """A row of predictions that another model has made, read from files.
+
+    Attributes:
+        folders: of the predictions, one for each seed.
+        files: evaluated images in each of them.
+        sha256: over the files of each folder.
+        predicted: what their values mean.
+    """
+
+    kind: Literal["predictions"]
+    source: Literal["predictions"]
+    folders: list[str]
+    files: int
+    sha256: list[str]
+    predicted: PredictionsConfig
+    grid: dict[str, int] = field(default_factory=dict)
+    input: None = None
+
+
+FeaturesDescription = ModelDescription | FileDescription
+SourceDescription = FeaturesDescription | PredictionsDescription
 
 
 @dataclass(frozen=True)
@@ -92,8 +128,9 @@ class Settings:
         protocol: its name, with everything that is not as published.
         protocol_settings: its values.
         size: the student's input in pixels.
-        data: both splits.
-        classes: names of the classes; None without a segmentation.
+        data: the splits that are used.
+        classes: names of what figures are also listed by: the classes of a segmentation, the viewpoint changes of
+            matching, the sequences of propagation; else None.
         precision: arithmetic of the networks.
         device: type of the device.
     """
@@ -101,7 +138,7 @@ class Settings:
     recipe: str
     task: Task
     protocol: str
-    protocol_settings: Protocol
+    protocol_settings: AnyProtocol
     size: Side
     data: dict[Split, SplitUsed]
     classes: list[str] | None
@@ -111,30 +148,37 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One head: the figures of a source and seed.
+    """The figures of a source and seed.
 
     Attributes:
         source: label of the source.
         seed: of the training.
         figures: of the whole split, by metric; nan where nothing counts.
-        final_loss: mean over the last steps.
+        final_loss: mean over the last steps; nan where nothing was trained.
         train_seconds, evaluate_seconds, steps_per_second: the time it took.
         versions: of the libraries; a probe can be continued with others.
+        errors: standard errors of figures that are means over pairs of images or objects, over these.
+        items: number of these pairs or objects.
     """
 
     source: str
     seed: int
     figures: dict[str, Value]
-    final_loss: float
+    final_loss: Number
     train_seconds: float
     evaluate_seconds: float
-    steps_per_second: float
+    steps_per_second: Number
     versions: Versions
+    errors: dict[str, Number] = field(default_factory=dict)
+    items: int = 0
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a source over its seeds: mean, and standard deviation (nan for one seed; not for class by class)."""
+    """Figures of a source over its seeds: mean, and standard deviation (nan for one seed; not for class by class).
+
+    Of tasks that train nothing there is one seed, and the spread is the standard error over pairs or objects.
+    """
 
     seeds: int
     mean: dict[str, Value]
@@ -156,6 +200,23 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class PassCost:
+    """What a source's whole pass over one image costs, from the pixels to the map; timed beside the other sources.
+
+    Attributes:
+        input: (height, width) in pixels of what it sees.
+        gflop: a multiply-add is 2, attention counted.
+        seconds, low, high: median, 10 % and 90 % quantile over interleaved rounds.
+    """
+
+    input: tuple[int, int]
+    gflop: float
+    seconds: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class ProbeResults:
     """All of a probe.
 
@@ -169,6 +230,7 @@ class ProbeResults:
         recovered_gap: of the mean of each metric, by label; see `core.metrics.gap_over_seeds`.
         gap_spread: its standard deviation; nan where it is not known.
         runs: a row for each source and seed.
+        costs: of the sources that compute here, by label; empty until all heads are there.
         format: of the file.
     """
 
@@ -183,6 +245,7 @@ class ProbeResults:
     ]
     runs: list[Run]
     gap_spread: dict[str, dict[str, Number]] = field(default_factory=dict)
+    costs: dict[str, PassCost] = field(default_factory=dict)
     format: str = FORMAT
 
     def to_json(self) -> str:
@@ -231,7 +294,7 @@ class HeadDescription:
     size: Side
     seed: int
     label: str
-    source: SourceDescription
+    source: FeaturesDescription
     versions: Versions
     backbone_signature: list[float] = field(default_factory=list)
 
@@ -263,7 +326,8 @@ def summarise(labels: Sequence[str], runs: Sequence[Run]) -> dict[str, Summary]:
     """For each source: mean and standard deviation over its seeds, of every figure; of lists, class by class."""
     summary: dict[str, Summary] = {}
     for label in labels:
-        figures = [run.figures for run in runs if run.source == label]
+        own = [run for run in runs if run.source == label]
+        figures = [run.figures for run in own]
         if not figures:
             continue
         means: dict[str, Value] = {}
@@ -276,40 +340,53 @@ def summarise(labels: Sequence[str], runs: Sequence[Run]) -> dict[str, Summary]:
             else:
                 classes = [value for value in values if isinstance(value, list)]
                 means[name] = [_mean_of_known(column) for column in zip(*classes, strict=True)]
-        summary[label] = Summary(len(figures), means, spreads)
+        summary[label] = Summary(len(figures), means, spreads | own[0].errors)
     return summary
 
 
 def stored_gaps(
-    sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary]
+    sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary], items: Mapping[str, Items] | None = None
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """The fields `recovered_gap` and `gap_spread` of `ProbeResults`; see `gaps_of`."""
-    found = gaps_of(sources, summary)
+    found = gaps_of(sources, summary, items)
     return (
         {label: {name: gap.value for name, gap in some.items()} for label, some in found.items()},
         {label: {name: gap.spread for name, gap in some.items()} for label, some in found.items()},
     )
 
 
-def gaps_of(sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary]) -> dict[str, dict[str, Gap]]:
-    """The recovered gap of each metric's mean, for every source besides backbone and teacher; empty without them."""
-    by_kind = {sources[label].kind: means for label, means in summary.items()}
+def gaps_of(
+    sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary], items: Mapping[str, Items] | None = None
+) -> dict[str, dict[str, Gap]]:
+    """The recovered gap of each metric's mean, for every source between backbone and teacher; empty without them.
+
+    Args:
+        sources: by label.
+        summary: by label.
+        items: by label the figures of the pairs or objects that figures are means of, which are the same for all
+            sources; the spread is then over them. None: it is over seeds.
+    """
+    by_kind = {sources[label].kind: label for label in summary}
     if not {"backbone", "teacher"} <= set(by_kind):
         return {}
-    backbone, teacher = by_kind["backbone"], by_kind["teacher"]
+    ends = by_kind["backbone"], by_kind["teacher"]
+
+    def gap(label: str, name: str) -> Gap:
+        better = name.removesuffix("_image_mean") in HIGHER_IS_BETTER
+        if items and label in items:
+            plain, own, best = ([items[one][item][name] for item in items[label]] for one in (ends[0], label, ends[1]))
+            return gap_over_items(plain, own, best, better)
+        backbone, source, teacher = (summary[one].figure(name) for one in (ends[0], label, ends[1]))
+        return gap_over_seeds(backbone, source, teacher, better)
+
     return {
         label: {
-            name: gap_over_seeds(
-                backbone.figure(name),
-                entry.figure(name),
-                teacher.figure(name),
-                higher_is_better=name.removesuffix("_image_mean") in HIGHER_IS_BETTER,
-            )
+            name: gap(label, name)
             for name, value in entry.mean.items()
-            if not isinstance(value, list) and name in backbone.mean and name in teacher.mean
+            if not isinstance(value, list) and all(name in summary[end].mean for end in ends)
         }
         for label, entry in summary.items()
-        if sources[label].kind in ("equal_cost", "student", "file")
+        if sources[label].kind in ("equal_cost", "baseline", "student", "transfer", "file")
     }
 
 

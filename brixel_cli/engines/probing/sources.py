@@ -1,8 +1,8 @@
-"""Whose features a probe compares: plain backbone, students, teacher, and feature files."""
+"""Whose features or predictions a probe compares: backbone, students, teacher, feature files, predictions as files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,17 +10,22 @@ from typing import Any, ClassVar, Literal
 
 from brixel_cli.config.base import height_width
 from brixel_cli.config.extract import Source as ModelKind
-from brixel_cli.config.probe import ProbeOptions
+from brixel_cli.config.probe import PredictionsConfig, ProbeOptions
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.formatting import human_size
-from brixel_cli.core.identity import tensors_sha256
-from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile
+from brixel_cli.core.heads import QUANTITIES
+from brixel_cli.core.identity import files_sha256, json_digest, tensors_sha256
+from brixel_cli.data.feature_file import FeatureFile
+from brixel_cli.data.feature_index import INDEX_NAME
 from brixel_cli.data.feature_layout import Grid
+from brixel_cli.data.predictions import find_predictions
 from brixel_cli.data.resizing import snap
+from brixel_cli.engines.baselines import Baseline, load_baseline
+from brixel_cli.engines.default_student import default_student
 from brixel_cli.engines.equal_cost import EQUAL_COST, equal_cost_size
-from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
+from brixel_cli.engines.models import FeatureExtractor, ModelSpec, model_spec
 from brixel_cli.engines.probing.folder import ProbeFolder
-from brixel_cli.engines.probing.results import ModelDescription
+from brixel_cli.engines.probing.results import BaselineDescription, ModelDescription, as_dict
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
@@ -32,7 +37,7 @@ MODELS: dict[str, ModelKind] = {
     "teacher": "teacher",
 }
 """The sources that compute here, in the order of the tables, and which model each is."""
-Kind = Literal["backbone", "equal_cost", "student", "teacher"]
+Kind = Literal["backbone", "equal_cost", "baseline", "student", "teacher"]
 FILE_PREFIX = "file:"
 
 
@@ -46,6 +51,7 @@ class ModelSource:
         spec: of the model before its weights are loaded.
         backbone_sha256: of the backbone's weights; empty where they were not to be read, and are not known.
         backbone_signature: of the same weights; see `Backbone.signature`.
+        baseline: upsampler from elsewhere, on top of the plain backbone.
     """
 
     label: str
@@ -53,6 +59,7 @@ class ModelSource:
     spec: ModelSpec
     backbone_sha256: str
     backbone_signature: list[float]
+    baseline: Baseline | None = None
 
     @property
     def patch_size(self) -> int:
@@ -61,7 +68,20 @@ class ModelSource:
 
     def grid(self, size: tuple[int, int]) -> Grid:
         """The grid of its map where the student's input has this size."""
-        return self.spec.grid(self.spec.input_size(size))
+        rows, columns = self.spec.grid(self.spec.input_size(size))
+        finer = self.spec.factor if self.baseline else 1
+        return rows * finer, columns * finer
+
+    def seen(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Sizes (height, width) in pixels of what it sees of an image, the network's input first, then a guide."""
+        own = self.spec.input_size(size)
+        return [own, self.baseline.guide_size(own)] if self.baseline else [own]
+
+    @property
+    def described_baseline(self) -> BaselineDescription | None:
+        """The upsampler, for the results."""
+        found = self.baseline
+        return BaselineDescription(found.name, found.sha256, found.guide_side) if found else None
 
     def identity(self) -> dict[str, Any]:
         """All that its features depend on, besides the images: model and weights."""
@@ -78,11 +98,12 @@ class ModelSource:
             "patch_size": self.spec.patch_size,
             "channels": self.spec.embed_dim,
             **({"scale": self.spec.scale} if self.kind == "equal_cost" else {}),
+            **({"baseline": as_dict(self.described_baseline)} if self.baseline else {}),
         }
 
     def load(self, runtime: Runtime, reporter: Reporter) -> FeatureExtractor:
         """The model itself; errors as `FeatureExtractor`."""
-        return FeatureExtractor(self.spec, runtime, reporter)
+        return FeatureExtractor(self.spec, runtime, reporter, baseline=self.baseline)
 
 
 @dataclass(frozen=True)
@@ -115,11 +136,43 @@ class FileSource:
         return {"source": "file", "path": str(self.file.path.absolute()), "bytes": stat.st_size, "description": said}
 
 
-Source = ModelSource | FileSource
+@dataclass(frozen=True)
+class PredictionSource:
+    """A row of predictions that another model has made: nothing is trained.
+
+    Attributes:
+        label: names it in tables and files.
+        folders: of the predictions, one for each seed.
+        files: for each folder and quantity the file of each evaluated image.
+        config: what the values mean.
+        patch_size: of the backbone beside which the row stands: crops are the same; 1: there is none.
+        digests: SHA-256 over the files of each folder.
+    """
+
+    label: str
+    folders: tuple[Path, ...]
+    files: tuple[Mapping[str, Sequence[Path]], ...]
+    config: PredictionsConfig
+    patch_size: int
+    digests: tuple[str, ...]
+    kind: ClassVar[Literal["predictions"]] = "predictions"
+
+    def identity(self) -> dict[str, Any]:
+        """The files, and how they are read."""
+        return {
+            "source": "predictions",
+            "folders": [str(folder.absolute()) for folder in self.folders],
+            "files": len(next(iter(self.files[0].values()))),
+            "sha256": list(self.digests),
+            "predicted": self.config,
+        }
+
+
+Source = ModelSource | FileSource | PredictionSource
 
 
 def resolve_sources(
-    options: ProbeOptions, runtime: Runtime, reporter: Reporter, read_weights: bool = True
+    options: ProbeOptions, runtime: Runtime, reporter: Reporter, evaluated: Sequence[str], read_weights: bool = True
 ) -> list[Source]:
     """The sources that were asked for, in that order.
 
@@ -127,16 +180,18 @@ def resolve_sources(
         options: of the probe.
         runtime: where the cost of backbone and student is measured.
         reporter: hears which student is taken where none is named.
+        evaluated: names of the images that predictions as files have to be of.
         read_weights: whether the backbone's weights are read, once, for their SHA-256, and cost is measured; else a
             student's description says it, or nothing.
 
     Raises:
         UsageError: a source is unknown or stands twice, or no model is named.
-        BrixelError: a checkpoint, weights or a feature file cannot be read.
+        BrixelError: a checkpoint, weights, a feature file or predictions cannot be read.
     """
-    names = list(options.sources) or list(MODELS)
+    names = list(options.sources) or ([] if options.predictions else list(MODELS))
+    baselines = [load_baseline(reference) for reference in options.baselines]
     checkpoints = list(options.checkpoints)
-    adapted, computed = {"student", "equal-cost"} & set(names), set(MODELS) & set(names)
+    adapted, computed = {"student", "equal-cost"} & set(names), set(MODELS) & set(names) or set(options.baselines)
     if not checkpoints and (adapted or (computed and not options.backbone)):
         checkpoints = [default_student(options.backbone, reporter, min(height_width(options.size)))]
     identities: dict[tuple[str, str], tuple[str, list[float]]] = {}
@@ -156,6 +211,12 @@ def resolve_sources(
             sources.append(source)
         else:
             sources.append(_file(name))
+    if baselines:
+        plain = _model("backbone", "", checkpoints[0] if checkpoints else None, options, identities, read_weights)
+        place = next((place for place, source in enumerate(sources) if source.kind in ("student", "teacher")), None)
+        rows = [replace(plain, label=baseline.name, kind="baseline", baseline=baseline) for baseline in baselines]
+        sources[len(sources) if place is None else place : place] = rows
+    sources += _predictions(options, evaluated, sources[0].patch_size if sources else 1)
     labels = [source.label for source in sources]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice:
@@ -215,6 +276,26 @@ def _file(name: str) -> FileSource:
             f"{path} holds features of the middle of each image alone: extract them again with --fit short."
         )
     return source
+
+
+def _predictions(options: ProbeOptions, names: Sequence[str], patch_size: int) -> list[PredictionSource]:
+    """The rows of predictions as files; folders of one name are the seeds of a row."""
+    folders: dict[str, list[Path]] = {}
+    for label, folder in options.predictions:
+        folders.setdefault(label, []).append(folder)
+    sources = []
+    for label, some in folders.items():
+        if len({folder.resolve() for folder in some}) < len(some):
+            raise UsageError(f"--predictions {label}: a folder stands twice. Each is another seed of the row.")
+        quantities = QUANTITIES[options.recipe.task]
+        files: list[dict[str, list[Path]]] = [
+            {quantity: find_predictions(folder, quantity, names) for quantity in quantities} for folder in some
+        ]
+        digests = [json_digest(files_sha256([path for paths in by.values() for path in paths])) for by in files]
+        sources.append(
+            PredictionSource(label, tuple(some), tuple(files), options.predicted, patch_size, tuple(digests))
+        )
+    return sources
 
 
 def _labels(checkpoints: Sequence[str]) -> list[str]:
