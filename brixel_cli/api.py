@@ -23,9 +23,9 @@ from brixel_cli.config.shard import find_shard
 from brixel_cli.core.sampling import Points, covered_part, read_at
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_file import FeatureFile
+from brixel_cli.data.grouping import batches_of_one_size
 from brixel_cli.data.images import load_image, upright
 from brixel_cli.data.resizing import Resizing
-from brixel_cli.data.row_store import batches_of_one_size
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.default_student import default_student
 from brixel_cli.engines.extracting.extractor import Extractor as Extractor

@@ -132,7 +132,7 @@ def write_features(
     store = Store(path, writable=True)
     for row, array in enumerate(arrays):
         grid = "x".join(map(str, array.shape[1:]))
-        store.put("features" if "features" in store else f"features/{grid}", int(layout.grid_rows[row]), array)
+        store.put("features" if "features" in store else f"features/{grid}", [int(layout.grid_rows[row])], [array])
         store.mark(row, 1)
     return path
 

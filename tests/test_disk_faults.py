@@ -119,7 +119,7 @@ def full_disk(tmp_path: Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("replace", "pwrite", "posix_fallocate"):
+        for name in ("replace", "pwritev", "posix_fallocate"):
             patch.setattr(os, name, full)
         yield
 

@@ -26,6 +26,7 @@ from brixel_cli.app import app
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.files import locked
 from brixel_cli.core.student import read_adapter, save_student
+from brixel_cli.data.checksums import CHECKSUM, CHECKSUMS
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
@@ -245,7 +246,7 @@ def test_a_device_that_is_not_there_is_named_as_the_option(extract_options, list
 def old_format(path: Path) -> None:
     """Make a feature file into one that was written before there were digests and checksums in it."""
     with h5py.File(path, "r+") as file:
-        del file["sha256"], file["checksum"], file.attrs["checksums"]
+        del file["sha256"], file[CHECKSUM], file.attrs[CHECKSUMS]
 
 
 def test_a_file_without_digests_is_continued_by_size_and_time(

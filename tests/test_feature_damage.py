@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 import brixel_cli
 from brixel_cli.app import app
-from brixel_cli.core.identity import checksum
-from brixel_cli.data.feature_layout import Layout, MapWriter, map_checksum
-from brixel_cli.data.row_store import CHECKSUMS, Store
+from brixel_cli.core.identity import checksum, earlier_checksum
+from brixel_cli.data.checksums import CHECKSUM, CHECKSUMS
+from brixel_cli.data.feature_layout import Layout, MapWriter
+from brixel_cli.data.row_store import Store
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -108,7 +109,7 @@ def test_a_compressed_file_is_read_and_never_written(extract_options, tmp_path: 
     assert found == {name: row for name, row in expected.items() if name != "1.png"}
     assert len(features) == 8
     before = (tmp_path / "packed.h5").read_bytes()
-    with pytest.raises(BrixelError, match=r"not written to, as it is compressed, .* \(checksum, features, reason\)"):
+    with pytest.raises(BrixelError, match=r"not written to, as it is compressed, .* \(features, reason, status\)"):
         extract(extract_options(output=tmp_path / "packed.h5"), listener)
     assert (tmp_path / "packed.h5").read_bytes() == before
 
@@ -180,22 +181,48 @@ def test_many_grids_take_one_descriptor(tmp_path: Path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, limits[1]))
     try:
         for row, grid in enumerate(grids):
-            writer.write(row, {"features": np.ones((2, *grid), np.int8), "scale": np.ones((1, *grid), np.float32)})
+            writer.write(
+                [row], {"features": [np.ones((2, *grid), np.int8)], "scale": [np.ones((1, *grid), np.float32)]}
+            )
         features = brixel_cli.FeatureFile(tmp_path / "f.h5")
         assert [features[row].shape for row in features.rows] == [(2, *grid) for grid in grids]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_a_checksum_by_hand():
+def test_an_earlier_checksum_by_hand():
     import zlib
 
     words = np.arange(2 * 1021 + 3, dtype="<u8")
     folded = words[:1021] + words[1021 : 2 * 1021]
-    assert checksum(words) == zlib.crc32(words[2 * 1021 :].tobytes(), zlib.crc32(folded.tobytes()))
-    page = np.random.default_rng(0).integers(0, 255, 64 * 4096, np.uint8).reshape(64, 4096)
-    assert checksum(page) != checksum(page[::-1])
-    assert map_checksum({"scale": words, "features": page}) == checksum(page, words)
+    assert earlier_checksum(words) == zlib.crc32(words[2 * 1021 :].tobytes(), zlib.crc32(folded.tobytes()))
+    page = np.random.default_rng(0).integers(0, 255, 64 * 4096, np.uint8)
+    assert earlier_checksum(page[:9]) == zlib.crc32(page[:9].tobytes(), zlib.crc32(bytes(8 * 1021)))
+
+
+def test_a_checksum_is_xxh3_over_all_bytes():
+    # The first is XXH3's of no bytes, as its authors give it.
+    assert checksum() == checksum(np.zeros(0)) == 0x2D06800538D394C2
+    page = np.random.default_rng(0).integers(0, 255, (64, 4096), np.uint8)
+    assert checksum(page) == checksum(page.reshape(-1)) == checksum(page[:40], page[40:].view(np.float16))
+    assert checksum(page.T) == checksum(page.T.copy())
+    swapped = page[[1, 0, *range(2, 64)]]
+    flipped = page.copy()
+    flipped[63, 4095] ^= 1
+    assert len({checksum(page), checksum(swapped), checksum(flipped), checksum(page[:63])}) == 4
+
+
+def test_rows_are_written_with_the_checksums_of_their_stored_values(tmp_path: Path):
+    grids = ((1, 2), (2, 1), (1, 2), (1, 2))
+    store = make_file(tmp_path / "f.h5", Layout(grids, 2, "float16"), {CHECKSUM: np.zeros(4, np.uint64)})
+    maps = [np.full((2, 1, 2), 1 / 3 + row, np.float64) for row in (0, 3, 2)]
+    MapWriter(store, Layout(grids, 2, "float16")).write([0, 3, 2], {"features": maps})
+    features = brixel_cli.FeatureFile(tmp_path / "f.h5")
+    assert features.status.tolist() == [1, 0, 1, 1]
+    for row, expected in zip((0, 3, 2), maps, strict=True):
+        assert np.array_equal(features.stored(row)["features"], expected.astype(np.float16))
+        assert features.damage(row) == ""
+        assert store.array(CHECKSUM)[row] == checksum(expected.astype(np.float16))
 
 
 def test_a_status_that_is_none_is_an_error_that_names_the_row(extract_options, listener: Listener):

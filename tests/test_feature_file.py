@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import h5py
@@ -13,17 +14,19 @@ import torch
 
 import brixel_cli
 from brixel_cli.core.files import check_disk
+from brixel_cli.data.columns import Column, bytes_needed
 from brixel_cli.data.feature_file import FeatureDataset, dequantise
 from brixel_cli.data.feature_layout import FORMAT, Layout, encode, single_file_names, text_array
-from brixel_cli.data.row_store import DONE, FAILED, Column, Store, bytes_needed, create_store
+from brixel_cli.data.row_store import DONE, FAILED, Store, create_store
 from brixel_cli.errors import BrixelError
 
 SHAPE = (4, 2, 3)
 
 
-def make_file(path: Path, layout: Layout, **description) -> Store:
+def make_file(path: Path, layout: Layout, more: Mapping[str, np.ndarray] = {}, **description) -> Store:
     num_rows = len(layout.grids)
     filled = {
+        **more,
         "paths": text_array([f"{row}é.png" for row in range(num_rows)]),
         "reason": text_array([""] * num_rows, 40),
         "grid_row": layout.grid_rows,
@@ -40,7 +43,7 @@ def test_one_grid_is_one_dataset_aligned_with_the_paths(tmp_path: Path):
     store = make_file(tmp_path / "f.h5", layout)
     maps = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(np.float16)
     for row in (0, 2):
-        store.write(row, {"features": maps[row]})
+        store.write([row], {"features": [maps[row]]})
     with h5py.File(tmp_path / "f.h5") as file:
         assert file["features"].shape == (3, *SHAPE)
         assert file["features"].chunks is None
@@ -53,9 +56,9 @@ def test_mixed_grids_are_a_group(tmp_path: Path):
     layout = Layout(((2, 3), (3, 2), None, (2, 3)), 4, "float16")
     assert layout.grid_rows.tolist() == [0, 0, -1, 1]
     store = make_file(tmp_path / "f.h5", layout)
-    store.put("features/2x3", 1, np.full(SHAPE, 7, np.float16))
+    store.put("features/2x3", [1], [np.full(SHAPE, 7, np.float16)])
     store.mark(3, DONE)
-    store.put("reason", 2, text_array(["too bad"], 40)[0])
+    store.put("reason", [2], text_array(["too bad"], 40))
     store.mark(2, FAILED)
     with h5py.File(tmp_path / "f.h5") as file:
         assert file["features/2x3"].shape == (2, *SHAPE)
@@ -77,7 +80,7 @@ def test_mixed_grids_are_a_group(tmp_path: Path):
 
 def test_a_dataset_goes_to_workers_without_its_maps(tmp_path: Path):
     store = make_file(tmp_path / "f.h5", Layout(((40, 40),) * 4, 8, "float32"))
-    store.write(2, {"features": np.full((8, 40, 40), 7, np.float32)})
+    store.write([2], {"features": [np.full((8, 40, 40), 7, np.float32)]})
     pickled = pickle.dumps(FeatureDataset(tmp_path / "f.h5"))
     assert len(pickled) < 1000
     assert pickle.loads(pickled)[0][0].mean() == 7
@@ -96,13 +99,13 @@ def test_rows_that_will_never_be_filled_take_no_room(tmp_path: Path):
 def test_a_row_of_another_shape_is_refused(tmp_path: Path):
     create_store(tmp_path / "f.h5", 2, {"x": Column((3,), "float32")}, {})
     with pytest.raises(ValueError, match=r"x: a row has shape \(3,\), not \(1,\)"):
-        Store(tmp_path / "f.h5", writable=True).put("x", 0, np.zeros(1))
+        Store(tmp_path / "f.h5", writable=True).put("x", [0], [np.zeros(1)])
 
 
 def test_metadata_is_never_touched_again(tmp_path: Path):
     store = make_file(tmp_path / "f.h5", Layout(((2, 3),) * 3, 4, "float32"))
     before = (tmp_path / "f.h5").read_bytes()
-    store.write(1, {"features": np.ones(SHAPE, np.float32)})
+    store.write([1], {"features": [np.ones(SHAPE, np.float32)]})
     after = (tmp_path / "f.h5").read_bytes()
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 1 + 2 * np.prod(SHAPE)  # 1.0 is 00 00 80 3f
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import h5py
@@ -16,7 +17,9 @@ from typer.testing import CliRunner
 
 import brixel_cli
 from brixel_cli.app import app
-from brixel_cli.data.row_store import CHECKSUMS, Store
+from brixel_cli.core.identity import earlier_checksum
+from brixel_cli.data.checksums import CHECKSUM, CHECKSUMS
+from brixel_cli.data.row_store import Store
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.engines.models import FeatureExtractor
 
@@ -111,11 +114,51 @@ def test_single_files_that_are_gone_cut_or_changed_are_made_again(
     assert CliRunner().invoke(app, ["extract", "--verify", str(output)]).exit_code == 0
 
 
+def as_earlier(path: Path) -> None:
+    """Give a file the checksums of versions before XXH3."""
+    features, store = brixel_cli.FeatureFile(path), Store(path)
+    maps = {row: features.stored(row) for row in features.rows}
+    sums = [earlier_checksum(*(maps[row][part] for part in sorted(maps[row]))) for row in range(len(features))]
+    fixed = {name: earlier_checksum(store.array(name)) for name in store.fixed}
+    fixed["description"] = zlib.crc32(store.attributes["description"].encode())
+    with h5py.File(path, "r+") as file:
+        del file[CHECKSUM], file.attrs[CHECKSUMS]
+        file["checksum"], file.attrs["checksums"] = np.array(sums, np.uint32), json.dumps(fixed)
+
+
+@pytest.mark.parametrize("storage", ["h5", "npy"])
+def test_a_file_of_an_earlier_version_is_checked_and_continued_with_its_checksums(
+    extract_options, tmp_path: Path, listener: Listener, storage: str
+):
+    chosen = extract_options(
+        output=tmp_path / ("maps.h5" if storage == "h5" else "maps"), storage=storage, batch_size=1
+    )
+    index = extract(chosen, listener).output
+    index = index / "index.h5" if index.is_dir() else index
+    as_earlier(index)
+    before = index.read_bytes()
+    assert CliRunner().invoke(app, ["extract", "--verify", str(chosen.output)]).exit_code == 0
+    if storage == "h5":
+        flip(index, "features", 77)
+        found = CliRunner().invoke(app, ["extract", "--verify", str(index), "--json"])
+        assert json.loads(found.stdout)["damaged"] == {"0.png": "its map has changed since it was written"}
+    Store(index, writable=True).mark(5, 0)
+    with h5py.File(index, "r+") as file:
+        file["model_size"][1] = 7
+        file["checksum"][5] = 0
+    assert extract(chosen, listener).num_computed == (2 if storage == "h5" else 1)
+    assert any("the damaged datasets model_size were restored" in said for said in listener.warned)
+    assert index.read_bytes() == before
+    with h5py.File(index, "r+") as file:
+        file.attrs["checksums"] = "[]"
+    assert "its checksums are no JSON object" in CliRunner().invoke(app, ["extract", "--verify", str(index)]).stderr
+
+
 def test_a_file_without_checksums_is_checked_as_far_as_can_be(extract_options, tmp_path: Path, listener: Listener):
     done = extract(extract_options(), listener)
     expected = every_row(done.output)
     with h5py.File(done.output, "r+") as file:
-        del file["checksum"], file.attrs[CHECKSUMS]
+        del file[CHECKSUM], file.attrs[CHECKSUMS]
         file["features"][4, 0, 0, 0] = np.nan
     found = CliRunner().invoke(app, ["extract", "--verify", str(done.output), "--json"])
     assert json.loads(found.stdout)["damaged"] == {"4.png": "its map is not finite"}

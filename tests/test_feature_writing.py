@@ -16,8 +16,9 @@ from test_feature_file import make_file
 
 import brixel_cli
 from brixel_cli.core.weights import load_tensors, save_tensors
+from brixel_cli.data.columns import Column
 from brixel_cli.data.feature_layout import Layout, single_file_names
-from brixel_cli.data.row_store import Column, Store, create_store
+from brixel_cli.data.row_store import Store, create_store
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.errors import BrixelError
 
@@ -69,7 +70,8 @@ QUOTA = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from brixel_cli.data.row_store import Column, create_store
+from brixel_cli.data.columns import Column
+from brixel_cli.data.row_store import create_store
 from brixel_cli.errors import BrixelError
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)

@@ -14,10 +14,12 @@ import h5py
 import numpy as np
 import pytest
 
+from brixel_cli.core import files
 from brixel_cli.core.files import check_disk
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.data import row_store as features
-from brixel_cli.data.row_store import Column, Store, bytes_needed, create_store
+from brixel_cli.data.columns import Column, bytes_needed
+from brixel_cli.data.row_store import Store, create_store
 from brixel_cli.errors import BrixelError
 
 COLUMNS = {"maps": Column((4, 3, 2), "float16"), "scale": Column((), "float32"), "number": Column((2,), "int64")}
@@ -31,17 +33,17 @@ from brixel_cli.data.row_store import Store
 store = Store(Path(sys.argv[1]), writable=True)
 for row in range(int(sys.argv[2]), len(store), int(sys.argv[3])):
     values = np.full((4, 3, 2), row, np.float16)
-    store.write(row, {"maps": values, "scale": np.float32(row / 2), "number": np.array([row, -row])})
+    store.write([row], {"maps": [values], "scale": [np.float32(row / 2)], "number": [np.array([row, -row])]})
     print(row, flush=True)
     time.sleep(float(sys.argv[4]))
 """
 
 
-def row_of(number: int) -> dict[str, np.ndarray]:
+def rows_of(*numbers: int) -> dict[str, list[np.ndarray]]:
     return {
-        "maps": np.full((4, 3, 2), number, np.float16),
-        "scale": np.asarray(number / 2, np.float32),
-        "number": np.array([number, -number]),
+        "maps": [np.full((4, 3, 2), number, np.float16) for number in numbers],
+        "scale": [np.asarray(number / 2, np.float32) for number in numbers],
+        "number": [np.array([number, -number]) for number in numbers],
     }
 
 
@@ -86,8 +88,7 @@ def test_a_new_file_misses_all_rows_and_keeps_its_description(path: Path) -> Non
 
 def test_rows_written_are_read_back_by_us_and_by_h5py(path: Path) -> None:
     store = Store(path, writable=True)
-    store.write(4, row_of(4))
-    store.write(1, row_of(1))
+    store.write([4, 1], rows_of(4, 1))
     for reader in (store, Store(path)):
         assert reader.missing.tolist() == [0, 2, 3, 5]
         maps = reader.read("maps", [4, 1, 4])
@@ -96,15 +97,15 @@ def test_rows_written_are_read_back_by_us_and_by_h5py(path: Path) -> None:
         np.testing.assert_array_equal(reader.read("number", [1]), [[1, -1]])
         np.testing.assert_array_equal(reader.read("scale", [1, 4]), [0.5, 2.0])
     with h5py.File(path, "r") as file:
-        np.testing.assert_array_equal(file["maps"][4], row_of(4)["maps"])
+        np.testing.assert_array_equal(file["maps"][4], rows_of(4)["maps"][0])
         assert file["status"][:].tolist() == [0, 1, 0, 0, 1, 0]
 
 
 def test_rows_read_are_copies(path: Path) -> None:
     store = Store(path, writable=True)
-    store.write(0, row_of(1))
+    store.write([0], rows_of(1))
     read = store.read("maps", [0])
-    store.write(0, row_of(2))
+    store.write([0], rows_of(2))
     np.testing.assert_array_equal(read, 1)
     read[:] = 9
     np.testing.assert_array_equal(store.read("maps", [0]), 2)
@@ -113,7 +114,7 @@ def test_rows_read_are_copies(path: Path) -> None:
 def test_writing_rows_leaves_the_rest_of_the_file_alone(path: Path) -> None:
     before = path.read_bytes()
     store = Store(path, writable=True)
-    store.write(2, row_of(2))
+    store.write([2], rows_of(2))
     with h5py.File(path, "r") as file:
         places = {name: (dataset.id.get_offset(), dataset.nbytes // 6) for name, dataset in file.items()}
     after = path.read_bytes()
@@ -124,9 +125,29 @@ def test_writing_rows_leaves_the_rest_of_the_file_alone(path: Path) -> None:
     assert changed <= touched
 
 
+def test_rows_are_written_whole_where_the_system_takes_them_in_parts(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def in_parts(file: int, pieces: list[memoryview], place: int) -> int:
+        sizes.append(len(pieces))
+        return os.pwrite(file, b"".join(pieces)[:50], place)
+
+    monkeypatch.setattr(os, "pwritev", in_parts)
+    monkeypatch.setattr(files, "MOST_PIECES", 2)
+    store = Store(path, writable=True)
+    store.write([0, 1, 2, 4], rows_of(1, 2, 3, 4))
+    # A row of maps has 48 bytes: 50 bytes of rows 0 and 1, what is left of row 1, then row 2, and then row 4.
+    assert sizes[:4] == [2, 1, 1, 1]
+    np.testing.assert_array_equal(store.read("maps", range(6))[:, 1, 1, 1], [1, 2, 3, 0, 4, 0])
+    np.testing.assert_array_equal(store.read("number", [2, 4]), [[3, -3], [4, -4]])
+    assert store.missing.tolist() == [3, 5]
+
+
 def test_a_store_opened_for_reading_cannot_be_written(path: Path) -> None:
     with pytest.raises(ValueError, match="read-only"):
-        Store(path).write(0, row_of(0))
+        Store(path).write([0], rows_of(0))
     assert len(Store(path).missing) == 6
 
 
@@ -280,7 +301,7 @@ def test_a_kill_in_mid_fill_leaves_a_file_that_opens_and_can_be_filled_on(tmp_pa
         np.testing.assert_array_equal(file["number"][: len(done), 0], done)
     store = Store(path, writable=True)
     assert store.missing.tolist() == list(range(len(done), 1000))
-    store.write(int(store.missing[0]), row_of(7))
+    store.write([int(store.missing[0])], rows_of(7))
     assert store.missing.tolist() == list(range(len(done) + 1, 1000))
 
 

@@ -238,12 +238,15 @@ def test_a_kill_while_a_file_is_written_costs_no_room(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("positioned", [True, False], ids=["pwrite", "windows"])
-def test_threads_fill_one_file_at_their_own_places(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positioned: bool
-) -> None:
-    if positioned:
+@pytest.mark.parametrize("way", ["pwritev", "pwrite", "windows"])
+def test_threads_fill_one_file_at_their_own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    if way != "pwritev":
+        monkeypatch.delattr(os, "pwritev", raising=False)
+    if way != "windows":
         monkeypatch.setattr(os, "lseek", None)  # would move the position of the other threads
+    if way == "pwritev":
+        monkeypatch.setattr(os, "pwritev", lambda file, data, place: os.pwrite(file, b"".join(data)[:7], place))
+    elif way == "pwrite":
         monkeypatch.setattr(os, "pwrite", lambda file, data, place, write=os.pwrite: write(file, data[:3], place))
     else:
         monkeypatch.delattr(os, "pwrite", raising=False)
@@ -260,6 +263,6 @@ def test_threads_fill_one_file_at_their_own_places(
     path.write_bytes(b"-" * 100)
     descriptor = open_to_fill(path)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda row: write_at(descriptor, memoryview(b"%d\n" % row * 5), row * 10), range(9)))
+        list(pool.map(lambda row: write_at(descriptor, [memoryview(b"%d\n" % row)] * 5, row * 10), range(9)))
     os.close(descriptor)
     assert path.read_bytes() == b"".join(b"%d\n" % row * 5 for row in range(9)) + b"-" * 10

@@ -15,13 +15,15 @@ import h5py
 import numpy as np
 import pytest
 from conftest import Listener, every_row, make_photograph
+from test_feature_verifying import as_earlier
 from typer.testing import CliRunner
 
 import brixel_cli
 from brixel_cli.app import app
 from brixel_cli.config.shard import Shard
+from brixel_cli.data.checksums import CHECKSUM
 from brixel_cli.data.feature_layout import FORMAT, Layout
-from brixel_cli.data.row_store import CHECKSUM, MISSING, REASON, STATUS, Store, create_store
+from brixel_cli.data.row_store import MISSING, REASON, STATUS, Store, create_store
 from brixel_cli.engines.extracting import joining
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.engines.extracting.joining import join
@@ -48,7 +50,7 @@ def tiny_part(folder: Path, number: int, count: int, rows: int = 2, grid: tuple[
     filled = {
         "paths": np.array([f"{number:05d}_{row}.png".encode() for row in range(rows)]),
         REASON: np.zeros(rows, "S160"),
-        CHECKSUM: np.zeros(rows, np.uint32),
+        CHECKSUM: np.zeros(rows, np.uint64),
         **{name: np.array([grid] * rows, np.int32) for name in ("original_size", "model_size", "grid_size")},
         "grid_row": layout.grid_rows,
     }
@@ -56,7 +58,7 @@ def tiny_part(folder: Path, number: int, count: int, rows: int = 2, grid: tuple[
     create_store(path, rows, layout.columns, description, filled, {"format": FORMAT})
     store = Store(path, writable=True)
     for row in range(rows):
-        store.write(row, {"features": np.full((4, *grid), number, np.float16)})
+        store.write([row], {"features": [np.full((4, *grid), number, np.float16)]})
     return path
 
 
@@ -198,6 +200,20 @@ def test_parts_under_wrong_names_are_noticed(tmp_path: Path, listener: Listener)
     shutil.copy(first, second)
     with pytest.raises(BrixelError, match=r"00002-of-00002.h5 is shard 1/2 by its contents. Give it its name"):
         join(str(tmp_path / "tiny.*.h5"), tmp_path / "tiny.h5", False, False, listener)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_parts_of_an_earlier_version_keep_their_checksums(tmp_path: Path, listener: Listener, copy: bool) -> None:
+    paths = [tiny_part(tmp_path, number, 2) for number in (1, 2)]
+    as_earlier(paths[1])
+    with pytest.raises(BrixelError, match="datasets of the index: grid_row, .*, xxh3 -> checksum, grid_row, "):
+        join(str(tmp_path / "tiny.*.h5"), tmp_path / "tiny.h5", copy, False, listener)
+    as_earlier(paths[0])
+    joined = join(str(tmp_path / "tiny.*.h5"), tmp_path / "tiny.h5", copy, False, listener).output
+    assert verify(joined, listener).damaged == {}
+    with h5py.File(joined if copy else paths[1], "r+") as file:
+        file["features"][-1, 0, 0, 0] = 5
+    assert verify(joined, listener).damaged == {"00002_1.png": "its map has changed since it was written"}
 
 
 def test_an_image_in_two_parts_is_named(tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from probe_sets import make_options, make_set, noise, one_hot, results, write_fe
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
-from brixel_cli.data.row_store import CHECKSUM
+from brixel_cli.data.checksums import CHECKSUM
 from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.errors import BrixelError
 

@@ -120,7 +120,7 @@ def test_filling_goes_on_where_it_stopped(
     expected = open_maps(item, item.train).read(range(6))
     store = Store(item.train.maps.path, writable=True)
     for row in (1, 4):
-        store.put("features", row, np.zeros(store.array("features").shape[1:], np.float16))
+        store.put("features", [row], [np.zeros(store.array("features").shape[1:], np.float16)])
         store.mark(row, 0)
     seen = []
     maps = FeatureExtractor.maps

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from brixel_cli.app import app
 from brixel_cli.config.distill import Recipe
+from brixel_cli.data.checksums import CHECKSUM
 from brixel_cli.data.row_store import Store
 from brixel_cli.engines.distilling.distillation import distill
 from brixel_cli.engines.distilling.run_folder import RunFolder
@@ -277,7 +278,7 @@ def test_a_cache_of_earlier_versions_has_no_checksums(
     shutil.copytree(tmp_path / "whole" / "cache", tmp_path / "run" / "cache")
     (cache,) = (tmp_path / "run" / "cache").glob("*.h5")
     with h5py.File(cache, "r+") as file:
-        del file["checksum"]
+        del file[CHECKSUM]
     before = cache.read_bytes()
     distill(recipe, RunFolder(tmp_path / "run"), listener)
     assert cache.read_bytes() == before

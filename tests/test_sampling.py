@@ -110,8 +110,8 @@ def test_the_square_in_the_middle_is_where_the_picture_has_it() -> None:
 def test_a_feature_file_is_read_at_pixels_of_its_image(tmp_path: Path, dtype: str) -> None:
     layout = Layout(((2, 2),), 2, dtype)  # type: ignore[arg-type]
     store = make_file(tmp_path / "f.h5", layout, fit="short")
-    values = {"features": RAMP.numpy().astype(dtype)}
-    store.write(0, values | ({"scale": np.full((1, 2, 2), 2, np.float32)} if dtype == "int8" else {}))
+    values = {"features": [RAMP.numpy().astype(dtype)]}
+    store.write([0], values | ({"scale": [np.full((1, 2, 2), 2, np.float32)]} if dtype == "int8" else {}))
     with_sizes = brixel_cli.FeatureFile(tmp_path / "f.h5")
     with_sizes.original_size[0] = 8, 8
     with_sizes.model_size[0] = 28, 28

@@ -14,8 +14,9 @@ import brixel_cli
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.core.sampling import covered_part
 from brixel_cli.data import images
+from brixel_cli.data.columns import Column
 from brixel_cli.data.resizing import Resizing
-from brixel_cli.data.row_store import Column, Store, create_store
+from brixel_cli.data.row_store import Store, create_store
 from brixel_cli.engines.extracting import tiled_images
 from brixel_cli.engines.extracting.extraction import extract, plan_only, rehearse
 from brixel_cli.engines.extracting.tiled_images import tile_reader
@@ -183,19 +184,19 @@ def test_a_strip_is_written_where_it_belongs(tmp_path: Path) -> None:
     create_store(tmp_path / "f.h5", 2, {"x": Column((2, 4, 3), "float32")}, {})
     store = Store(tmp_path / "f.h5", writable=True)
     expected = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
-    store.put("x", 1, expected[:, 3:], 3)
-    store.put("x", 1, expected[:, :3], 0)
+    store.put_strip("x", 1, 3, expected[:, 3:])
+    store.put_strip("x", 1, 0, expected[:, :3])
     np.testing.assert_array_equal(store.read("x", [0, 1]), [np.zeros((2, 4, 3)), expected])
-    with pytest.raises(ValueError, match="no row 1"):
-        store.put("x", 1, expected[:, :2], 3)
+    with pytest.raises(ValueError, match="no row 1 with lines 3 to 5"):
+        store.put_strip("x", 1, 3, expected[:, :2])
     with pytest.raises(ValueError, match="a row has shape"):
-        store.put("x", 1, expected[:, :2, :2], 0)
+        store.put_strip("x", 1, 0, expected[:, :2, :2])
 
 
 def test_a_full_disk_stops_the_run(extract_options, large: Path, listener, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Store, name: str, row: int, value: np.ndarray, first: int | None = None) -> None:
+    def full(self: Store, name: str, row: int, first: int, value: np.ndarray) -> None:
         raise BrixelError("f.h5 cannot be written: No space left on device")
 
-    monkeypatch.setattr(Store, "put", full)
+    monkeypatch.setattr(Store, "put_strip", full)
     with pytest.raises(BrixelError, match="No space left"):
         extract(tiled(extract_options, large), listener)

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +35,8 @@ _PARSER = threading.Lock()
 """NumPy parses the header of a .npy file as Python, in which CPython 3.11 fails where two threads are in its parser."""
 _POSITION = threading.Lock()
 """Where the system has no positioned writes: threads would move the one position of an open file for each other."""
+MOST_PIECES = 1024
+"""That one call of the system writes."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system without locks answers."""
 LONGEST_NAME = 255
@@ -95,25 +97,37 @@ def open_to_fill(path: Path) -> int:
     return os.open(path, os.O_WRONLY | getattr(os, "O_BINARY", 0))  # else Windows writes two bytes for each newline
 
 
-def write_at(descriptor: int, data: memoryview, place: int) -> None:
-    """Write all bytes at a place of an open file, in any thread; other bytes of the file stay as they are.
+def write_at(descriptor: int, pieces: Sequence[memoryview], place: int) -> None:
+    """Write all bytes from a place of an open file on, in any thread; other bytes of the file stay as they are.
 
     Args:
         descriptor: from `open_to_fill`.
-        data: bytes.
+        pieces: bytes, one piece after the other.
         place: offset of the first byte.
 
     Raises:
         OSError: the disk refuses it.
     """
-    while data:
-        if hasattr(os, "pwrite"):
-            written = os.pwrite(descriptor, data, place)
-        else:  # Windows
-            with _POSITION:
-                os.lseek(descriptor, place, os.SEEK_SET)
-                written = os.write(descriptor, data)
-        data, place = data[written:], place + written
+    for start in range(0, len(pieces), MOST_PIECES):
+        left = list(pieces[start : start + MOST_PIECES])
+        while left:
+            written = _write_some(descriptor, left, place)
+            place += written
+            while left and written >= len(left[0]):
+                written -= len(left.pop(0))
+            if written:
+                left[0] = left[0][written:]
+
+
+def _write_some(descriptor: int, pieces: Sequence[memoryview], place: int) -> int:
+    """Write from a place of an open file on as much as the system takes at once; returns the number of bytes."""
+    if hasattr(os, "pwritev"):
+        return os.pwritev(descriptor, pieces, place)
+    if hasattr(os, "pwrite"):  # some builds for macOS
+        return os.pwrite(descriptor, pieces[0], place)
+    with _POSITION:  # Windows
+        os.lseek(descriptor, place, os.SEEK_SET)
+        return os.write(descriptor, pieces[0])
 
 
 def clear_partials(output: Path) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from brixel_cli.errors import BrixelError
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 SETTLED_SECONDS = 2.0
 """A file that changed a shorter time ago is not remembered: a second change might leave size and time as they are."""
 FOLD_WORDS = 1021
-"""8-byte words that `checksum` adds up; a prime, so that a page of the disk in another's place is noticed."""
+"""8-byte words that `earlier_checksum` adds up; a prime, so that a page of the disk in another's place is noticed."""
 
 
 def json_digest(value: Any) -> str:
@@ -57,18 +58,29 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def checksum(*arrays: npt.NDArray[Any]) -> int:
-    """CRC-32 over the bytes of arrays, of which all whole blocks of 1,021 8-byte words are added up to one before.
+    """XXH3, 64 bits, over the bytes of arrays, one after the other; as fast as memory is read."""
+    digest = xxhash.xxh3_64()
+    for array in arrays:
+        digest.update(_as_bytes(array).data)
+    return digest.intdigest()
 
-    The sum is computed as fast as memory is read, a CRC of all bytes would slow down writing. A change within 8,168
-    bytes is always noticed.
+
+def earlier_checksum(*arrays: npt.NDArray[Any]) -> int:
+    """What versions before XXH3 wrote; their files are still checked.
+
+    CRC-32 over the bytes of arrays, of which all whole blocks of 1,021 8-byte words are added up to one before.
     """
     value = 0
     for array in arrays:
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        data = _as_bytes(array)
         whole = len(data) - len(data) % (8 * FOLD_WORDS)
         folded = np.add.reduce(data[:whole].view("<u8").reshape(-1, FOLD_WORDS), axis=0)
         value = zlib.crc32(data[whole:].data, zlib.crc32(folded.data, value))
     return value
+
+
+def _as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def file_sha256(path: Path) -> str:

@@ -23,20 +23,10 @@ from brixel_cli.data.feature_layout import (
     Layout,
     inside,
     is_map,
-    map_checksum,
     scale_of,
     single_file_names,
 )
-from brixel_cli.data.row_store import (
-    CHECKSUM,
-    DONE,
-    FAILED,
-    MISSING,
-    REASON,
-    Array,
-    Store,
-    reading,
-)
+from brixel_cli.data.row_store import DONE, FAILED, MISSING, REASON, Array, Store, reading
 from brixel_cli.errors import BrixelError
 
 
@@ -197,7 +187,7 @@ class FeatureFile:
     @property
     def has_checksums(self) -> bool:
         """Whether damage of its maps can be noticed; older files have no checksums."""
-        return CHECKSUM in self._store
+        return self._store.has_checksums
 
     def damage(self, row: int, thorough: bool = True) -> str:
         """What is wrong with a row; empty for a row that is whole, missing or failed.
@@ -221,7 +211,7 @@ class FeatureFile:
             return str(error)
         if not thorough:
             return ""
-        if self.has_checksums and map_checksum(values) != self._store.array(CHECKSUM)[row]:
+        if not self._store.intact(row, (values[part] for part in sorted(values))):
             return "its map has changed since it was written"
         return "" if all(np.isfinite(value).all() for value in values.values()) else "its map is not finite"
 

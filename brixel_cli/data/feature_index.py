@@ -10,8 +10,9 @@ from safetensors import safe_open
 
 from brixel_cli.config.extract import Field, Number, Storage
 from brixel_cli.core.files import check_regular, read_npy
+from brixel_cli.data.checksums import ROW_SUMS
 from brixel_cli.data.feature_layout import MAP, PLAIN, Grid, Layout
-from brixel_cli.data.row_store import CHECKSUM, REASON, STATUS, Array, Store
+from brixel_cli.data.row_store import REASON, STATUS, Array, Store
 from brixel_cli.errors import BrixelError
 
 INDEX_NAME = "index.h5"
@@ -26,7 +27,7 @@ _INDEX = {
     "grid_size": ("i", (2,)),
     "grid_row": ("i", ()),
 }
-_LATER = {"file_size": ("i", ()), "modified": ("i", ()), "sha256": ("S", ()), CHECKSUM: ("u", ())}
+_LATER = {"file_size": ("i", ()), "modified": ("i", ()), "sha256": ("S", ()), **dict.fromkeys(ROW_SUMS, ("u", ()))}
 """Kind of number and shape of a row of the datasets that have a row for each image; older files lack the second."""
 _COUNTS = dict.fromkeys(("res", "factor", "patch_size", "embed_dim", "pca"), 1 << 20) | {"threads": 1024}
 """Counts of the description, with what none of them comes near."""

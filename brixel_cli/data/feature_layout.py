@@ -18,10 +18,12 @@ from torch import Tensor
 from brixel_cli.config.extract import SINGLE_FILES, Field, Number, Storage
 from brixel_cli.core.files import LONGEST_NAME, make_folder, replacing
 from brixel_cli.core.formatting import human_size
-from brixel_cli.core.identity import checksum, text_digest
+from brixel_cli.core.identity import text_digest
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.weights import save_tensors
-from brixel_cli.data.row_store import Array, Column, Store, positions_within_size
+from brixel_cli.data.columns import Column
+from brixel_cli.data.grouping import positions_within_size
+from brixel_cli.data.row_store import Array, Store
 from brixel_cli.errors import BrixelError
 
 FORMAT, FORMAT_OF_PARTS = "brixel-features-1", "brixel-features-2"
@@ -251,11 +253,6 @@ def encode_parts(
     return stored, [bool(value) for value in finite]
 
 
-def map_checksum(values: Mapping[str, Array]) -> int:
-    """Checksum of an image's values as they are stored."""
-    return checksum(*(values[part] for part in sorted(values)))
-
-
 class MapWriter:
     """Writes images where a layout puts them: into the feature file, or into one file for each image, under its name.
 
@@ -269,29 +266,41 @@ class MapWriter:
         self._names = [bytes(name).decode() for name in store.array("paths")] if layout.storage in SINGLE_FILES else []
         self._files = single_file_names(self._names, layout.storage) if self._names else []
 
-    def write(self, row: int, values: Mapping[str, Array]) -> None:
-        """Store the datasets of one image, then mark the row as done.
+    def write(self, rows: Sequence[int], values: Mapping[str, Sequence[Array]]) -> None:
+        """Store images of one size, then mark their rows as done.
+
+        Args:
+            rows: of the feature file.
+            values: by dataset of an image, such as `features`, its values for each of the rows.
 
         Raises:
             BrixelError: the disk refuses it.
         """
+        parts = sorted(values)
         if self._files:
-            path = inside(self.store.path.parent, self._files[row])
-            make_folder(path.parent)
-            if self.layout.storage == "npy":
-                with replacing(path) as partial, open(partial, "wb") as file:
-                    np.save(file, values["features"])
-            else:
-                tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
-                description = json.dumps(self.store.description, sort_keys=True)
-                save_tensors(
-                    path, tensors, {"format": self.layout.format, "path": self._names[row], "description": description}
-                )
-            self.store.settle(row, [values[part] for part in sorted(values)])
+            for row, *of_row in zip(rows, *(values[part] for part in parts), strict=True):
+                self._write_file(row, dict(zip(parts, of_row, strict=True)))
+                self.store.settle([row], [of_row])
+            return
+        columns: dict[str, Sequence[Array]] = {}
+        places: dict[str, Sequence[int]] = {}
+        for part in parts:
+            found = [self.layout.dataset(part, row) for row in rows]
+            (name,) = {name for name, _ in found}
+            columns[name], places[name] = values[part], [place for _, place in found]
+        self.store.write(rows, columns, places)
+
+    def _write_file(self, row: int, values: Mapping[str, Array]) -> None:
+        path = inside(self.store.path.parent, self._files[row])
+        make_folder(path.parent)
+        if self.layout.storage == "npy":
+            with replacing(path) as partial, open(partial, "wb") as file:
+                np.save(file, values["features"])
         else:
-            places = {part: self.layout.dataset(part, row) for part in sorted(values)}
-            parts = {name: values[part] for part, (name, _) in places.items()}
-            self.store.write(row, parts, dict(places.values()))
+            tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
+            description = json.dumps(self.store.description, sort_keys=True)
+            metadata = {"format": self.layout.format, "path": self._names[row], "description": description}
+            save_tensors(path, tensors, metadata)
 
 
 def inside(folder: Path, name: str) -> Path:

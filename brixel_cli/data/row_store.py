@@ -1,7 +1,7 @@
 """Feature maps on disk: HDF5 files created whole, then filled row by row.
 
 All datasets are contiguous and of fixed shape, allocated before the first row is written, and the file's metadata is
-never touched again: it opens with plain h5py at every moment, a kill costs at most the row in flight, and several
+never touched again: it opens with plain h5py at every moment, a kill costs at most the rows in flight, and several
 processes can fill disjoint rows. A row counts when its entry in `status` is 1.
 
 A file may come from anywhere. Its datasets are mapped only where they lie in it as numbers or text of fixed length;
@@ -11,65 +11,33 @@ compressed or chunked ones are read through h5py, and such a file is never writt
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import weakref
-import zlib
-from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
 from brixel_cli.core.files import check_disk, make_folder, open_to_fill, replacing, write_at, writing
-from brixel_cli.core.identity import checksum
+from brixel_cli.data.checksums import DESCRIPTION, ROW_SUMS, XXH3, fixed_sums, kind_of_rows
+from brixel_cli.data.columns import Column, bytes_needed
 from brixel_cli.data.virtual_rows import PARTS, VirtualColumn, VirtualRows, add_virtual, check_parts, opened
 from brixel_cli.errors import BrixelError
 
-STATUS, REASON, CHECKSUM = "status", "reason", "checksum"
-"""Datasets that change after the file was created, besides its columns."""
+STATUS, REASON = "status", "reason"
+"""Datasets that change after the file was created, besides its columns and the checksums of rows."""
 MISSING, DONE, FAILED = 0, 1, 2
-ATTRIBUTES = "description"
-CHECKSUMS = "checksums"
-"""Attribute: checksums of the description and of the datasets that never change, by name."""
 RESERVE = 1 << 20
 """Bytes that the structure of a file takes at most, besides its datasets."""
 MOST_UNPACKED = 1 << 31
 """Bytes of a dataset that is compressed and read at once; a small file could ask for any number."""
 Array = npt.NDArray[Any]
-Size = TypeVar("Size", bound=Hashable)
-
-
-@dataclass(frozen=True)
-class Column:
-    """One dataset of a file, to be filled row by row.
-
-    Attributes:
-        shape: of a row.
-        dtype: NumPy type name, such as `float16`.
-        num_rows: rows of the dataset; None: as many as the file has.
-        live: rows that will be filled, ascending; the others get no room on the disk. None: all of them.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    num_rows: int | None = None
-    live: Sequence[int] | None = None
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
-
-
-def bytes_needed(num_rows: int, columns: Mapping[str, Column]) -> int:
-    """Bytes of a file's datasets."""
-    return num_rows + sum(column.row_bytes * _num_live(column, num_rows) for column in columns.values())
 
 
 def create_store(
@@ -100,14 +68,14 @@ def create_store(
     needed = bytes_needed(num_rows, columns) + sum(array.nbytes for name, array in contents.items() if name != STATUS)
     check_disk(path.parent, needed, f"{path.name}")
     text = json.dumps(description, sort_keys=True)
-    fixed = {name: checksum(array) for name, array in contents.items() if name not in (STATUS, REASON, CHECKSUM)}
-    sums = json.dumps({ATTRIBUTES: zlib.crc32(text.encode()), **fixed}, sort_keys=True)
+    fixed = {name: array for name, array in contents.items() if name not in (STATUS, REASON, *ROW_SUMS)}
+    sums = json.dumps(XXH3.fixed(text, fixed), sort_keys=True)
     with replacing(path) as partial:
         # HDF5 may crash on a full disk: whether there is room for what it writes itself, plain zeros tell.
         partial.write_bytes(bytes(sum(array.nbytes for array in contents.values()) + len(text) + RESERVE))
         try:
             with h5py.File(partial, "w") as file:
-                for key, value in {ATTRIBUTES: text, CHECKSUMS: sums, **(attributes or {})}.items():
+                for key, value in {DESCRIPTION: text, XXH3.attribute: sums, **(attributes or {})}.items():
                     file.attrs[key] = value
                 for name, array in contents.items():
                     is_text = array.dtype.kind == "S"
@@ -125,12 +93,6 @@ def create_store(
                 for offset, length in spans:
                     os.posix_fallocate(raw.fileno(), offset, length)
             os.fsync(raw.fileno())
-
-
-def _num_live(column: Column, num_rows: int) -> int:
-    if column.live is not None:
-        return len(column.live)
-    return num_rows if column.num_rows is None else column.num_rows
 
 
 def _allocate(file: Any, name: str, column: Column, num_rows: int) -> None:
@@ -169,34 +131,6 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def positions_within_size(sizes: Sequence[Hashable]) -> list[int]:
-    """Each row's position among the rows of its size: its row in the dataset of that size."""
-    counts: Counter[Hashable] = Counter()
-    positions = []
-    for size in sizes:
-        positions.append(counts[size])
-        counts[size] += 1
-    return positions
-
-
-def batches_of_one_size(rows: Sequence[int], size: Callable[[int], Hashable], at_once: int) -> list[Sequence[int]]:
-    """Rows in batches of at most `at_once`, those of a batch of one size; sizes in the order of their first row."""
-    return [batch for same in rows_by_size(rows, size).values() for batch in in_batches(same, at_once)]
-
-
-def rows_by_size(rows: Iterable[int], size: Callable[[int], Size]) -> dict[Size, list[int]]:
-    """Rows of each size, the sizes in the order of their first row."""
-    of_size: dict[Size, list[int]] = {}
-    for row in rows:
-        of_size.setdefault(size(row), []).append(row)
-    return of_size
-
-
-def in_batches(rows: Sequence[int], at_once: int) -> list[Sequence[int]]:
-    """Rows in batches of at most `at_once`."""
-    return [rows[at : at + at_once] for at in range(0, len(rows), at_once)]
-
-
 class Store:
     """A file made by `create_store`, opened for reading or for filling rows.
 
@@ -224,7 +158,7 @@ class Store:
         with reading(path), ExitStack() as stack:
             file = stack.enter_context(opened(path))
             self.attributes = {key: str(value) for key, value in file.attrs.items()}
-            self.description: dict[str, Any] = json.loads(self.attributes[ATTRIBUTES])
+            self.description: dict[str, Any] = json.loads(self.attributes[DESCRIPTION])
             if not isinstance(self.description, dict):
                 raise ValueError("its description is no JSON object")
             with path.open("rb") as raw:
@@ -234,7 +168,8 @@ class Store:
             status = self._rows.get(STATUS)
             if status is None or status.dtype != np.uint8 or len(status.shape) != 1:
                 raise ValueError("it has no status of its rows")
-            self.damaged = self._compared(json.loads(self.attributes.get(CHECKSUMS, "{}")))
+            self._fixed = fixed_sums(self.attributes)
+            self.damaged = self._compared()
             if len(self._places) < len(self._rows):
                 stack.pop_all()  # stays open, as long as its datasets are
         self._file = -1
@@ -272,11 +207,23 @@ class Store:
             self._places[name] = offset, shape, dtype
             self._rows[name] = np.ndarray(shape, dtype, self._map, offset)
 
-    def _compared(self, expected: Mapping[str, int]) -> list[str]:
-        if expected and zlib.crc32(self.attributes[ATTRIBUTES].encode()) != expected[ATTRIBUTES]:
+    def _compared(self) -> list[str]:
+        kind, expected = self._fixed
+        if expected and kind.fixed(self.attributes[DESCRIPTION], {})[DESCRIPTION] != expected[DESCRIPTION]:
             raise ValueError("its description has changed since it was written")
-        names = [name for name in expected if name != ATTRIBUTES]
-        return [name for name in names if name not in self._rows or checksum(self.array(name)) != expected[name]]
+        return [
+            name for name in self.fixed if name not in self or kind.shown(kind.of(self.array(name))) != expected[name]
+        ]
+
+    @property
+    def fixed(self) -> list[str]:
+        """The datasets that never change; none in files of versions that did not know checksums."""
+        return [name for name in self._fixed[1] if name != DESCRIPTION]
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether changes of its rows are noticed."""
+        return kind_of_rows(self._rows) is not None
 
     def __len__(self) -> int:
         return len(self._rows[STATUS])
@@ -322,63 +269,98 @@ class Store:
                 raise ValueError(f"it has no dataset {name}")
         return self._rows[name]
 
-    def put(self, name: str, row: int, value: Array, first: int | None = None) -> None:
-        """Write one row of one dataset; of a row that is a map (D, h, w), also a strip (D, r, w) from row `first` on.
+    def put(self, name: str, rows: Sequence[int], values: Sequence[Array]) -> None:
+        """Write rows of one dataset; those that follow each other with one call of the system.
 
         Raises:
-            ValueError: there is no such row, the value has not its shape, or the store was opened read-only.
+            ValueError: there is no such row, a value has not its shape, or the store was opened read-only.
             BrixelError: the disk refuses it.
         """
+        offset, shape, dtype = self._place(name)
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        pieces: list[memoryview] = []
+        for row, value in zip(rows, values, strict=True):
+            if value.shape != shape[1:]:
+                raise ValueError(f"{name}: a row has shape {shape[1:]}, not {value.shape}")
+            if not 0 <= row < shape[0]:
+                raise ValueError(f"{name} has {shape[0]} rows, and no row {row}")
+            pieces.append(_bytes(value, dtype))
+        at = 0
+        while at < len(rows):
+            end = at + 1
+            while end < len(rows) and rows[end] == rows[end - 1] + 1:
+                end += 1
+            self._write(pieces[at:end], offset + rows[at] * row_bytes)
+            at = end
+
+    def put_strip(self, name: str, row: int, first: int, value: Array) -> None:
+        """Write a strip (D, r, w) of a row that is a map (D, h, w), from line `first` of it on; errors as `put`."""
+        offset, shape, dtype = self._place(name)
+        height = value.shape[1]
+        if value.shape != (shape[1], height, shape[3]):
+            raise ValueError(f"{name}: a row has shape {shape[1:]}, not {value.shape}")
+        if not (0 <= row < shape[0] and 0 <= first <= shape[2] - height):
+            raise ValueError(f"{name} has {shape[0]} rows, and no row {row} with lines {first} to {first + height}")
+        line = shape[3] * dtype.itemsize
+        for channel, plane in enumerate(value):
+            self._write([_bytes(plane, dtype)], offset + ((row * shape[1] + channel) * shape[2] + first) * line)
+
+    def _place(self, name: str) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
         if self._file < 0:
             raise ValueError(f"{self.path} was opened read-only")
-        offset, shape, dtype = self._places[name]
-        height = 0 if first is None else value.shape[1]
-        if value.shape != (shape[1:] if first is None else (shape[1], height, shape[3])):
-            raise ValueError(f"{name}: a row has shape {shape[1:]}, not {value.shape}")
-        if not 0 <= row < shape[0] or (first is not None and not 0 <= first <= shape[2] - height):
-            raise ValueError(f"{name} has {shape[0]} rows, and no row {row}")
-        runs = [value] if first is None else value
-        step = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-        place = offset + row * step + (first * shape[3] * dtype.itemsize if first else 0)
+        return self._places[name]
+
+    def _write(self, pieces: Sequence[memoryview], place: int) -> None:
         try:
-            for number, run in enumerate(runs):
-                data = np.ascontiguousarray(run, dtype=dtype).reshape(-1).view(np.uint8).data
-                write_at(self._file, data, place + number * (step // len(runs)))
+            write_at(self._file, pieces, place)
         except OSError:
             with writing(self.path):
                 raise
 
     def restore(self, name: str, values: Array) -> bool:
         """Write a damaged dataset again where these are its values, as its checksum tells; whether they are."""
-        shape, dtype = self._places[name][1:] if name in self._places else ((), None)
+        offset, shape, dtype = self._places.get(name, (0, (), None))
+        kind, expected = self._fixed
         same = shape == values.shape and dtype == values.dtype
-        if not same or checksum(values) != json.loads(self.attributes[CHECKSUMS])[name]:
+        if not same or kind.shown(kind.of(values)) != expected[name]:
             return False
-        for row, value in enumerate(values):
-            self.put(name, row, value)
+        self._write([_bytes(values, values.dtype)], offset)
         return True
 
     def mark(self, row: int, status: int) -> None:
         """Set the status of a row, after its values."""
-        self.put(STATUS, row, np.array(status, np.uint8))
+        self.put(STATUS, [row], [np.array(status, np.uint8)])
 
-    def write(self, row: int, values: Mapping[str, Array], places: Mapping[str, int] | None = None) -> None:
-        """Write a row, then its checksum where the file has checksums, then mark it done; errors as `put`.
+    def write(
+        self,
+        rows: Sequence[int],
+        values: Mapping[str, Sequence[Array]],
+        places: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """Write rows, then their checksums where the file has checksums, then mark them done; errors as `put`.
 
         Args:
-            row: of `status`.
-            values: by dataset, in the order of the checksum.
-            places: the row within those datasets that have not all rows.
+            rows: of `status`.
+            values: by dataset, of each of these rows; in the order of the checksum.
+            places: the rows within those datasets that have not all rows.
         """
-        for name, array in values.items():
-            self.put(name, (places or {}).get(name, row), array)
-        self.settle(row, values.values())
+        stored = {}
+        for name, arrays in values.items():
+            dtype = self._place(name)[2]
+            stored[name] = [np.asarray(array, dtype, order="C") for array in arrays]
+            self.put(name, (places or {}).get(name, rows), stored[name])
+        self.settle(rows, zip(*stored.values(), strict=True))
 
-    def settle(self, row: int, values: Iterable[Array]) -> None:
-        """Write the checksum of a row's values where the file has checksums, and mark it done; errors as `put`."""
-        if CHECKSUM in self:
-            self.put(CHECKSUM, row, np.array(checksum(*values), np.uint32))
-        self.mark(row, DONE)
+    def settle(self, rows: Sequence[int], values: Iterable[Iterable[Array]]) -> None:
+        """Write the checksums of rows' values where the file has checksums, and mark them done; errors as `put`."""
+        if kind := kind_of_rows(self._rows):
+            self.put(kind.dataset, rows, [np.array(kind.of(*of_row), np.uint64) for of_row in values])
+        self.put(STATUS, rows, [np.array(DONE, np.uint8)] * len(rows))
+
+    def intact(self, row: int, values: Iterable[Array]) -> bool:
+        """Whether these are the values that a row was written with; also where the file has no checksums."""
+        kind = kind_of_rows(self._rows)
+        return kind is None or bool(kind.of(*values) == self.array(kind.dataset)[row])
 
     def flush(self) -> None:
         """Wait until all that was written is on the disk; errors as `put`."""
@@ -393,6 +375,10 @@ class Store:
         found = self._dataset(name)
         with reading(self.path):
             return np.stack([found[row] for row in rows])
+
+
+def _bytes(array: Array, dtype: np.dtype[Any]) -> memoryview:
+    return np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8).data
 
 
 def _is_plain(item: Any) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from brixel_cli.core.files import replacing
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_layout import scale_of
-from brixel_cli.data.row_store import in_batches
+from brixel_cli.data.grouping import in_batches
 
 TABLE_NAME = "vectors.parquet"
 ROWS_AT_ONCE = 4096

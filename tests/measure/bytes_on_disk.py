@@ -17,10 +17,11 @@ import torch
 
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.losses import Basis
+from brixel_cli.data.checksums import CHECKSUM
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_index import INDEX_NAME, REASON_BYTES
 from brixel_cli.data.feature_layout import Layout, MapWriter, encode_parts, text_array
-from brixel_cli.data.row_store import CHECKSUM, REASON, Store, create_store
+from brixel_cli.data.row_store import REASON, Store, create_store
 from brixel_cli.data.vector_table import TABLE_NAME, write_table
 
 CHOICES = [
@@ -48,7 +49,7 @@ def written(folder: Path, layout: Layout, channels: int, pca: int | None) -> int
     filled = {
         "paths": text_array([f"{row:09}.jpg" for row in range(count)]),
         REASON: text_array([""] * count, REASON_BYTES),
-        CHECKSUM: np.zeros(count, np.uint32),
+        CHECKSUM: np.zeros(count, np.uint64),
         "sha256": text_array(["0" * 64] * count),
         "grid_row": layout.grid_rows,
         "grid_size": np.array(layout.grids, np.int32).reshape(count, 2),
@@ -66,7 +67,7 @@ def written(folder: Path, layout: Layout, channels: int, pca: int | None) -> int
         tokens = {"cls": ("cls", (channels,)), "pooled": ("pooled", (channels,))} | shapes
         parts = {tokens[field][0]: torch.randn(1, *tokens[field][1], generator=random) for field in layout.fields}
         values, _ = encode_parts(parts, layout.dtype, basis)
-        writer.write(row, {name: value[0].contiguous().numpy() for name, value in values.items()})
+        writer.write([row], {name: [value[0].contiguous().numpy()] for name, value in values.items()})
     if layout.storage == "parquet":
         write_table(FeatureFile(path))
         return (folder / TABLE_NAME).stat().st_size

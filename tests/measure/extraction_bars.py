@@ -131,7 +131,8 @@ def writing(options: argparse.Namespace, scratch: Path) -> dict:
 
     The two are interleaved, in changing order, each on a disk that has settled; the median of the rounds counts.
     """
-    from brixel_cli.data.row_store import Column, Store, create_store
+    from brixel_cli.data.columns import Column
+    from brixel_cli.data.row_store import Store, create_store
 
     row = np.random.default_rng(0).integers(0, 255, 12_600_000, np.uint8)
     count = options.count
@@ -152,7 +153,7 @@ def writing(options: argparse.Namespace, scratch: Path) -> dict:
         os.sync()
         began = time.perf_counter()
         for number in range(count):
-            store.write(number, {"features": row})
+            store.write([number], {"features": [row]})
         store.flush()
         return time.perf_counter() - began
 

@@ -17,19 +17,12 @@ from brixel_cli.config.distill import Recipe
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.files import clear_partials
 from brixel_cli.core.formatting import human_bytes, human_size
-from brixel_cli.core.identity import checksum, files_sha256, json_digest
+from brixel_cli.core.identity import files_sha256, json_digest
+from brixel_cli.data.checksums import CHECKSUM
+from brixel_cli.data.columns import Column, bytes_needed
+from brixel_cli.data.grouping import batches_of_one_size, positions_within_size
 from brixel_cli.data.images import Skipped, load_image
-from brixel_cli.data.row_store import (
-    CHECKSUM,
-    MISSING,
-    Array,
-    Column,
-    Store,
-    batches_of_one_size,
-    bytes_needed,
-    create_store,
-    positions_within_size,
-)
+from brixel_cli.data.row_store import MISSING, Array, Store, create_store
 from brixel_cli.data.views import Views
 from brixel_cli.engines.distilling.batches import Batch, Key, OnlineBatches
 from brixel_cli.engines.reporting import Reporter
@@ -139,9 +132,9 @@ class CachedBatches:
 
     def _check(self, row: int, values: Sequence[Array]) -> None:
         """Raise a BrixelError where a row is not what was written; older caches have no checksums."""
-        if row in self._checked or CHECKSUM not in self.store:
+        if row in self._checked:
             return
-        if checksum(*values) != self.store.array(CHECKSUM)[row]:
+        if not self.store.intact(row, values):
             raise self._damaged(row)
         self._checked.add(row)
 
@@ -200,7 +193,7 @@ class CacheFile:
                 reporter.say(
                     f"cache: {len(others)} other files in {folder} take {taken}; delete those no longer needed"
                 )
-            sums = {CHECKSUM: np.zeros(self.num_rows, np.uint32)}
+            sums = {CHECKSUM: np.zeros(self.num_rows, np.uint64)}
             create_store(self.path, self.num_rows, self.layout.columns, description, sums)
         runtime.wait()
 
@@ -235,11 +228,15 @@ class CacheFile:
         batches = online.iterate([(0, row - first_row) for row in chunk] for chunk in chunks)
         for chunk, batch in zip(chunks, batches, strict=True):
             tensors = {"images": batch.images, "maps": torch.stack(batch.maps, dim=1), "targets": batch.targets}
-            for place, row in enumerate(chunk):
-                name = batch.names[place]
-                arrays = {layout.dataset(kind, row): _as_float16(tensors[kind][place], kind, name) for kind in KINDS}
-                places = dict.fromkeys(arrays, layout.positions[row])
-                store.write(row, arrays | {"photograph": np.array(numbers[name], np.int32)}, places)
+            arrays: dict[str, list[Array]] = {
+                layout.dataset(kind, chunk[0]): [
+                    _as_float16(tensor, kind, name) for tensor, name in zip(tensors[kind], batch.names, strict=True)
+                ]
+                for kind in KINDS
+            }
+            positions = [layout.positions[row] for row in chunk]
+            used: list[Array] = [np.array(numbers[name], np.int32) for name in batch.names]
+            store.write(chunk, arrays | {"photograph": used}, dict.fromkeys(arrays, positions))
             yield len(chunk)
 
 

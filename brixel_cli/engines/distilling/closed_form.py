@@ -7,7 +7,7 @@ import torch
 
 from brixel_cli.core.linear_fit import LinearFit
 from brixel_cli.core.losses import Basis, fit_basis
-from brixel_cli.data.row_store import batches_of_one_size
+from brixel_cli.data.grouping import batches_of_one_size
 from brixel_cli.data.views import Views, seed_of
 from brixel_cli.engines.distilling.batches import Batches, check_finite
 from brixel_cli.engines.distilling.trainer import Trainer

@@ -17,7 +17,7 @@ from brixel_cli.core.cost import Cost, count_bytes, count_cost, count_parameters
 from brixel_cli.core.formatting import human_bytes
 from brixel_cli.core.linear_fit import LinearFit
 from brixel_cli.core.losses import Basis, DistillationLoss, fit_basis
-from brixel_cli.data.row_store import bytes_needed
+from brixel_cli.data.columns import bytes_needed
 from brixel_cli.engines.distilling.batches import Batch, ViewLoader, batch_keys, num_workers
 from brixel_cli.engines.distilling.cache import CACHE_BATCH, CacheLayout
 from brixel_cli.engines.distilling.run_folder import resolve_paths

@@ -19,10 +19,12 @@ from brixel_cli.core.files import locked, writing
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
+from brixel_cli.data.checksums import ROW_SUMS
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_layout import MapWriter, encode_parts
+from brixel_cli.data.grouping import in_batches
 from brixel_cli.data.inputs import reason_of
-from brixel_cli.data.row_store import CHECKSUM, DONE, FAILED, MISSING, REASON, Array, Store, create_store, in_batches
+from brixel_cli.data.row_store import DONE, FAILED, MISSING, REASON, Array, Store, create_store
 from brixel_cli.data.vector_table import write_table
 from brixel_cli.engines.extracting.continuing import check_same, describe
 from brixel_cli.engines.extracting.parts import ASKED, Extracted, asked_words, completed, finish_part
@@ -44,6 +46,8 @@ from brixel_cli.errors import BrixelError
 
 PCA_SAMPLE = 64
 """Images on which the components are fitted, evenly spread over the set."""
+WRITTEN_AT_ONCE = 1 << 22
+"""Bytes, so that they are still in the processor's cache when their checksum is taken."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
     model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
     check_batch(model, plan.num_of_size, options.batch_size)
     runtime.first_only(lambda: _open_output(plan, model, reporter))
-    store = Store(plan.store_path, writable=[CHECKSUM, REASON, *plan.layout.columns])
+    store = Store(plan.store_path, writable=[*ROW_SUMS, REASON, *plan.layout.columns])
     settled = [row for row, state in enumerate(store.status) if state != MISSING or plan.reasons[row]]
     runtime.wait()
     # A finished output is looked at only as far as its statuses and headers go: --verify reads the rest.
@@ -245,8 +249,10 @@ def _compute(
 
     def write(finished: _Finished) -> None:
         tensors = {name: tensor.cpu() for name, tensor in finished.tensors.items()}
-        for row, place in finished.rows:
-            writer.write(row, {name: _planes(tensor[place]) for name, tensor in tensors.items()})
+        at_once = max(WRITTEN_AT_ONCE // max(sum(tensor[0].nbytes for tensor in tensors.values()), 1), 1)
+        for some in in_batches(finished.rows, at_once):
+            planes = {name: [_planes(tensor[place]) for _, place in some] for name, tensor in tensors.items()}
+            writer.write([row for row, _ in some], planes)
         spare.append(finished.tensors)
 
     asked_for = [row for chunk in chunks for row in chunk if status[row] != FAILED]
@@ -322,7 +328,7 @@ def _planes(features: Tensor) -> Array:
 
 
 def _fail(plan: ExtractPlan, store: Store, row: int, reason: str) -> None:
-    store.put(REASON, row, reason_text(store, reason))
+    store.put(REASON, [row], [reason_text(store, reason)])
     store.mark(row, FAILED)
     if plan.options.strict:
         raise BrixelError(

@@ -16,9 +16,10 @@ from torch import Tensor
 from brixel_cli.config.base import Precision
 from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source
 from brixel_cli.data.feature_layout import encode
+from brixel_cli.data.grouping import batches_of_one_size
 from brixel_cli.data.images import Contents, load_image, upright
 from brixel_cli.data.resizing import Resizing
-from brixel_cli.data.row_store import Array, batches_of_one_size
+from brixel_cli.data.row_store import Array
 from brixel_cli.engines.extracting.plan import model_of
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.reporting import Silent

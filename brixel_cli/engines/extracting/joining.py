@@ -17,20 +17,11 @@ from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.config.shard import PART, UNFINISHED, Shard
 from brixel_cli.core.files import locked, replacing
 from brixel_cli.core.formatting import human_size
+from brixel_cli.data.checksums import ROW_SUMS
+from brixel_cli.data.columns import Column
 from brixel_cli.data.feature_file import FeatureFile
-from brixel_cli.data.row_store import (
-    CHECKSUM,
-    CHECKSUMS,
-    FAILED,
-    MISSING,
-    REASON,
-    STATUS,
-    Array,
-    Column,
-    Store,
-    create_store,
-    positions_within_size,
-)
+from brixel_cli.data.grouping import positions_within_size
+from brixel_cli.data.row_store import FAILED, MISSING, REASON, STATUS, Array, Store, create_store
 from brixel_cli.data.virtual_rows import PARTS, Run, VirtualColumn
 from brixel_cli.engines.extracting.parts import ASKED, unfinished
 from brixel_cli.engines.reporting import Reporter
@@ -208,7 +199,7 @@ def _read(path: Path) -> _Part:
             f"its datasets {', '.join(store.damaged)} are damaged" if store.damaged else "it is no part of a split"
         )
         raise BrixelError(f"{path} cannot be joined: {damaged}. The command that wrote it computes it again.")
-    filled = {*json.loads(store.attributes.get(CHECKSUMS, "{}")), STATUS, REASON, CHECKSUM} & set(store)
+    filled = {*store.fixed, STATUS, REASON, *ROW_SUMS} & set(store)
     fixed = {name for name in filled if name.startswith("pca_")}
     kinds = {name: store.kind(name) for name in set(store) - filled}
     return _Part(
@@ -227,8 +218,10 @@ def _check_whole(parts: Sequence[_Part]) -> None:
     for part in parts:
         changed = differences(first.description, part.description, ignored=(*OF_PART, "batch_sizes"))
         lines = difference_lines(changed)
-        if part.format != first.format or part.index.keys() != first.index.keys():
+        if part.format != first.format:
             lines.append(f"format: {first.format} -> {part.format}")
+        elif part.index.keys() != first.index.keys():
+            lines.append(f"datasets of the index: {', '.join(first.index)} -> {', '.join(part.index)}")
         if part.fixed.keys() != first.fixed.keys() or not all(
             np.array_equal(values, part.fixed[name]) for name, values in first.fixed.items()
         ):
@@ -324,7 +317,7 @@ def _copy(store: Store, columns: Mapping[str, VirtualColumn], paths: Mapping[str
             part = Store(path)
             for column, run in ((column, run) for column, c in columns.items() for run in c.runs if run.part == name):
                 for row in range(run.count):
-                    store.put(column, run.start + row, part.read(run.dataset, [run.source + row])[0])
+                    store.put(column, [run.start + row], list(part.read(run.dataset, [run.source + row])))
             bar.update(1)
     store.flush()
 

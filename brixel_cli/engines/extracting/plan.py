@@ -17,14 +17,16 @@ from brixel_cli.core.extras import require
 from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.identity import files_sha256
+from brixel_cli.data.checksums import CHECKSUM
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_index import INDEX_NAME, REASON_BYTES
 from brixel_cli.data.feature_layout import Layout, text_array
+from brixel_cli.data.grouping import rows_by_size
 from brixel_cli.data.inputs import Inputs, describe_unreadable, find_inputs, none_usable
 from brixel_cli.data.references import KINDS, default_output, describe_passed_over
 from brixel_cli.data.remote import Place
 from brixel_cli.data.resizing import Resizing, snap
-from brixel_cli.data.row_store import CHECKSUM, FAILED, MISSING, REASON, Array, Store, rows_by_size
+from brixel_cli.data.row_store import FAILED, MISSING, REASON, Array, Store
 from brixel_cli.engines.default_student import default_student
 from brixel_cli.engines.extracting.parts import check_split, unfinished
 from brixel_cli.engines.extracting.tiling import Tiling
@@ -224,7 +226,7 @@ class ExtractPlan:
             "paths": text_array([item.name for item in items]),
             "status": np.array([FAILED if reason else MISSING for reason in self.reasons], np.uint8),
             REASON: text_array(self.reasons, REASON_BYTES),
-            CHECKSUM: np.zeros(len(items), np.uint32),
+            CHECKSUM: np.zeros(len(items), np.uint64),
             "original_size": np.array([(item.height, item.width) for item in items], np.int32),
             "model_size": np.array([size or zero for size in self.model_sizes], np.int32),
             "grid_size": np.array([grid or zero for grid in self.layout.grids], np.int32),

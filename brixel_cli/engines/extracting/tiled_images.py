@@ -103,8 +103,8 @@ def fill_by_tiles(plan: ExtractPlan, model: FeatureExtractor, store: Store, row:
                 return plan.overflow
             for part, tensor in stored.items():
                 name, at = places[part]
-                store.put(name, at, tensor[0].numpy(), first)
-    store.settle(row, (store.array(name)[at] for name, at in places.values() if name in store))
+                store.put_strip(name, at, first, tensor[0].numpy())
+    store.settle([row], [[store.array(name)[at] for name, at in places.values() if name in store]])
     return ""
 
 

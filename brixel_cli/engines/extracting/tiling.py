@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brixel_cli.data.row_store import in_batches
+from brixel_cli.data.grouping import in_batches
 from brixel_cli.engines.models import CPU_BATCH_PIXELS
 
 TRIM = 0.25

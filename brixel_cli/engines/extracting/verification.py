@@ -110,7 +110,7 @@ def discard_damaged(plan: ExtractPlan, store: Store, rows: Sequence[int], report
     damaged = damaged_rows(FeatureFile(plan.store_path), rows, reporter, thorough)
     for row in damaged:
         if plan.reasons[row]:
-            store.put(REASON, row, reason_text(store, plan.reasons[row]))
+            store.put(REASON, [row], [reason_text(store, plan.reasons[row])])
         store.mark(row, FAILED if plan.reasons[row] else MISSING)
     if damaged:
         row, reason = next(iter(damaged.items()))

@@ -14,22 +14,13 @@ from brixel_cli.config.labelled import IGNORE
 from brixel_cli.core.files import clear_partials
 from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.heads import QUANTITIES
-from brixel_cli.core.identity import checksum
+from brixel_cli.data.checksums import CHECKSUM
 from brixel_cli.data.crops import Crop, cut_image, cut_map, cut_target
 from brixel_cli.data.feature_layout import Grid, Layout, MapWriter, encode
+from brixel_cli.data.grouping import in_batches, positions_within_size, rows_by_size
 from brixel_cli.data.images import LARGE_PIXELS, decoded
 from brixel_cli.data.labelled import LabelledSet, Sample, all_errors
-from brixel_cli.data.row_store import (
-    CHECKSUM,
-    DONE,
-    MISSING,
-    Array,
-    Store,
-    create_store,
-    in_batches,
-    positions_within_size,
-    rows_by_size,
-)
+from brixel_cli.data.row_store import DONE, MISSING, Array, Store, create_store
 from brixel_cli.engines.memory import check_batch
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.probing.plan import (
@@ -193,9 +184,8 @@ def _fill_targets(split: SplitPlan, task: str, reporter: Reporter) -> None:
                 errors.append(str(cut))
                 continue
             for row, values in zip(rows, cut, strict=True):
-                named = zip(places(row), values.values(), strict=True)
-                stored = {name: np.asarray(value, store.kind(name)[1]) for name, value in named}
-                store.write(row, stored, places(row))
+                columns = {name: [value] for name, value in zip(places(row), values.values(), strict=True)}
+                store.write([row], columns, {name: [place] for name, place in places(row).items()})
             bar.update(len(rows))
     store.flush()
     if errors:
@@ -237,8 +227,7 @@ def _fill_maps(source_plan: SourcePlan, runtime: Runtime, reporter: Reporter) ->
         writer = MapWriter(store, layout)
         with reporter.bar(f"{source.label}, {split.split}", len(store), len(store) - len(missing), "crop") as bar:
             for chunk, maps in _computed(source, model, split, missing):
-                for position, map_ in zip(chunk, maps, strict=True):
-                    writer.write(position, {"features": map_})
+                writer.write(chunk, {"features": list(maps)})
                 bar.update(len(missing.intersection(chunk)))
         store.flush()
 
@@ -296,16 +285,13 @@ def _opened(part: StoredPart, places: Callable[[int], Mapping[str, int]], report
         reporter: hears of rows that have changed.
     """
     if not part.path.exists():
-        sums = {CHECKSUM: np.zeros(part.num_rows, np.uint32)}
+        sums = {CHECKSUM: np.zeros(part.num_rows, np.uint64)}
         create_store(part.path, part.num_rows, part.columns, part.description, sums)
     store = Store(part.path, writable=True)
-    if CHECKSUM not in store:  # an older version wrote it
-        return store
-    sums_of_rows = store.array(CHECKSUM)
     changed = [
         row
         for row in np.flatnonzero(store.status == DONE).tolist()
-        if checksum(*(store.array(name)[place] for name, place in places(row).items())) != sums_of_rows[row]
+        if not store.intact(row, (store.array(name)[place] for name, place in places(row).items()))
     ]
     for row in changed:
         store.mark(row, MISSING)

@@ -20,10 +20,10 @@ from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.core.identity import json_digest
+from brixel_cli.data.columns import Column, bytes_needed
 from brixel_cli.data.crops import Crop, cut_target, plan_crops
 from brixel_cli.data.feature_layout import Grid, Layout
 from brixel_cli.data.labelled import LabelledSet
-from brixel_cli.data.row_store import Column, bytes_needed
 from brixel_cli.engines.probing.sources import FileSource, ModelSource, PredictionSource, Source
 from brixel_cli.errors import BrixelError
 
