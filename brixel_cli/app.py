@@ -194,6 +194,9 @@ def probe(
     ] = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
+    label_fraction: Annotated[
+        float, _option(INPUT, "Share of the training images whose labels are used, such as 0.1.")
+    ] = 1.0,
     apply: Annotated[
         Path | None, _option(HEAD, "A saved head: predict new images with it instead of training.", metavar="FILE")
     ] = None,
@@ -207,6 +210,9 @@ def probe(
         Path | None, _option(OUTPUT, "Folder of stored features. Default: runs/probe/features, or within --output.")
     ] = None,
     verify: Annotated[Path | None, _option(OUTPUT, "Check a probe's files; name damaged ones.", metavar="DIR")] = None,
+    save_predictions: Annotated[
+        bool, _flag(OUTPUT, "Write all predictions of the evaluated images to files.", "--save-predictions")
+    ] = False,
     per_class: Annotated[bool, _flag(OUTPUT, "Also print the IoU of each class.", "--per-class")] = False,
     overwrite: Annotated[bool, _flag(OUTPUT, "Replace an existing probe.", "--overwrite")] = False,
     as_json: Json = False,
@@ -251,7 +257,8 @@ def probe(
             recipe, data=data, protocol="quick" if quick else protocol, size=res or size, overrides=set_ or [],
             output=output, features=features, sources=source or [], predictions=predictions or [],
             checkpoints=checkpoint or [], backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
-            device=device, precision=precision, overwrite=overwrite,
+            device=device, precision=precision, overwrite=overwrite, label_fraction=label_fraction,
+            save_predictions=save_predictions,
         )  # fmt: skip
         run_probe(options, per_class, dry_run, as_json)
 

@@ -12,6 +12,7 @@ EXTRAS = {
     "report": ("matplotlib",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "video": ("av",),
+    "unet": ("segmentation_models_pytorch",),
     "demo": ("onnx", "skimage", "sklearn"),
 }
 """The packages that must be there, as they are imported, for each extra of pyproject.toml."""

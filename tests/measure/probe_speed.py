@@ -47,7 +47,7 @@ def seconds_per_step(plan: ProbePlan, item: SourcePlan, runtime: Runtime, model,
     """Of a training whose maps come from `model`, or from the store where that is None."""
     stored, targets = open_maps(item, item.train), Targets(item.train, plan.options.recipe.task)
     protocol = plan.options.protocol
-    head = build_head(head_spec(plan.options, stored), 0).to(runtime.device).train()
+    head = build_head(head_spec(plan.options, stored.channels), 0).to(runtime.device).train()
     optimiser = torch.optim.AdamW(head.parameters(), lr=protocol.lr)
     generator = torch.Generator().manual_seed(0)
     given = GivenMaps(stored)

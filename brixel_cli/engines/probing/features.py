@@ -20,9 +20,10 @@ from brixel_cli.data.images import LARGE_PIXELS, decoded
 from brixel_cli.data.labelled import LabelledSet, Sample, all_errors
 from brixel_cli.data.row_store import DONE, Array, Store, create_store, in_batches, positions_within_size, rows_by_size
 from brixel_cli.engines.memory import check_batch
-from brixel_cli.engines.models import FeatureExtractor, ModelSpec
+from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.probing.plan import (
     ProbePlan,
+    Size,
     SourcePlan,
     SplitPlan,
     StoredPart,
@@ -234,7 +235,7 @@ def _computed(
     batch_sizes = model.batch_sizes(counts, None) if missing else {}
     chunks = [chunk for size, rows in rows_of_size.items() for chunk in in_batches(rows, batch_sizes[size])]
     polite = model.runtime.device.type == "cpu"
-    load = _image_loader(split.labelled, split.crops, model.spec)
+    load = image_loader(split.labelled, split.crops, model.spec.input_size)
     for chunk, pixels in read_ahead(chunks, load, num_workers(), polite):
         maps = model.maps(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous())
         tensors, finite = encode(maps, "float16", None)
@@ -244,10 +245,14 @@ def _computed(
         yield chunk, tensors["features"].cpu().numpy()
 
 
-def _image_loader(labelled: LabelledSet, crops: Sequence[Crop], spec: ModelSpec) -> Callable[[int], Array]:
+def image_loader(
+    labelled: LabelledSet, crops: Sequence[Crop], input_size: Callable[[Size], Size]
+) -> Callable[[int], Array]:
+    """What reads the pixels (H, W, 3), uint8, of a crop by its position, at the size of a model's input."""
+
     def load(position: int) -> Array:
         crop = crops[position]
-        size = spec.input_size(crop.size)
+        size = input_size(crop.size)
         enough = math.ceil(crop.scaled[0] * size[0] / crop.size[0]), math.ceil(crop.scaled[1] * size[1] / crop.size[1])
         with decoded(labelled.root / labelled.names[crop.row], enough=enough, over=LARGE_PIXELS) as image:
             return np.asarray(cut_image(image, crop, size))

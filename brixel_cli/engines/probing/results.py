@@ -15,6 +15,7 @@ from brixel_cli.config.labelled import ProbeRecipe, Split, SplitConfig, Task
 from brixel_cli.config.probe import PredictionsConfig
 from brixel_cli.config.protocols import Protocol
 from brixel_cli.config.section import Side
+from brixel_cli.config.supervised import SupervisedConfig
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.metrics import Gap, Number, gap_over_seeds
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
@@ -92,8 +93,36 @@ class PredictionsDescription:
     input: None = None
 
 
+@dataclass(frozen=True)
+class NetworkDescription:
+    """A network that was trained end to end on the labels of the set.
+
+    Attributes:
+        kind, source: which of them it is.
+        backbone, backbone_weights, backbone_sha256: that it began with; empty for a U-Net.
+        encoder: of a U-Net; empty for a backbone.
+        weights_sha256: of the file that a U-Net began with; empty: random weights.
+        enlarge: side of its input over the student's.
+        supervised: how it was trained.
+        input: number of evaluated crops of each input size, as `HEIGHTxWIDTH`.
+        grid: the same by the size of the map that the head stands on.
+    """
+
+    kind: Literal["finetuned", "unet"]
+    source: Literal["finetuned", "unet"]
+    backbone: str
+    backbone_weights: str
+    backbone_sha256: str
+    encoder: str
+    weights_sha256: str
+    enlarge: int
+    supervised: SupervisedConfig
+    input: dict[str, int]
+    grid: dict[str, int]
+
+
 FeaturesDescription = ModelDescription | FileDescription
-SourceDescription = FeaturesDescription | PredictionsDescription
+SourceDescription = FeaturesDescription | PredictionsDescription | NetworkDescription
 
 
 @dataclass(frozen=True)
@@ -119,6 +148,7 @@ class Settings:
         classes: names of the classes; None without a segmentation.
         precision: arithmetic of the networks.
         device: type of the device.
+        label_fraction: share of the training images whose labels were used.
     """
 
     recipe: str
@@ -130,6 +160,27 @@ class Settings:
     classes: list[str] | None
     precision: str
     device: str
+    label_fraction: float = 1.0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a network costs that is trained end to end.
+
+    Attributes:
+        labels: images whose labels were used, those of the validation among them.
+        parameters: that were trained.
+        steps, best_step: of the training until it stopped, and until the weights that are kept.
+        gflop: of a pass of one image; a multiply-add is 2.
+        forward_seconds: of such a pass, median of a few.
+    """
+
+    labels: int
+    parameters: int
+    steps: int
+    best_step: int
+    gflop: float
+    forward_seconds: float
 
 
 @dataclass(frozen=True)
@@ -143,6 +194,7 @@ class Run:
         final_loss: mean over the last steps; nan where nothing was trained.
         train_seconds, evaluate_seconds, steps_per_second: the time it took.
         versions: of the libraries; a probe can be continued with others.
+        effort: of a network that was trained end to end.
     """
 
     source: str
@@ -153,6 +205,7 @@ class Run:
     evaluate_seconds: float
     steps_per_second: Number
     versions: Versions
+    effort: Effort | None = None
 
 
 @dataclass(frozen=True)
