@@ -3,6 +3,7 @@
 # make test-gpu  the tests that need a GPU; without one they are skipped
 # make hostile  thousands of damaged files against the commands that read them: CASES=5000, or CASES=600s
 # make kills  hundreds of kills, each resumed to the same bits: KILLS=10 of each kind
+# make docs   the site of the documentation, in build/site; the reference pages are made again
 # make release-check  sdist and wheel, each installed in a fresh environment and used there
 # make check  what continuous integration runs: style, types, tests
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 CASES ?= 3000
 KILLS ?=
 
-.PHONY: demo test test-gpu hostile kills check release-check clean
+.PHONY: demo docs test test-gpu hostile kills check release-check clean
 
 # Set up again whenever the requirements change.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -45,6 +46,11 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python tests/measure/reference_pages.py
+	$(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 release-check: $(VENV)/.ready
 	$(BIN)/python .ci/release_check.py --constraint $(CURDIR)/constraints.txt

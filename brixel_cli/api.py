@@ -19,6 +19,7 @@ from torch import Tensor
 
 from brixel_cli.config.base import Precision
 from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage
+from brixel_cli.core.sampling import Points, covered_part, read_at
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.images import load_image, upright
@@ -67,15 +68,7 @@ class ImageStudent(Student):
             BrixelError: the file cannot be read, or the image is too small or too elongated.
             UsageError: it is neither a path nor a PIL image, or `res` is under two patches.
         """
-        if isinstance(image, str | Path):
-            picture = load_image(Path(image).expanduser())
-        elif isinstance(image, Image.Image):
-            picture = upright(image)
-        else:
-            raise UsageError(
-                f"transform and features take the path of an image or a PIL image, not {_described(image)}. An array "
-                "becomes one with PIL.Image.fromarray(array); normalised tensors go to student(images)."
-            )
+        picture = _picture(image)
         pixels = Resizing(res, fit, self.backbone.patch_size).apply(picture)
         on_device = pixels.to(next(self.adapter.parameters()).device)
         return normalise_pixels(on_device, self.backbone.mean, self.backbone.std)[None]
@@ -117,6 +110,36 @@ class ImageStudent(Student):
         for rows in batches_of_one_size(range(len(inputs)), lambda row: inputs[row].shape, batch_size):
             maps |= dict(zip(rows, self(torch.cat([inputs[row] for row in rows])), strict=True))
         return [maps[row] for row in range(len(inputs))]
+
+    def at(
+        self,
+        image: ImageLike,
+        size: Sequence[int] | None = None,
+        points: Points | None = None,
+        res: int = 448,
+        fit: Fit = "short",
+    ) -> Tensor:
+        """The feature map of an image at pixels of that image, bilinear, as `FeatureFile.at` reads it from a file.
+
+        Args:
+            image: path of an image file, or a PIL image.
+            size: height and width in pixels to which the map is resized; default without `points`: the image's own
+                (with `fit` centre: that of the middle square).
+            points: [[y, x], ...] in pixels of the upright image; they need not be whole.
+            res: input size in pixels, as for `transform`.
+            fit: what `res` is the side of.
+
+        Returns:
+            (D, *size), or (N, D) for N points; float32, on the student's device.
+
+        Raises:
+            BrixelError: as for `transform`, or the result does not fit into memory.
+            UsageError: both size and points are given, one is no size or points, or a point lies outside of the image.
+        """
+        picture = _picture(image)
+        whole, seen = (picture.height, picture.width), Resizing(res, fit, self.backbone.patch_size)
+        part = covered_part(whole, seen.model_size(*whole), fit)
+        return read_at(self.features(picture, res, fit), part, size, points)
 
 
 def load_student(
@@ -241,6 +264,17 @@ def extract(
         reporter or Silent(),
     )
     return FeatureFile(done.output)
+
+
+def _picture(image: ImageLike) -> Image.Image:
+    if isinstance(image, str | Path):
+        return load_image(Path(image).expanduser())
+    if isinstance(image, Image.Image):
+        return upright(image)
+    raise UsageError(
+        f"transform and features take the path of an image or a PIL image, not {_described(image)}. An array "
+        "becomes one with PIL.Image.fromarray(array); normalised tensors go to student(images)."
+    )
 
 
 def _check_normalised(images: object) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import typer
+from reference_pages import pages
 
 from brixel_cli.app import app
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe, shipped_recipes
 from brixel_cli.config.labelled import ProbeRecipe
+from brixel_cli.config.section import flatten
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "brixel_cli" / "students").glob("*.md")])
@@ -94,3 +96,32 @@ def test_the_labelled_set_of_the_documentation_loads(tmp_path: Path) -> None:
     recipe = load_recipe(str(tmp_path / "mine.yaml"), [], ProbeRecipe)
     assert recipe.data.labels is not None
     assert (recipe.task, recipe.size, recipe.data.labels.classes) == ("segmentation", 112, ["sky", "building", "road"])
+
+
+@pytest.mark.parametrize("page", ["commands.md", "recipes.md"])
+def test_the_reference_is_what_the_code_makes(page: str) -> None:
+    made = pages()[page]
+    found = (ROOT / "docs" / "reference" / page).read_text(encoding="utf-8")
+    assert found == made, "stale: python tests/measure/reference_pages.py"
+
+
+def test_the_reference_says_everything() -> None:
+    made = pages()
+    for name, command in typer.main.get_command(app).commands.items():
+        section = made["commands.md"].partition(f"\n## brixel {name}\n")[2].partition("\n## ")[0]
+        shown = [item for item in command.params if not item.hidden]
+        assert shown
+        for item in shown:
+            assert f"| `{item.opts[0] if item.param_type_name == 'option' else item.name.upper()}`" in section
+            assert item.help
+    for key in flatten(load_recipe("dinov2_vits").model_dump()):
+        assert f"| `{key}` |" in made["recipes.md"] or key.startswith("data.held_out")
+    assert "| `views.factor` | `2`, `4`, `8` | `4` |" in made["recipes.md"]
+    assert "| `data.val_fraction` | number ≥ 0, ≤ 1 | `0.05` |" in made["recipes.md"]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    for page in (ROOT / "docs").rglob("*.md"):
+        path = page.relative_to(ROOT / "docs").as_posix()
+        assert path in navigation or path == "results/notes.md", f"{path}: name it under nav in mkdocs.yml"

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from brixel_cli.core import files
-from brixel_cli.core.files import locked, read_npy
+from brixel_cli.core.files import locked, open_to_fill, read_npy, write_at
 from brixel_cli.errors import BrixelError
 
 
@@ -235,3 +236,30 @@ def test_a_kill_while_a_file_is_written_costs_no_room(tmp_path: Path) -> None:
     with locked(tmp_path / "out"):
         pass
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("positioned", [True, False], ids=["pwrite", "windows"])
+def test_threads_fill_one_file_at_their_own_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positioned: bool
+) -> None:
+    if positioned:
+        monkeypatch.setattr(os, "lseek", None)  # would move the position of the other threads
+        monkeypatch.setattr(os, "pwrite", lambda file, data, place, write=os.pwrite: write(file, data[:3], place))
+    else:
+        monkeypatch.delattr(os, "pwrite", raising=False)
+        seek, write = os.lseek, os.write
+        monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:3]))  # a disk may take less than all
+
+        def slowly(file: int, place: int, whence: int) -> int:
+            found = seek(file, place, whence)
+            time.sleep(0.002)  # another thread would move the position here, if it were not locked
+            return found
+
+        monkeypatch.setattr(os, "lseek", slowly)
+    path = tmp_path / "rows"
+    path.write_bytes(b"-" * 100)
+    descriptor = open_to_fill(path)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda row: write_at(descriptor, memoryview(b"%d\n" % row * 5), row * 10), range(9)))
+    os.close(descriptor)
+    assert path.read_bytes() == b"".join(b"%d\n" % row * 5 for row in range(9)) + b"-" * 10

@@ -33,6 +33,8 @@ except ImportError:  # only POSIX has it
     fcntl = None
 _PARSER = threading.Lock()
 """NumPy parses the header of a .npy file as Python, in which CPython 3.11 fails where two threads are in its parser."""
+_POSITION = threading.Lock()
+"""Where the system has no positioned writes: threads would move the one position of an open file for each other."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system without locks answers."""
 LONGEST_NAME = 255
@@ -82,6 +84,36 @@ def replacing(path: Path) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):  # a read-only disk would object once more
                 partial.unlink(missing_ok=True)
+
+
+def open_to_fill(path: Path) -> int:
+    """A file that is there, opened for `write_at`; what it holds stays.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return os.open(path, os.O_WRONLY | getattr(os, "O_BINARY", 0))  # else Windows writes two bytes for each newline
+
+
+def write_at(descriptor: int, data: memoryview, place: int) -> None:
+    """Write all bytes at a place of an open file, in any thread; other bytes of the file stay as they are.
+
+    Args:
+        descriptor: from `open_to_fill`.
+        data: bytes.
+        place: offset of the first byte.
+
+    Raises:
+        OSError: the disk refuses it.
+    """
+    while data:
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(descriptor, data, place)
+        else:  # Windows
+            with _POSITION:
+                os.lseek(descriptor, place, os.SEEK_SET)
+                written = os.write(descriptor, data)
+        data, place = data[written:], place + written
 
 
 def clear_partials(output: Path) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from brixel_cli.config.extract import Number, Storage
 from brixel_cli.core.files import check_regular, read_npy
 from brixel_cli.core.formatting import human_size
+from brixel_cli.core.sampling import Points, covered_part, read_at
 from brixel_cli.data.feature_layout import FORMAT, Grid, inside, map_checksum, single_file_names
 from brixel_cli.data.row_store import (
     CHECKSUM,
@@ -227,6 +228,35 @@ class FeatureFile:
     def __getitem__(self, key: int | str) -> npt.NDArray[np.float32]:
         """An image's map (D, h, w), float32; arguments and errors as for `stored`."""
         return dequantise(self.stored(key))
+
+    def at(
+        self,
+        key: int | str,
+        size: Sequence[int] | None = None,
+        points: Points | None = None,
+        out: npt.NDArray[np.float32] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """An image's map at pixels of the image, bilinear; no bytes on disk, and little memory besides the result.
+
+        Args:
+            key: row, or name as in `paths`.
+            size: height and width in pixels to which the map is resized; default without `points`: the image's own
+                (with `fit` centre: that of the square that the model saw).
+            points: [[y, x], ...] in pixels of the upright image; they need not be whole.
+            out: float32 array to be filled, such as a `numpy.memmap` for what does not fit into memory.
+
+        Returns:
+            (D, *size), or (N, D) for N points; float32.
+
+        Raises:
+            UsageError: both size and points are given, one is no size or points, or a point lies outside of the image.
+            KeyError, IndexError, BrixelError: as `stored`; BrixelError also where the result does not fit into memory.
+        """
+        map_ = torch.from_numpy(self[key])
+        row = self._numbers[key] if isinstance(key, str) else range(len(self))[key]
+        whole, seen = ((int(height), int(width)) for height, width in (self.original_size[row], self.model_size[row]))
+        part = covered_part(whole, seen, str(self.description.get("fit")))
+        return read_at(map_, part, size, points, out).numpy()
 
 
 class FeatureDataset(Dataset[tuple[Tensor, str]]):

@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from brixel_cli.core.files import check_disk, make_folder, replacing, writing
+from brixel_cli.core.files import check_disk, make_folder, open_to_fill, replacing, write_at, writing
 from brixel_cli.core.identity import checksum
 from brixel_cli.errors import BrixelError
 
@@ -251,7 +251,7 @@ class Store:
                     f"({', '.join(apart[:3])}). Name another output, or unpack it: h5repack -f NONE -l CONTI OLD NEW"
                 )
             with writing(path):
-                self._file = os.open(path, os.O_WRONLY)
+                self._file = open_to_fill(path)
             weakref.finalize(self, os.close, self._file)
 
     def _find(self, name: str, item: Any) -> None:
@@ -335,11 +335,8 @@ class Store:
         if not 0 <= row < shape[0]:
             raise ValueError(f"{name} has {shape[0]} rows, and no row {row}")
         data = np.ascontiguousarray(value, dtype=dtype).reshape(-1).view(np.uint8).data
-        place = offset + row * len(data)
         try:
-            while data:
-                written = os.pwrite(self._file, data, place)
-                data, place = data[written:], place + written
+            write_at(self._file, data, offset + row * len(data))
         except OSError:
             with writing(self.path):
                 raise

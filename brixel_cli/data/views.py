@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from brixel_cli.config.distill import ViewConfig
 from brixel_cli.core.identity import text_digest
+from brixel_cli.core.sampling import covering
 from brixel_cli.data.images import ImageFile, Skipped, decoded
 from brixel_cli.errors import BrixelError
 
@@ -29,16 +30,10 @@ def seed_of(*parts: int) -> int:
 
 def centre_view(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The released view: resized to cover `size` (height, width) with antialiasing, centre crop."""
-    covered = list(_covering((image.height, image.width), size))
+    covered = list(covering((image.height, image.width), size))
     resized = tvf.resize(image, covered, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
     view: Image.Image = tvf.center_crop(resized, list(size))
     return view
-
-
-def _covering(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an image that is resized to cover `size`."""
-    scale = max(size[0] / whole[0], size[1] / whole[1])
-    return max(round(whole[0] * scale), size[0]), max(round(whole[1] * scale), size[1])
 
 
 def random_view(
@@ -169,7 +164,7 @@ class Views(Dataset[View]):
         whole = file.height, file.width
         with ExitStack() as stack:
             if seed is None:
-                return centre_view(load(_covering(whole, size)), size)
+                return centre_view(load(covering(whole, size)), size)
             return random_view(load, whole, size, self.config, seed)
 
     def __getitem__(self, key: tuple[int, int]) -> View:
