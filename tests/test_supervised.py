@@ -136,9 +136,9 @@ def test_a_damaged_state_begins_anew(root: Path, tmp_path: Path, model, listener
     assert probe(options_of(root, tmp_path / "out", model), listener).results.runs[0].effort.steps == 4
     assert invoke("--verify", str(tmp_path / "out"))[0] == 0
     (tmp_path / "out" / "networks" / "finetuned_seed0.safetensors").write_bytes(b"damaged")
-    code, _, err = invoke("--verify", str(tmp_path / "out"))
+    code, out, err = invoke("--verify", str(tmp_path / "out"))
     assert code == 1
-    assert "finetuned_seed0.safetensors" in err
+    assert "finetuned_seed0.safetensors" in out + err
 
 
 def test_training_stops_where_the_validation_gets_no_better(
@@ -249,3 +249,21 @@ def test_a_loss_that_is_no_number_and_a_missing_package_say_what_to_do(
     monkeypatch.setattr(extras, "find_spec", lambda name: None if "segmentation" in name else object())
     with pytest.raises(UsageError, match=r"unet:resnet18 needs segmentation_models_pytorch, .*'brixel\[unet\]'"):
         probe(options_of(root, tmp_path / "out2", model, sources=["unet:resnet18"]), listener)
+
+
+def test_a_curve_over_labels_is_put_together_from_probes(
+    root: Path, tmp_path: Path, answers: str, listener: Listener
+) -> None:
+    from label_curve import curve
+
+    folders = []
+    for fraction in (1.0, 0.5):
+        folders.append(tmp_path / f"{fraction}")
+        changes = ["protocol.steps=60", "protocol.lr=0.1"]
+        probe(make_options(root, folders[-1], sources=[answers], overrides=changes, label_fraction=fraction), listener)
+    assert curve(folders).splitlines() == [
+        "| mIoU (%), mine | 50 % | 100 % |", "| --- | ---: | ---: |", "| file answers.h5 | 100.00 | 100.00 |",
+    ]  # fmt: skip
+    probe(make_options(root, tmp_path / "other", sources=[answers], overrides=["protocol.steps=2"]), listener)
+    with pytest.raises(SystemExit, match="protocol_settings.steps: 60 -> 2"):
+        curve([folders[0], tmp_path / "other"])

@@ -42,8 +42,8 @@ Weights = Annotated[
 ]
 Sources = Annotated[
     list[str] | None, option(MODEL, "backbone, equal-cost (backbone at the largest input that takes no longer than "
-        "the student), student, teacher, finetuned or unet:ENCODER (trained end to end; with @teacher at its input), or a "
-        "feature file (.h5); can be repeated. Default: the first four."),
+        "the student), student, teacher, finetuned or unet:ENCODER (trained end to end; with @teacher at its input), "
+        "or a feature file (.h5); can be repeated. Default: the first four."),
 ]  # fmt: skip
 Set = Annotated[
     list[str] | None, option(RECIPE, "Override a value of the recipe; can be repeated.", "--set", metavar="KEY=VALUE")
