@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from brixel_cli.config.base import Precision
-from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage
+from brixel_cli.config.extract import ExtractOptions, Field, Fit, Number, Source, Storage
 from brixel_cli.core.sampling import Points, covered_part, read_at
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_file import FeatureFile
@@ -26,7 +26,8 @@ from brixel_cli.data.images import load_image, upright
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import batches_of_one_size
 from brixel_cli.data.views import normalise_pixels
-from brixel_cli.engines.models import default_student, model_spec
+from brixel_cli.engines.default_student import default_student
+from brixel_cli.engines.models import model_spec
 from brixel_cli.engines.reporting import Reporter, Silent
 from brixel_cli.engines.runtime import find_device
 from brixel_cli.errors import SizeError, UsageError
@@ -192,6 +193,8 @@ def extract(
     format: Storage = "h5",
     dtype: Number = "float16",
     pca: int | None = None,
+    fields: Sequence[Field] = ("map",),
+    layers: Sequence[int] = (),
     device: str = "auto",
     precision: Precision = "auto",
     batch_size: int | None = None,
@@ -219,6 +222,8 @@ def extract(
         format: `h5`, one file; `npy` or `safetensors`, a folder with a file for each image.
         dtype: how features are stored.
         pca: number of principal components to store; default: the maps themselves.
+        fields: what to store of the last block: some of `map`, `cls`, `registers` and `pooled`.
+        layers: 0-based blocks of the backbone whose maps to store too.
         device: where the model computes: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: its arithmetic: `auto`, `float32`, `bfloat16` or `float16`.
         batch_size: images at once; default: by memory.
@@ -252,6 +257,8 @@ def extract(
             storage=format,
             dtype=dtype,
             pca=pca,
+            fields=tuple(fields),
+            layers=tuple(layers),
             device=device,
             precision=precision,
             batch_size=batch_size,

@@ -14,7 +14,7 @@ from brixel_cli.cli import examples
 from brixel_cli.cli.console import error_boundary, set_quiet
 from brixel_cli.config.base import check_device
 from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions, BenchmarkOptions
-from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage
+from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage, named_fields, named_layers
 from brixel_cli.errors import UsageError
 
 # isort: off
@@ -123,6 +123,14 @@ def extract(
     pca: Annotated[
         int | None, _option(OUTPUT, "Number of principal components to store instead of all channels.", metavar="K")
     ] = None,
+    fields: Annotated[
+        str,
+        _option(OUTPUT, "Some of map, cls, registers, pooled (mean of the map), by commas.", metavar="NAMES"),
+    ] = "map",
+    layers: Annotated[
+        str | None,
+        _option(OUTPUT, "Also store the maps of these blocks of the backbone: 5,8,11.", metavar="N,N"),
+    ] = None,
     preview: Annotated[bool, _flag(OUTPUT, "Also write pictures of the features.", "--preview")] = False,
     page: Annotated[Path | None, _option(OUTPUT, "Also write a page of the features.", metavar="FILE.html")] = None,
     page_sources: Annotated[
@@ -159,7 +167,8 @@ def extract(
         options = ExtractOptions(
             inputs=input_ or [], res=res, fit=fit, source=source, checkpoint=checkpoint, backbone=backbone,
             backbone_weights=backbone_weights, output=output, storage=format_, dtype=dtype, pca=pca, device=device,
-            precision=precision, batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
+            precision=precision, fields=named_fields(fields),
+            layers=named_layers(layers), batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
             every=every, strict=strict, overwrite=overwrite, preview=preview, page=page,
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
         )  # fmt: skip

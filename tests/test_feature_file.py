@@ -114,7 +114,7 @@ def test_what_is_not_ours_is_named(tmp_path: Path):
     with pytest.raises(BrixelError, match="is not a feature file of brixel, or is damaged"):
         brixel_cli.FeatureFile(tmp_path / "text.h5")
     create_store(tmp_path / "cache.h5", 1, {"x": Column((1,), "int8")}, {})
-    with pytest.raises(BrixelError, match=f"is no feature file of format {FORMAT}: unmarked"):
+    with pytest.raises(BrixelError, match=f"is no feature file of format {FORMAT} or brixel-features-2: unmarked"):
         brixel_cli.FeatureFile(tmp_path / "cache.h5")
 
 

@@ -96,7 +96,17 @@ def test_engines_import_one_way(command: str) -> None:
 
 def test_engines_outside_the_packages_serve_all_of_them() -> None:
     shared = {path.stem: imported(path) for path in (PACKAGE / "engines").glob("*.py")}
-    assert set(shared) == {"__init__", "equal_cost", "latency", "memory", "models", "reporting", "runtime", "streams"}
+    assert set(shared) == {
+        "__init__",
+        "default_student",
+        "equal_cost",
+        "latency",
+        "memory",
+        "models",
+        "reporting",
+        "runtime",
+        "streams",
+    }
     packages = tuple(f"{PACKAGE.name}.engines.{command}" for command in ENGINES)
     assert not [name for names in shared.values() for name in names if name.startswith(packages)]
 

@@ -25,8 +25,8 @@ from brixel_cli.core import shipped
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.shipped import DEFAULT_STUDENT, STUDENTS, shipped_student, shipped_students
 from brixel_cli.core.student import read_adapter, save_student
+from brixel_cli.engines.default_student import default_student
 from brixel_cli.engines.distilling.run_folder import resolve_paths
-from brixel_cli.engines.models import default_student
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 
 

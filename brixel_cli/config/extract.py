@@ -14,6 +14,24 @@ Source = Literal["student", "backbone", "teacher"]
 Fit = Literal["short", "centre", "stretch"]
 Storage = Literal["h5", "npy", "safetensors"]
 Number = Literal["float16", "float32", "int8"]
+Field = Literal["map", "cls", "registers", "pooled"]
+
+
+def named_fields(text: str) -> tuple[Field, ...]:
+    """Fields, separated by commas; whether they are any, `ExtractOptions` checks."""
+    return cast(tuple[Field, ...], tuple(text.split(",")) if text else ())
+
+
+def named_layers(text: str | None) -> tuple[int, ...]:
+    """Numbers of blocks, separated by commas.
+
+    Raises:
+        UsageError: one is no number.
+    """
+    words = text.split(",") if text else []
+    if odd := [word for word in words if not (word.isdecimal() and len(word) < 7)]:
+        raise UsageError(f"--layers takes numbers of blocks from 0 up, by commas, such as 5,8,11; not {odd[0][:40]!r}.")
+    return tuple(map(int, words))
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,8 @@ class ExtractOptions:
     storage: Storage = "h5"
     dtype: Number = "float16"
     pca: int | None = None
+    fields: tuple[Field, ...] = ("map",)
+    layers: tuple[int, ...] = ()
     device: Device = "auto"
     precision: Precision = "auto"
     batch_size: int | None = None
@@ -63,6 +83,7 @@ class ExtractOptions:
             raise UsageError(
                 "--dtype int8 stores a scale beside the map, which .npy cannot: take --format h5 or safetensors."
             )
+        self._check_fields()
         if self.page is not None and self.page.suffix != ".html":
             raise UsageError(f"--page {self.page}: the file must end in .html.")
         if self.page_sources is not None and (
@@ -72,6 +93,24 @@ class ExtractOptions:
                 f"--page-sources {','.join(self.page_sources)}: give some of {', '.join(get_args(Source))}, by commas, "
                 "each once."
             )
+
+    def _check_fields(self) -> None:
+        asked = f"--fields {','.join(map(str, self.fields))}"
+        if not set(self.fields) <= set(get_args(Field)) or len(set(self.fields)) < len(self.fields):
+            raise UsageError(f"{asked}: give some of {', '.join(get_args(Field))}, by commas, each once.")
+        if not self.fields and not self.layers:
+            raise UsageError("--fields names nothing, and there are no --layers: nothing would be stored.")
+        if len(set(self.layers)) < len(self.layers):
+            raise UsageError(f"--layers {','.join(map(str, self.layers))}: give each block once.")
+        if self.storage == "npy" and (self.fields != ("map",) or self.layers):
+            raise UsageError(
+                "--format npy stores the feature map alone: take --format h5 or safetensors for other --fields and "
+                "for --layers."
+            )
+        if "map" not in self.fields and (self.preview or self.page):
+            raise UsageError(f"--preview and --page show feature maps: add map to {asked}.")
+        if self.pca is not None and not {"map", "pooled"} & set(self.fields):
+            raise UsageError(f"--pca is of the feature map and of pooled, and {asked} names neither.")
 
     @property
     def sources_of_page(self) -> tuple[Source, ...]:

@@ -9,7 +9,8 @@ import contextlib
 import difflib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,23 @@ def check_size(height: int, width: int, patch_size: int) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """All that one pass gives; float32.
+
+    Attributes:
+        map: (B, D, h, w), of the model.
+        layers: maps (B, D, H / patch, W / patch) of blocks of the transformer, by 0-based number.
+        cls: class token (B, D) after the last block; None where there is none.
+        registers: register tokens (B, R, D) after the last block.
+    """
+
+    map: Tensor
+    layers: dict[int, Tensor]
+    cls: Tensor | None
+    registers: Tensor
+
+
 class Backbone(nn.Module):
     """A frozen timm ViT that yields dense maps; always in eval mode, never trained, never in a checkpoint.
 
@@ -64,6 +82,8 @@ class Backbone(nn.Module):
         embed_dim: channels D of every map.
         patch_size: side of a patch in pixels.
         layer_indices: 0-based blocks of `intermediate_maps`.
+        depth: number of blocks.
+        has_cls, num_registers: which tokens come before those of the patches.
         mean, std: per-channel statistics by which an RGB image in [0, 1] is normalised.
         weights: where the weights came from: `pretrained`, `random` or a path.
     """
@@ -75,7 +95,11 @@ class Backbone(nn.Module):
         self.weights = weights
         self.embed_dim: int = trunk.embed_dim
         self.patch_size: int = trunk.patch_embed.patch_size[0]
-        self.layer_indices = quarter_indices(len(trunk.blocks))
+        self.depth = len(trunk.blocks)
+        self.layer_indices = quarter_indices(self.depth)
+        self.has_cls = getattr(trunk, "cls_token", None) is not None
+        registers = getattr(trunk, "reg_token", None)
+        self.num_registers = 0 if registers is None else registers.shape[1]
         config = timm.data.resolve_model_data_config(vit)
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
@@ -152,6 +176,32 @@ class Backbone(nn.Module):
             SizeError: H or W is not a multiple of the patch size.
         """
         return self._maps(images, self.layer_indices[-1:])[0]
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor, layers: Collection[int]) -> Outputs:
+        """The last map with all else that the same pass gives, each through the final norm.
+
+        Args:
+            images: as for `last_map`.
+            layers: 0-based blocks whose maps are wanted.
+
+        Raises:
+            SizeError: H or W is not a multiple of the patch size.
+        """
+        check_size(images.shape[-2], images.shape[-1], self.patch_size)
+        indices = sorted({*layers, self.depth - 1})
+        with_prefix = self.has_cls or self.num_registers > 0
+        found: list[Any] = self.vit.forward_intermediates(
+            images.to(self.dtype), indices=indices, norm=True, intermediates_only=True, return_prefix_tokens=with_prefix
+        )
+        maps = [map_.float() for map_ in ((each[0] for each in found) if with_prefix else found)]
+        prefix = found[-1][1].float() if with_prefix else maps[-1].new_empty(len(images), 0, self.embed_dim)
+        return Outputs(
+            maps[-1],
+            dict(zip(indices, maps, strict=True)),
+            prefix[:, 0] if self.has_cls else None,
+            prefix[:, prefix.shape[1] - self.num_registers :],
+        )
 
     forward = last_map
 

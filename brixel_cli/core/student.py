@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.config.files import load_recipe
 from brixel_cli.core.adapter import Adapter
-from brixel_cli.core.backbone import Backbone, load_backbone, same_model
+from brixel_cli.core.backbone import Backbone, Outputs, load_backbone, same_model
 from brixel_cli.core.deformable import DeformableAdapter
 from brixel_cli.core.fusion import FusionAdapter
 from brixel_cli.core.lora import LayerShapes, LowRankUpdates, linear_layers, stored_layers
@@ -91,9 +91,17 @@ class Student(nn.Module):
         Raises:
             SizeError: H or W is not a multiple of the patch size.
         """
+        return self._sharpened(images, self.trunk.intermediate_maps(images))
+
+    def outputs(self, images: Tensor, layers: Collection[int]) -> Outputs:
+        """The sharp map, with all else that the same pass of the trunk gives; see `Backbone.outputs`."""
+        found = self.trunk.outputs(images, {*layers, *self.trunk.layer_indices})
+        sharp = self._sharpened(images, [found.layers[index] for index in self.trunk.layer_indices])
+        return dataclasses.replace(found, map=sharp)
+
+    def _sharpened(self, images: Tensor, maps: Sequence[Tensor]) -> Tensor:
         dtype = next(self.adapter.parameters()).dtype
-        maps = [map_.to(dtype) for map_ in self.trunk.intermediate_maps(images)]
-        output: Tensor = self.adapter(images.to(dtype), maps).float()
+        output: Tensor = self.adapter(images.to(dtype), [map_.to(dtype) for map_ in maps]).float()
         return output
 
 

@@ -3,56 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, get_args
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from brixel_cli.config.extract import Number, Storage
-from brixel_cli.core.files import check_regular, read_npy
+from brixel_cli.config.extract import Storage
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.sampling import Points, covered_part, read_at
-from brixel_cli.data.feature_layout import FORMAT, Grid, inside, map_checksum, single_file_names
+from brixel_cli.data.feature_index import INDEX_NAME, REPAIR, check_description, check_index, check_names, read_single
+from brixel_cli.data.feature_layout import (
+    FORMAT,
+    FORMAT_OF_PARTS,
+    MAP,
+    Grid,
+    Layout,
+    inside,
+    is_map,
+    map_checksum,
+    scale_of,
+    single_file_names,
+)
 from brixel_cli.data.row_store import (
     CHECKSUM,
     DONE,
     FAILED,
     MISSING,
     REASON,
-    STATUS,
     Array,
     Store,
     reading,
 )
 from brixel_cli.errors import BrixelError
 
-REASON_BYTES = 160
-INDEX_NAME = "index.h5"
-REPAIR = "The same brixel extract again computes what is damaged."
-_INDEX = {
-    "paths": ("S", ()),
-    STATUS: ("u", ()),
-    REASON: ("S", ()),
-    "original_size": ("i", (2,)),
-    "model_size": ("i", (2,)),
-    "grid_size": ("i", (2,)),
-    "grid_row": ("i", ()),
-}
-_LATER = {"file_size": ("i", ()), "modified": ("i", ()), "sha256": ("S", ()), CHECKSUM: ("u", ())}
-"""Kind of number and shape of a row of the datasets that have a row for each image; older files lack the second."""
-_COUNTS = dict.fromkeys(("res", "factor", "patch_size", "embed_dim", "pca"), 1 << 20) | {"threads": 1024}
-"""Counts of the description, with what none of them comes near."""
 
-
-def dequantise(values: Mapping[str, Array]) -> npt.NDArray[np.float32]:
-    """A map as float32 from the datasets it was stored in."""
-    features = values["features"].astype(np.float32)
-    return features * values["scale"] if "scale" in values else features
+def dequantise(values: Mapping[str, Array], part: str = MAP) -> npt.NDArray[np.float32]:
+    """A map, or another part of an image, as float32 from the datasets it was stored in."""
+    found, scale = values[part].astype(np.float32), scale_of(part)
+    return found * values[scale] if scale in values else found
 
 
 class FeatureFile:
@@ -76,8 +67,11 @@ class FeatureFile:
             raise BrixelError(f"No feature file at {path}. Make one: brixel extract --input DIR --output {path}")
         self._store = store = Store(self.path)
         found = store.attributes.get("format", "unmarked")
-        if found != FORMAT:
-            raise BrixelError(f"{self.path} is no feature file of format {FORMAT}: {found}.")
+        if found not in (FORMAT, FORMAT_OF_PARTS):
+            raise BrixelError(
+                f"{self.path} is no feature file of format {FORMAT} or {FORMAT_OF_PARTS}: {found}. "
+                "A newer version of brixel may read it."
+            )
         self.description = store.description
         if store.damaged:
             raise BrixelError(
@@ -85,8 +79,8 @@ class FeatureFile:
                 "The same brixel extract again restores what follows from the images; otherwise delete the file."
             )
         with reading(self.path):
-            _check_description(self.description)
-            _check_index(store)
+            check_description(self.description)
+            check_index(store)
             self.paths: list[str] = [bytes(name).decode() for name in store.array("paths")]
             self.status = store.status
             self.original_size, self.model_size, self.grid_size = (
@@ -94,12 +88,43 @@ class FeatureFile:
             )
             self._grid_row = np.array(store.array("grid_row"))
             storage: Storage = self.description["storage"]
-            if storage == "h5":
+            self._layout = None if found == FORMAT else self._described_layout(storage)
+            if storage != "h5":
+                check_names(self.paths)
+            elif self._layout is None:
                 self._check_maps()
             else:
-                _check_names(self.paths)
+                self._check_parts(self._layout)
         self._numbers = {name: row for row, name in enumerate(self.paths)}
         self._single = None if storage == "h5" else single_file_names(self.paths, storage)
+
+    def _described_layout(self, storage: Storage) -> Layout:
+        """The datasets of a file of `FORMAT_OF_PARTS`."""
+        described = self.description
+        channels, student = described["pca"] or described["embed_dim"], described["source"] == "student"
+        return Layout(
+            tuple(
+                (int(h), int(w)) if at >= 0 else None for (h, w), at in zip(self.grid_size, self._grid_row, strict=True)
+            ),
+            channels,
+            described["dtype"],
+            storage,
+            tuple(described["fields"]),
+            tuple(described["layers"]),
+            described["embed_dim"],
+            self._store.kind("registers")[0][1] if "registers" in self._store else 0,
+            described["factor"] if student else 1,
+        )
+
+    def _check_parts(self, layout: Layout) -> None:
+        """Raise a ValueError where a dataset that the description names has another shape or type."""
+        for name, column in layout.columns.items():
+            num_rows = len(self) if column.num_rows is None else column.num_rows
+            shape, dtype = self._store.kind(name)
+            if shape != (num_rows, *column.shape) or dtype.name != column.dtype:
+                raise ValueError(f"its dataset {name} has the shape {shape} of {dtype}")
+        if (self._grid_row >= len(self)).any():
+            raise ValueError("its grid_row names rows that are not there")
 
     def _check_maps(self) -> None:
         """Raise a ValueError where the datasets of the maps are not those of the grids that the rows name."""
@@ -122,6 +147,13 @@ class FeatureFile:
 
     def _dataset(self, part: str, grid: Grid) -> str:
         return part if part in self._store else f"{part}/{human_size(grid)}"
+
+    @property
+    def parts(self) -> list[str]:
+        """What it holds of each image: `features`, which is the map, `cls`, `registers`, `pooled`, `layer_11`, ..."""
+        if self._layout is None:
+            return [MAP]
+        return [part for part in self._layout.shapes((1, 1)) if not part.endswith("scale")]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -200,12 +232,13 @@ class FeatureFile:
             return None
         return np.array(self._store.array("pca_components")), np.array(self._store.array("pca_mean"))
 
-    def stored(self, key: int | str, mapped: bool = False) -> dict[str, Array]:
-        """An image's datasets as stored: `features` (D, h, w), and `scale` (1, h, w) where they are int8.
+    def stored(self, key: int | str, mapped: bool = False, part: str | None = None) -> dict[str, Array]:
+        """An image's datasets as stored: `features` (D, h, w), and `scale` (1, h, w) where they are int8; other parts.
 
         Args:
             key: row, or name as in `paths`.
             mapped: whether the values of a single .npy file are read only when they are used.
+            part: which of `parts`, with its scale; None: all of them.
 
         Raises:
             KeyError, IndexError: there is no such image.
@@ -217,17 +250,41 @@ class FeatureFile:
             reason = self.failures.get(self.paths[row]) or self.damage(row) or missing
             raise BrixelError(f"{self.path} has no features of {self.paths[row]}: {reason}.")
         height, width = (int(side) for side in self.grid_size[row])
+        wanted = self.parts if part is None else [part]
+        if part is not None and part not in self.parts:
+            raise BrixelError(
+                f"{self.path} has no {part} of its images; it has {', '.join(self.parts)}. "
+                "--fields and --layers of brixel extract choose what is stored."
+            )
         if self._single is not None:
-            return _read_single(self.path.parent / self._single[row], (height, width), mapped)
+            found = read_single(self.path.parent / self._single[row], (height, width), mapped, self._layout)
+            return {name: found[name] for each in wanted for name in (each, scale_of(each)) if name in found}
         place = int(self._grid_row[row])
         if place < 0:
             raise BrixelError(f"{self.path}: {self.paths[row]} is done, but has no map. {REPAIR}")
-        names = {part: self._dataset(part, (height, width)) for part in ("features", "scale")}
-        return {part: self._store.read(name, [place])[0] for part, name in names.items() if name in self._store}
+        places = {name: self._place(name, row) for each in wanted for name in (each, scale_of(each))}
+        return {name: self._store.read(at, [n])[0] for name, (at, n) in places.items() if at in self._store}
+
+    def _place(self, part: str, row: int) -> tuple[str, int]:
+        """The dataset that holds a part of an image, and the image's row in it."""
+        if self._layout is not None:
+            name = self._layout.dataset(part, row)[0]
+            return name, int(self._grid_row[row]) if is_map(part) else row
+        height, width = self.grid_size[row].tolist()
+        return self._dataset(part, (height, width)), int(self._grid_row[row])
+
+    def get(self, key: int | str, part: str = MAP) -> npt.NDArray[np.float32]:
+        """What is stored of an image, float32: one of `parts`, such as `cls` (D) or `layer_11` (D, h, w).
+
+        Raises:
+            KeyError, IndexError: there is no such image.
+            BrixelError: it is missing or failed, or the file has no such part.
+        """
+        return dequantise(self.stored(key, part=part), part)
 
     def __getitem__(self, key: int | str) -> npt.NDArray[np.float32]:
         """An image's map (D, h, w), float32; arguments and errors as for `stored`."""
-        return dequantise(self.stored(key))
+        return self.get(key)
 
     def at(
         self,
@@ -269,6 +326,10 @@ class FeatureDataset(Dataset[tuple[Tensor, str]]):
     def __init__(self, path: str | Path):
         self.file = FeatureFile(path)
         self.rows = self.file.rows
+        if MAP not in self.file.parts:
+            raise BrixelError(
+                f"{path} holds no feature maps, only {', '.join(self.file.parts)}: --fields was without map."
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -276,47 +337,3 @@ class FeatureDataset(Dataset[tuple[Tensor, str]]):
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         row = self.rows[index]
         return torch.from_numpy(self.file[row]), self.file.paths[row]
-
-
-def _read_single(path: Path, grid: Grid, mapped: bool = False) -> dict[str, Array]:
-    """The map of a single file, of whose values none is read yet where they are mapped."""
-    try:
-        check_regular(path)
-        if path.suffix == ".npy":
-            values = {"features": read_npy(path, mapped)}
-        else:
-            with safe_open(path, framework="pt") as file:  # which maps them
-                values = {key: file.get_tensor(key).numpy() for key in file.keys()}  # noqa: SIM118
-        if values["features"].shape[1:] != grid:
-            raise ValueError(f"its map has the shape {values['features'].shape}")
-        return values
-    except Exception as error:  # NumPy and safetensors raise several kinds on damaged files
-        raise BrixelError(f"{path} cannot be read: {error}. {REPAIR}") from error
-
-
-def _check_description(description: Mapping[str, Any]) -> None:
-    """Raise a ValueError for values that no extraction writes."""
-    known = {"storage": get_args(Storage), "dtype": (None, *get_args(Number))}
-    for key, allowed in known.items():
-        if description.get(key) not in allowed:
-            raise ValueError(f"its {key} is {description.get(key)!r}")
-    for key, most in _COUNTS.items():
-        value = description.get(key)
-        if value is not None and (type(value) is not int or not 1 <= value <= most):
-            raise ValueError(f"its {key} is {value!r}")
-
-
-def _check_index(store: Store) -> None:
-    """Raise a ValueError where a dataset with a row for each image is missing, or has another type or shape."""
-    for name, (kind, shape) in (_INDEX | {name: of for name, of in _LATER.items() if name in store}).items():
-        found, dtype = store.kind(name)
-        if found != (len(store), *shape) or dtype.kind != kind:
-            raise ValueError(f"its dataset {name} has the shape {found} of {dtype}")
-
-
-def _check_names(names: Sequence[str]) -> None:
-    """Raise a ValueError where the name of an image would lead out of the folder of single files."""
-    for name in names:
-        path = PurePosixPath(name)
-        if not path.name or path.is_absolute() or ".." in path.parts or "\0" in name:
-            raise ValueError(f"the name {name!r} leads out of its folder")

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from brixel_cli.config.extract import Number, Storage
+from brixel_cli.config.extract import Field, Number, Storage
 from brixel_cli.core.files import LONGEST_NAME, make_folder, replacing
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.identity import checksum, text_digest
@@ -23,8 +24,35 @@ from brixel_cli.core.weights import save_tensors
 from brixel_cli.data.row_store import Array, Column, Store, positions_within_size
 from brixel_cli.errors import BrixelError
 
-FORMAT = "brixel-features-1"
+FORMAT, FORMAT_OF_PARTS = "brixel-features-1", "brixel-features-2"
+"""The second has other datasets than the feature map, or besides it."""
+MAP = "features"
+"""Dataset of the feature map."""
+PROJECTED = (MAP, "pooled")
+"""Datasets of which principal components are stored, where they are asked for."""
+PLAIN = {"fields": ["map"], "layers": []}
+"""What a description of `FORMAT` leaves out."""
 Grid = tuple[int, int]
+
+
+def dataset_of(field: Field) -> str:
+    """The dataset of a field."""
+    return MAP if field == "map" else field
+
+
+def layer_name(layer: int) -> str:
+    """The dataset of the map of a block of the transformer, 0-based."""
+    return f"layer_{layer}"
+
+
+def scale_of(part: str) -> str:
+    """The dataset of the scale of an int8 dataset."""
+    return "scale" if part == MAP else f"{part}_scale"
+
+
+def is_map(part: str) -> bool:
+    """Whether a dataset, or that whose scale it is, holds a map: a row for each image of its grid."""
+    return part in (MAP, "scale") or part.startswith("layer_")
 
 
 @dataclass(frozen=True)
@@ -36,12 +64,32 @@ class Layout:
         channels: of every map.
         dtype: `float16`, `float32`, or `int8` with a float32 scale for each location.
         storage: `h5`, or the format of the single files; these leave the feature file without maps.
+        fields: what is stored of the last block.
+        layers: 0-based blocks whose maps are stored too.
+        embed_dim: channels of tokens and of the maps of blocks; None: as many as `channels`.
+        num_registers: register tokens of the backbone.
+        factor: grid of the map over the grid of the blocks.
     """
 
     grids: tuple[Grid | None, ...]
     channels: int
     dtype: Number
     storage: Storage = "h5"
+    fields: tuple[Field, ...] = ("map",)
+    layers: tuple[int, ...] = ()
+    embed_dim: int | None = None
+    num_registers: int = 0
+    factor: int = 1
+
+    @property
+    def format(self) -> str:
+        """What the file calls its format."""
+        return FORMAT if self.fields == ("map",) and not self.layers else FORMAT_OF_PARTS
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the description of a file of `FORMAT_OF_PARTS` says besides."""
+        return {} if self.format == FORMAT else {"fields": list(self.fields), "layers": list(self.layers)}
 
     @cached_property
     def rows_of_grid(self) -> dict[Grid, list[int]]:
@@ -62,16 +110,36 @@ class Layout:
         return np.array([-1 if grid is None else at for grid, at in zip(self.grids, within, strict=True)], np.int64)
 
     def dataset(self, part: str, row: int) -> tuple[str, int]:
-        """The dataset that holds a part (`features`, `scale`) of an image's map, and the map's row in it."""
+        """The dataset that holds a part (such as `features`, `scale`) of an image, and the image's row in it."""
         grid = self.grids[row]
-        mixed = len(self.rows_of_grid) > 1 and grid is not None
-        return f"{part}/{human_size(grid)}" if grid and mixed else part, int(self.grid_rows[row])
+        if grid is None or not is_map(part):
+            return part, row
+        return self._named(part, grid), int(self.grid_rows[row])
+
+    def _named(self, part: str, grid: Grid) -> str:
+        """The dataset of a part of all images of a grid."""
+        if len(self.rows_of_grid) == 1 or not is_map(part):
+            return part
+        return f"{part}/{human_size(self._of_blocks(grid) if part.startswith('layer_') else grid)}"
+
+    def _of_blocks(self, grid: Grid) -> Grid:
+        return grid[0] // self.factor, grid[1] // self.factor
 
     def shapes(self, grid: Grid) -> dict[str, Column]:
-        """The datasets that one map consists of, without their place."""
-        columns = {"features": Column((self.channels, *grid), self.dtype)}
-        if self.dtype == "int8":
-            columns["scale"] = Column((1, *grid), "float32")
+        """The datasets that one image's values consist of, without their place."""
+        tokens = self.embed_dim or self.channels
+        of_field: dict[Field, tuple[int, ...]] = {
+            "map": (self.channels, *grid),
+            "cls": (tokens,),
+            "registers": (self.num_registers, tokens),
+            "pooled": (self.channels,),
+        }
+        shapes = {dataset_of(field): of_field[field] for field in self.fields}
+        shapes |= {layer_name(layer): (tokens, *self._of_blocks(grid)) for layer in self.layers}
+        columns = {part: Column(shape, self.dtype) for part, shape in shapes.items()}
+        if self.dtype == "int8":  # channels come first in maps, and last in tokens
+            scales = {part: (1, *shape[1:]) if is_map(part) else (*shape[:-1], 1) for part, shape in shapes.items()}
+            columns |= {scale_of(part): Column(shape, "float32") for part, shape in scales.items()}
         return columns
 
     @property
@@ -83,10 +151,11 @@ class Layout:
         rows_of_grid = self.rows_of_grid
         for grid, rows in rows_of_grid.items():
             for name, column in self.shapes(grid).items():
-                if len(rows_of_grid) == 1:
-                    columns[name] = Column(column.shape, column.dtype, len(self.grids), rows)
+                if len(rows_of_grid) == 1 or not is_map(name):
+                    usable = sorted(row for some in rows_of_grid.values() for row in some)
+                    columns[name] = Column(column.shape, column.dtype, len(self.grids), usable)
                 else:
-                    columns[f"{name}/{human_size(grid)}"] = Column(column.shape, column.dtype, len(rows))
+                    columns[self._named(name, grid)] = Column(column.shape, column.dtype, len(rows))
         return columns
 
     @property
@@ -162,13 +231,33 @@ def encode(
     return {"features": maps.to(getattr(torch, dtype), memory_format=torch.preserve_format)}, finite.tolist()
 
 
+def encode_parts(
+    parts: Mapping[str, Tensor], dtype: Number, basis: Basis | None, spare: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], list[bool]]:
+    """Maps (B, D, h, w) and tokens (B, D) or (B, R, D) by dataset, each in the form of `encode`; arguments as there."""
+    stored: dict[str, Tensor] = {}
+    finite = np.ones(len(next(iter(parts.values()))), bool)
+    for part, values in parts.items():
+        as_map = values
+        if not is_map(part):  # each token is a location
+            as_map = values.reshape(len(values), -1, values.shape[-1]).transpose(1, 2)[..., None]
+        again = {MAP: spare[MAP]} if spare and part == MAP else None
+        encoded, fine = encode(as_map, dtype, basis if part in PROJECTED else None, again)
+        for kind, tensor in encoded.items():
+            name = part if kind == MAP else scale_of(part)
+            whole = tensor if is_map(part) else tensor[..., 0].transpose(1, 2)
+            stored[name] = whole if is_map(part) else whole.reshape(*values.shape[:-1], tensor.shape[1])
+        finite &= np.array(fine)
+    return stored, [bool(value) for value in finite]
+
+
 def map_checksum(values: Mapping[str, Array]) -> int:
-    """Checksum of a map as it is stored."""
+    """Checksum of an image's values as they are stored."""
     return checksum(*(values[part] for part in sorted(values)))
 
 
 class MapWriter:
-    """Writes maps where a layout puts them: into the feature file, or into one file for each image, under its name.
+    """Writes images where a layout puts them: into the feature file, or into one file for each image, under its name.
 
     Args:
         store: the feature file, to be written to.
@@ -181,7 +270,7 @@ class MapWriter:
         self._files = single_file_names(self._names, layout.storage) if self._names else []
 
     def write(self, row: int, values: Mapping[str, Array]) -> None:
-        """Store the datasets of one image's map, then mark the row as done.
+        """Store the datasets of one image, then mark the row as done.
 
         Raises:
             BrixelError: the disk refuses it.
@@ -195,7 +284,9 @@ class MapWriter:
             else:
                 tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()}
                 description = json.dumps(self.store.description, sort_keys=True)
-                save_tensors(path, tensors, {"format": FORMAT, "path": self._names[row], "description": description})
+                save_tensors(
+                    path, tensors, {"format": self.layout.format, "path": self._names[row], "description": description}
+                )
             self.store.settle(row, [values[part] for part in sorted(values)])
         else:
             places = {part: self.layout.dataset(part, row) for part in sorted(values)}

@@ -5,44 +5,37 @@
     maps = FeatureExtractor(spec, runtime, reporter).maps(pixels)    # uint8 pixels to maps, as memory allows
 
 Extraction and probing take the third line, the benchmark the second. Where no checkpoint is named, the caller finds one
-first (`default_student`).
+first (`engines.default_student`).
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from brixel_cli.config.distill import AdapterConfig
-from brixel_cli.config.extract import Source
-from brixel_cli.core.backbone import Backbone, load_backbone, same_model
+from brixel_cli.config.extract import Field, Source
+from brixel_cli.core.backbone import Backbone, load_backbone
 from brixel_cli.core.identity import tensors_sha256
 from brixel_cli.core.lora import linear_layers
 from brixel_cli.core.memory import is_out_of_memory
-from brixel_cli.core.shipped import DEFAULT_STUDENT, shipped_student, shipped_students
 from brixel_cli.core.student import (
-    FILE_NAME,
     StoredAdapter,
     Student,
-    StudentCard,
     build_adapter,
     read_adapter,
-    read_card,
 )
+from brixel_cli.data.feature_layout import MAP, dataset_of, layer_name
 from brixel_cli.data.resizing import snap
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, library_versions, release_cached
-from brixel_cli.errors import BrixelError, UsageError, WeightsError
+from brixel_cli.errors import BrixelError, UsageError
 
-RUNS = "runs"
-"""Where runs go unless --output says otherwise."""
-MOST_NAMED = 3
 DEFAULT_FACTOR = 4
 """Of a teacher whose student is not named."""
 CPU_BATCH_PIXELS = 4 * 448 * 448
@@ -69,6 +62,7 @@ class ModelSpec:
         chosen_by: the student by whose card the backbone's weights were chosen, which must be those; None: by the user.
         trained_size: the student's input (height, width) in pixels in its training; None: not known.
         scale: of a plain backbone at equal cost: its input over the student's, before rounding to the patch.
+        depth, has_cls, num_registers: blocks of the backbone, and its tokens besides those of the patches.
     """
 
     source: Source
@@ -85,6 +79,9 @@ class ModelSpec:
     chosen_by: StoredAdapter | None = None
     trained_size: tuple[int, int] | None = None
     scale: float = 1.0
+    depth: int = 0
+    has_cls: bool = False
+    num_registers: int = 0
 
     @property
     def enlarge(self) -> int:
@@ -186,70 +183,10 @@ def model_spec(
         stored=stored if student else None,
         chosen_by=None if weights else stored,
         trained_size=(size[0], size[1]) if size else None,
+        depth=meta.depth,
+        has_cls=meta.has_cls,
+        num_registers=meta.num_registers,
     )
-
-
-def default_student(backbone: str | None, reporter: Reporter, res: int | None = None) -> str:
-    """The student that is meant where none is named: one that comes with brixel, trained at this input size.
-
-    Of several that were trained at this size, the one that was validated nearest to it is taken; of none, the one that
-    was trained nearest to it, with a warning. Students trained here are named to the reporter, and never taken unasked:
-    what lies under ./runs may be a trial.
-
-    Args:
-        backbone: timm name that was asked for.
-        reporter: hears which student it is, and why.
-        res: shorter side of the input in pixels; None: not known, which means the first student.
-
-    Raises:
-        UsageError: the students that come with brixel belong to other backbones.
-        WeightsError: what comes with brixel is missing or damaged.
-    """
-    cards = {name: read_card(shipped_student(name)) for name in dict.fromkeys((DEFAULT_STUDENT, *shipped_students()))}
-    found = {name: card for name, card in cards.items() if not backbone or same_model(backbone, card.backbone)}
-    trained = _trained_here(backbone)
-    if not found:
-        example = f", such as {trained[0]}" if trained else ""
-        backbones = " and ".join(dict.fromkeys(card.backbone for card in cards.values()))
-        raise UsageError(
-            f"The student that comes with brixel is of {backbones}, not of {backbone}. Name one with "
-            f"--checkpoint{example}, train one with brixel distill, or take the plain maps with --source backbone."
-        )
-    name = next(iter(found)) if res is None else min(found, key=lambda name: _distance(found[name], res))
-    card = found[name]
-    why = f", trained at {card.trained_at}" if card.trained_sides else ""
-    if res is not None and card.trained_sides and _distance(card, res)[0] > 0:
-        reporter.warn(
-            f"no student that comes with brixel was trained at {res} px. The nearest is {name}{why}: give a --res "
-            "within that, or compare its maps with those of --source backbone"
-        )
-    others = f"; trained under {RUNS}, for --checkpoint: {', '.join(trained)}" if trained else ""
-    reporter.say(f"student: {name}, which comes with brixel{why}{others}")
-    return name
-
-
-def _distance(card: StudentCard, res: int) -> tuple[float, float]:
-    """How far an input size is from those of a student's training, and from that of its validation, as log ratios."""
-    if not card.trained_sides:
-        return math.inf, 0.0
-    (least, most), home = card.trained_sides, min(card.student_size, default=res)
-    return max(math.log(least / res), math.log(res / most), 0.0), abs(math.log(res / home))
-
-
-def _trained_here(backbone: str | None) -> list[str]:
-    """Run folders of the newest students under ./runs that can be loaded again, of a backbone where one is given."""
-    files = [path for path in Path(RUNS).glob(f"*/{FILE_NAME}") if path.is_file()]
-    found: list[str] = []
-    for student in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            card = read_card(student)
-        except WeightsError:
-            continue
-        if card.backbone_weights != "random" and (backbone is None or same_model(card.backbone, backbone)):
-            found.append(str(student.parent))
-        if len(found) == MOST_NAMED:
-            break
-    return found
 
 
 class FeatureExtractor:
@@ -280,6 +217,7 @@ class FeatureExtractor:
         model = spec.load(str(runtime.device))
         self.student = model if isinstance(model, Student) else None
         self.backbone: Backbone = model.backbone if isinstance(model, Student) else model
+        self._model = model
         self._call = runtime.in_precision(model)
         self.most_at_once = batch_size
 
@@ -319,12 +257,36 @@ class FeatureExtractor:
         Raises:
             BrixelError: memory does not suffice for a single image.
         """
-        outputs: list[Tensor] = []
+        return self._in_parts(pixels, lambda part: {MAP: self._forward(part)})[MAP]
+
+    def parts(self, pixels: Tensor, fields: Sequence[Field], layers: Sequence[int]) -> dict[str, Tensor]:
+        """What is stored of images, by dataset, float32; arguments and errors as `maps`.
+
+        Args:
+            pixels: as for `maps`.
+            fields: what of the last block.
+            layers: 0-based blocks whose maps are wanted too.
+        """
+        if tuple(fields) == ("map",) and not layers:
+            return {MAP: self.maps(pixels)}
+        return self._in_parts(pixels, lambda part: self._outputs(part, fields, layers))
+
+    @torch.inference_mode()
+    def _outputs(self, pixels: Tensor, fields: Sequence[Field], layers: Sequence[int]) -> dict[str, Tensor]:
+        with self.runtime.autocast():
+            found = self._model.outputs(self._normalised(pixels), layers)
+        tokens = {"map": found.map, "cls": found.cls, "registers": found.registers, "pooled": found.map.mean((2, 3))}
+        named: dict[str, Tensor | None] = {dataset_of(field): tokens[field] for field in fields}
+        named |= {layer_name(layer): found.layers[layer] for layer in layers}
+        return {name: value.float() for name, value in named.items() if value is not None}
+
+    def _in_parts(self, pixels: Tensor, forward: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        outputs: list[dict[str, Tensor]] = []
         start = 0
         while start < len(pixels):
             size = min(self.most_at_once or len(pixels), len(pixels) - start)
             try:
-                outputs.append(self._forward(pixels[start : start + size]))
+                outputs.append(forward(pixels[start : start + size]))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -340,7 +302,9 @@ class FeatureExtractor:
                 release_cached(self.runtime.device)
                 continue
             start += size
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if len(outputs) == 1:
+            return outputs[0]
+        return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
 
     def batch_sizes(self, sizes: dict[tuple[int, int], int], batch_size: int | None) -> dict[tuple[int, int], int]:
         """How many images of each model size make a batch.
@@ -360,8 +324,11 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def _forward(self, pixels: Tensor) -> Tensor:
+        return self._call(self._normalised(pixels))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
         on_device = pixels.to(self.runtime.device, non_blocking=True)
-        return self._call(normalise_pixels(on_device, self.backbone.mean, self.backbone.std))
+        return normalise_pixels(on_device, self.backbone.mean, self.backbone.std)
 
     def _largest_batch(self, size: tuple[int, int]) -> int:
         fits, batch = 1, 1

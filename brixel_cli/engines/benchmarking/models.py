@@ -16,8 +16,9 @@ from brixel_cli.core.student import FILE_NAME, HUB, Student
 from brixel_cli.data.images import ImageFile, scan_folder, share_out
 from brixel_cli.data.views import Views
 from brixel_cli.engines.benchmarking.results import Model, Size
+from brixel_cli.engines.default_student import default_student
 from brixel_cli.engines.distilling.training_images import find_images
-from brixel_cli.engines.models import ModelSpec, default_student, model_spec
+from brixel_cli.engines.models import ModelSpec, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError, WeightsError
 

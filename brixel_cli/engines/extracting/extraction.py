@@ -20,7 +20,7 @@ from brixel_cli.core.formatting import human_size
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
 from brixel_cli.data.feature_file import FeatureFile
-from brixel_cli.data.feature_layout import FORMAT, MapWriter, encode
+from brixel_cli.data.feature_layout import MapWriter, encode_parts
 from brixel_cli.data.inputs import reason_of
 from brixel_cli.data.row_store import CHECKSUM, DONE, FAILED, MISSING, REASON, Array, Store, create_store, in_batches
 from brixel_cli.engines.extracting.plan import (
@@ -126,8 +126,8 @@ def rehearse(plan: ExtractPlan, reporter: Reporter) -> Estimate:
         if all(isinstance(pixels, str) for pixels in loaded):
             return Estimate(len(missing), None, f"none of the first {len(batch)} images can be decoded")
         pixels = _stack(loaded)
-        model.maps(pixels)  # not timed: the first pass allocates, and on a GPU chooses its kernels
-        computing = call_seconds(lambda: encode(model.maps(pixels), options.dtype, None), runtime.device)
+        _parts(plan, model, pixels)  # not timed: the first pass allocates, and on a GPU chooses its kernels
+        computing = call_seconds(lambda: encode_parts(_parts(plan, model, pixels), options.dtype, None), runtime.device)
     # On a CPU the threads that read share its cores with the model; a GPU computes meanwhile.
     of_batch = reading + computing if runtime.device.type == "cpu" else max(reading, computing)
     area = sum(height * width * len(rows) for (height, width), rows in rows_of_size.items())
@@ -229,7 +229,12 @@ def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> N
         filled |= {"pca_components": basis.components.numpy(), "pca_mean": basis.mean.numpy()}
     _clear_output(plan)  # as late as can be: should the model or the images fail, what is there stays
     create_store(
-        plan.store_path, len(plan.reasons), plan.layout.columns, description, filled, attributes={"format": FORMAT}
+        plan.store_path,
+        len(plan.reasons),
+        plan.layout.columns,
+        description,
+        filled,
+        attributes={"format": plan.layout.format},
     )
 
 
@@ -258,8 +263,8 @@ def _compute(
                 if isinstance(pixels, str) and row in missing:
                     _fail(plan, store, row, pixels)
             if any(row in missing and not isinstance(pixels, str) for row, pixels in zip(chunk, loaded, strict=True)):
-                maps = model.maps(_stack(loaded))
-                tensors, finite = encode(maps, plan.options.dtype, basis, spare.pop() if spare else None)
+                parts = _parts(plan, model, _stack(loaded))
+                tensors, finite = encode_parts(parts, plan.options.dtype, basis, spare.pop() if spare else None)
                 rows = []
                 for place, row in enumerate(chunk):
                     if row in missing and not isinstance(loaded[place], str):
@@ -301,8 +306,18 @@ def _stack(loaded: Sequence[Tensor | str]) -> Tensor:
     return torch.stack([black if isinstance(pixels, str) else pixels for pixels in loaded]).contiguous()
 
 
+def _parts(plan: ExtractPlan, model: FeatureExtractor, pixels: Tensor) -> dict[str, Tensor]:
+    """What is stored of these images, by dataset."""
+    return model.parts(pixels, plan.options.fields, plan.options.layers)
+
+
 def _planes(features: Tensor) -> Array:
-    """One image's (D, h, w), channel by channel as it is stored; the models compute with channels last."""
+    """One image's (D, h, w), channel by channel as it is stored; the models compute with channels last. Or its tokens.
+
+    Nothing is changed in tokens, which are (D) or (R, D).
+    """
+    if features.ndim < 3:
+        return np.asarray(features.numpy())
     # Flat, the copy is a plain transpose, for which torch has a faster way.
     flat: Array = features.flatten(1).contiguous().view(features.shape).numpy()
     return flat

@@ -19,8 +19,9 @@ from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.identity import files_sha256
-from brixel_cli.data.feature_file import INDEX_NAME, REASON_BYTES, FeatureFile
-from brixel_cli.data.feature_layout import FORMAT, Layout, text_array
+from brixel_cli.data.feature_file import FeatureFile
+from brixel_cli.data.feature_index import INDEX_NAME, REASON_BYTES
+from brixel_cli.data.feature_layout import FORMAT, FORMAT_OF_PARTS, PLAIN, Layout, text_array
 from brixel_cli.data.inputs import (
     Inputs,
     default_output,
@@ -31,7 +32,8 @@ from brixel_cli.data.inputs import (
 )
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import CHECKSUM, FAILED, MISSING, REASON, Array, Store, rows_by_size
-from brixel_cli.engines.models import FeatureExtractor, ModelSpec, default_student, model_spec
+from brixel_cli.engines.default_student import default_student
+from brixel_cli.engines.models import FeatureExtractor, ModelSpec, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.streams import warn_of_workers
 from brixel_cli.errors import BrixelError, UsageError
@@ -41,7 +43,9 @@ ADVISORY = ("device", "versions", "backbone_weights", "tf32")
 """Differences here can change the last bits at most, or nothing: they are warned of, not refused."""
 OF_STUDENT = ("student.adapter", "student.step", "student.released")
 """The SHA-256 of the student covers these."""
-OPTIONS = {key: f"--{key}" for key in ("source", "res", "fit", "dtype", "pca", "precision", "backbone")} | {
+OPTIONS = {
+    key: f"--{key}" for key in ("source", "res", "fit", "dtype", "pca", "fields", "layers", "precision", "backbone")
+} | {
     "storage": "--format",
     "student.sha256": "--checkpoint, student.sha256",
 }
@@ -80,7 +84,17 @@ class ExtractPlan:
         """Where each row's map goes."""
         grids = tuple(None if size is None else self.spec.grid(size) for size in self.model_sizes)
         channels = self.spec.embed_dim if self.options.pca is None else self.options.pca
-        return Layout(grids, channels, self.options.dtype, self.options.storage)
+        return Layout(
+            grids,
+            channels,
+            self.options.dtype,
+            self.options.storage,
+            self.options.fields,
+            self.options.layers,
+            self.spec.embed_dim,
+            self.spec.num_registers,
+            self.spec.factor if self.spec.source == "student" else 1,
+        )
 
     @cached_property
     def rows_of_size(self) -> dict[tuple[int, int], list[int]]:
@@ -203,6 +217,8 @@ class ExtractPlan:
             "unusable": len(self.reasons) - self.num_usable,
             "grids": {human_size(grid): len(rows) for grid, rows in self.layout.rows_of_grid.items()},
             "channels": self.layout.channels,
+            "fields": list(self.options.fields),
+            "layers": list(self.options.layers),
             "dtype": self.options.dtype,
             "source": self.spec.source,
             "backbone": self.spec.backbone,
@@ -224,6 +240,7 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
     if not options.inputs:
         raise UsageError("--input is missing: a folder, an image, a video, a quoted glob, or a .txt list of paths.")
     spec = model_of(options, reporter)
+    _check_parts(options, spec)
     resizing = Resizing(options.res, options.fit, spec.patch_size, spec.enlarge)
     if options.pca is not None and options.pca > spec.embed_dim:
         raise UsageError(f"--pca {options.pca}: the maps of {spec.backbone} have only {spec.embed_dim} channels.")
@@ -262,6 +279,16 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
     )
 
 
+def _check_parts(options: ExtractOptions, spec: ModelSpec) -> None:
+    """Raise a UsageError where the backbone has not the tokens or blocks that are to be stored."""
+    if "cls" in options.fields and not spec.has_cls:
+        raise UsageError(f"--fields cls: {spec.backbone} has no class token.")
+    if "registers" in options.fields and not spec.num_registers:
+        raise UsageError(f"--fields registers: {spec.backbone} has no register tokens.")
+    if beyond := [layer for layer in options.layers if not 0 <= layer < spec.depth]:
+        raise UsageError(f"--layers {beyond[0]}: the blocks of {spec.backbone} are 0 to {spec.depth - 1}.")
+
+
 def preview_folder(output: Path) -> Path:
     """Where the pictures of an output go: beside it."""
     return output.with_name(f"{output.stem if output.suffix == '.h5' else output.name}_preview")
@@ -286,6 +313,7 @@ def describe(plan: ExtractPlan, model: FeatureExtractor) -> dict[str, Any]:
         "dtype": options.dtype,
         "pca": options.pca,
         "storage": options.storage,
+        **plan.layout.described,
     }
 
 
@@ -299,11 +327,12 @@ def check_same(plan: ExtractPlan, model: FeatureExtractor, store: Store, reporte
         BrixelError: it is damaged.
     """
     found = store.attributes.get("format", "unmarked")
-    if found != FORMAT:
-        raise UsageError(f"{store.path} is of format {found}, not {FORMAT}. Name another file with --output.")
+    if found not in (FORMAT, FORMAT_OF_PARTS):
+        known = f"{FORMAT} or {FORMAT_OF_PARTS}"
+        raise UsageError(f"{store.path} is of format {found}, not {known}. Name another file with --output.")
     FeatureFile(store.path)  # refuses what is damaged
-    new = describe(plan, model)
-    old = {key: store.description.get(key) for key in new}
+    new = PLAIN | describe(plan, model)
+    old = {key: store.description.get(key, PLAIN.get(key)) for key in new}
     changed = differences(old, new, ignored=(*ADVISORY, *OF_STUDENT))
     lines = difference_lines({OPTIONS.get(key, key): values for key, values in changed.items()})
     lines += _image_differences(plan, store, reporter, fitted_alike=not {"res", "fit"} & set(changed))

@@ -18,12 +18,14 @@ from brixel_cli.core.formatting import human_size
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.core.identity import file_sha256, files_sha256, json_digest, tensors_sha256
 from brixel_cli.core.student import read_adapter
-from brixel_cli.data.feature_file import INDEX_NAME, FeatureFile
+from brixel_cli.data.feature_file import FeatureFile
+from brixel_cli.data.feature_index import INDEX_NAME
 from brixel_cli.data.feature_layout import Grid
 from brixel_cli.data.predictions import find_predictions
 from brixel_cli.data.resizing import snap
+from brixel_cli.engines.default_student import default_student
 from brixel_cli.engines.equal_cost import EQUAL_COST, equal_cost_size
-from brixel_cli.engines.models import DEFAULT_FACTOR, FeatureExtractor, ModelSpec, default_student, model_spec
+from brixel_cli.engines.models import DEFAULT_FACTOR, FeatureExtractor, ModelSpec, model_spec
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.results import ModelDescription
 from brixel_cli.engines.reporting import Reporter
