@@ -25,6 +25,16 @@ OUTSIDE = {
 LINK = re.compile(r"(\]\(|src=\")(?!https?:|#|mailto:)([^)#\s\"]+)")
 
 
+def on_config(config: Any) -> Any:
+    """Pages that the navigation does not name come at its end."""
+    docs = Path(config["docs_dir"])
+    named = str(config["nav"])
+    others = [path.relative_to(docs).as_posix() for path in sorted(docs.rglob("*.md"))]
+    more = [page for page in others if f"'{page}'" not in named and page != "results/notes.md"]
+    config["nav"] += [{"More": more}] if more else []
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     for source, page in OUTSIDE.items():
         text = (ROOT / source).read_text(encoding="utf-8")

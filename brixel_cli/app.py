@@ -72,6 +72,9 @@ def distill(
     resume: Annotated[bool, _flag(OUTPUT, "Continue the run in the output folder.", "--resume")] = False,
     verify: Annotated[Path | None, _option(OUTPUT, "Check a run's files; name damaged ones.", metavar="DIR")] = None,
     overwrite: Annotated[bool, _flag(OUTPUT, "Replace an existing run.", "--overwrite")] = False,
+    push_to_hub: Annotated[
+        str | None, _option(OUTPUT, "Send the student to the hub; needs HF_TOKEN.", metavar="USER/NAME")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     device: Annotated[
@@ -94,7 +97,7 @@ def distill(
             "data.images": images, "init": init, "backbone.weights": backbone_weights, "run.device": device,
         }  # fmt: skip
         overrides = [f"{key}={json.dumps(value)}" for key, value in shorthands.items() if value is not None]
-        run_distill(recipe, output, overrides + (set_ or []), resume, overwrite, verify, dry_run, as_json)
+        run_distill(recipe, output, overrides + (set_ or []), resume, overwrite, verify, dry_run, as_json, push_to_hub)
 
 
 @app.command(epilog=examples.EXTRACT)

@@ -20,6 +20,7 @@ from torch import Tensor
 from brixel_cli.cli.console import error_boundary, print_results, say
 from brixel_cli.core.extras import require
 from brixel_cli.core.identity import file_sha256
+from brixel_cli.core.transformers_layout import from_transformers
 from brixel_cli.core.weights import save_tensors
 from brixel_cli.errors import BrixelError
 
@@ -96,32 +97,13 @@ def _convert(graph_path: Path) -> dict[str, Tensor]:
             if constants:
                 layer = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
                 named[f"{layer}.weight"] = arrays[constants[0]].T
-    embeddings = "embeddings."
     # The position embedding was split: that of the class token, and the 37x37 grid.
     anonymous = {
         array.shape: array for name, array in arrays.items() if name.startswith(("onnx::Concat_", "onnx::Reshape_"))
     }
     position = np.concatenate([anonymous[1, 1, 384], anonymous[1, 37 * 37, 384]], axis=1)
-    state = {
-        "cls_token": named[f"{embeddings}cls_token"],
-        "pos_embed": position,
-        "patch_embed.proj.weight": named[f"{embeddings}patch_embeddings.projection.weight"],
-        "patch_embed.proj.bias": named[f"{embeddings}patch_embeddings.projection.bias"],
-        "norm.weight": named["layernorm.weight"],
-        "norm.bias": named["layernorm.bias"],
-    }
-    for block in range(12):
-        ours, theirs = f"blocks.{block}", f"encoder.layer.{block}"
-        for kind in ("weight", "bias"):
-            attention = f"{theirs}.attention.attention"
-            parts = [named[f"{attention}.{part}.{kind}"] for part in ("query", "key", "value")]
-            state[f"{ours}.attn.qkv.{kind}"] = np.concatenate(parts)
-            state[f"{ours}.attn.proj.{kind}"] = named[f"{theirs}.attention.output.dense.{kind}"]
-            for layer in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
-                state[f"{ours}.{layer}.{kind}"] = named[f"{theirs}.{layer}.{kind}"]
-        state[f"{ours}.ls1.gamma"] = named[f"{theirs}.layer_scale1.lambda1"]
-        state[f"{ours}.ls2.gamma"] = named[f"{theirs}.layer_scale2.lambda1"]
-    return {key: torch.from_numpy(np.array(array, order="C")) for key, array in state.items()}
+    state = named | {"embeddings.position_embeddings": position}
+    return from_transformers({key: torch.from_numpy(np.array(array, order="C")) for key, array in state.items()}, ())
 
 
 def run_demo(folder: Path, as_json: bool) -> None:

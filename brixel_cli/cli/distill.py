@@ -6,7 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brixel_cli.cli.console import Progress, print_json, print_results, print_table, say, show_verified
+from brixel_cli.cli.console import (
+    Progress,
+    is_first_process,
+    print_json,
+    print_results,
+    print_table,
+    say,
+    show_verified,
+)
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe
 from brixel_cli.core.formatting import human_bytes, human_seconds
@@ -27,6 +35,7 @@ def run_distill(
     verify: Path | None,
     dry_run: bool,
     as_json: bool,
+    push_to_hub: str | None = None,
 ) -> None:
     """Carry out `brixel distill` with options as the user gave them; see `app.distill` for what they mean."""
     if verify is not None:
@@ -38,6 +47,10 @@ def run_distill(
     if resume and overwrite:
         raise UsageError("--resume continues a run and --overwrite begins it anew: give one of them.")
     recipe, folder = _recipe_and_folder(recipe_name, output, overrides, resume)
+    if push_to_hub is not None:
+        from brixel_cli.engines.distilling.publishing import check_target
+
+        check_target(push_to_hub, recipe)
     if dry_run:
         from brixel_cli.engines.distilling.plan import plan
 
@@ -46,12 +59,15 @@ def run_distill(
 
     # torch takes seconds to import: only now, when there is work for it.
     from brixel_cli.engines.distilling.distillation import distill
+    from brixel_cli.engines.distilling.publishing import push_student
     from brixel_cli.engines.distilling.run_folder import RunFolder
 
     done = distill(recipe, RunFolder(folder), Progress(), resume=resume, overwrite=overwrite)
     print_results(dataclasses.asdict(done.results), done.files, as_json, lambda: _show_results(done.results, recipe))
     if recipe.backbone.weights != "random":  # those are gone with this process
         say(f'load it: brixel_cli.load_student("{folder}")')
+    if push_to_hub is not None and is_first_process():
+        say(f"sent to {push_student(folder, recipe, done.results.best, push_to_hub)}")
 
 
 def _recipe_and_folder(

@@ -89,7 +89,7 @@ class Adapter(nn.Module):
         if torch.is_grad_enabled():
             return difference + self.residual(maps[-1], fine)
         # Without gradients, some channels at a time: the residual never is a second map of the output's size.
-        difference = difference.to(torch.result_type(difference, maps[-1]))
+        difference = difference.to(torch.promote_types(difference.dtype, maps[-1].dtype))
         parts, last_parts = (map_.split(CHANNELS_AT_ONCE, dim=1) for map_ in (difference, maps[-1]))
         for part, last_part in zip(parts, last_parts, strict=True):
             part += self.residual(last_part, fine)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from brixel_cli.core.identity import tensors_sha256
+from brixel_cli.core.transformers_layout import from_transformers, is_transformers_layout
 from brixel_cli.core.weights import check_keys, check_pth
 from brixel_cli.errors import SizeError, UsageError, WeightsError
 
@@ -212,7 +213,7 @@ def load_backbone(name: str, weights: str = "pretrained", dtype: str = "float32"
     Args:
         name: timm model name, with or without the tag of its weights.
         weights: `pretrained` (downloaded once from the hub), `random` (seeded by torch's global generator), or the
-            path of a .safetensors or .pth file in timm's own or in the original DINO layout.
+            path of a .safetensors or .pth file in the layout of timm, of transformers or of the original DINO.
         dtype: `float32` or `bfloat16`, the format in which the weights are held.
         device: where the weights go; `meta` builds the shapes only.
 
@@ -275,7 +276,7 @@ def _create_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _load_file(vit: nn.Module, name: str, path: Path) -> None:
-    """Load weights in timm's or in the original layout; all must be there, but a classifier may be there besides."""
+    """Load weights in the layout of timm, transformers or DINO; all must be there, and a classifier may be."""
     if not path.is_file():
         raise WeightsError(f"No backbone weights at {path}. Give 'pretrained', 'random' or the path of a file.")
     if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
@@ -285,7 +286,10 @@ def _load_file(vit: nn.Module, name: str, path: Path) -> None:
     what = f"{path} does not hold weights of {name}"
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda state, _: state)
     try:
-        state = convert(timm.models.load_state_dict(str(path), weights_only=True), vit)
+        stored = timm.models.load_state_dict(str(path), weights_only=True)
+        if is_transformers_layout(stored):
+            stored = from_transformers(stored, vit.state_dict())
+        state = convert(stored, vit)
     except Exception as error:  # timm, torch and safetensors each raise their own kinds here
         raise WeightsError(f"{what}: {_first_lines(error)}") from error
     expected = vit.state_dict()
