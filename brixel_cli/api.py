@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from brixel_cli.config.base import Precision
-from brixel_cli.config.extract import ExtractOptions, Field, Fit, Number, Source, Storage
+from brixel_cli.config.extract import OVERLAP, ExtractOptions, Field, Fit, Number, Source, Storage
 from brixel_cli.core.sampling import Points, covered_part, read_at
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_file import FeatureFile
@@ -195,6 +195,8 @@ def extract(
     pca: int | None = None,
     fields: Sequence[Field] = ("map",),
     layers: Sequence[int] = (),
+    tile: int | None = None,
+    overlap: int = OVERLAP,
     device: str = "auto",
     precision: Precision = "auto",
     batch_size: int | None = None,
@@ -224,6 +226,8 @@ def extract(
         pca: number of principal components to store; default: the maps themselves.
         fields: what to store of the last block: some of `map`, `cls`, `registers` and `pooled`.
         layers: 0-based blocks of the backbone whose maps to store too.
+        tile: side in pixels of the tiles into which larger inputs are cut; default: none is cut.
+        overlap: of the tiles, in pixels.
         device: where the model computes: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         precision: its arithmetic: `auto`, `float32`, `bfloat16` or `float16`.
         batch_size: images at once; default: by memory.
@@ -259,6 +263,8 @@ def extract(
             pca=pca,
             fields=tuple(fields),
             layers=tuple(layers),
+            tile=tile,
+            overlap=overlap,
             device=device,
             precision=precision,
             batch_size=batch_size,

@@ -14,7 +14,7 @@ from brixel_cli.cli import examples
 from brixel_cli.cli.console import error_boundary, set_quiet
 from brixel_cli.config.base import check_device
 from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions, BenchmarkOptions
-from brixel_cli.config.extract import ExtractOptions, Fit, Number, Source, Storage, named_fields, named_layers
+from brixel_cli.config.extract import OVERLAP, ExtractOptions, Fit, Number, Source, Storage, named_fields, named_layers
 from brixel_cli.errors import UsageError
 
 # isort: off
@@ -110,6 +110,10 @@ def extract(
         Fit, _option(INPUT, "short: --res is the shorter side. centre: that of the centre square. stretch: both sides.")
     ] = "short",
     every: Annotated[int, _option(INPUT, "Take every Nth frame of a video.")] = 1,
+    tile: Annotated[
+        int | None, _option(INPUT, "Cut larger inputs into tiles of this side in pixels, and blend their maps.")
+    ] = None,
+    overlap: Annotated[int, _option(INPUT, "Overlap of the tiles in pixels.")] = OVERLAP,
     checkpoint: Annotated[str | None, _option(MODEL, f"Student: {STUDENT} {SHIPPED}")] = None,
     source: Annotated[
         Source, _option(MODEL, "Model: student, backbone, or teacher (backbone at the larger input).", metavar="NAME")
@@ -171,7 +175,8 @@ def extract(
             inputs=input_ or [], res=res, fit=fit, source=source, checkpoint=checkpoint, backbone=backbone,
             backbone_weights=backbone_weights, output=output, storage=format_, dtype=dtype, pca=pca, device=device,
             precision=precision, fields=named_fields(fields),
-            layers=named_layers(layers), batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
+            layers=named_layers(layers), tile=tile, overlap=overlap,
+            batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
             every=every, strict=strict, overwrite=overwrite, preview=preview, page=page,
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
         )  # fmt: skip

@@ -14,6 +14,8 @@ Source = Literal["student", "backbone", "teacher"]
 Fit = Literal["short", "centre", "stretch"]
 Storage = Literal["h5", "npy", "safetensors"]
 Number = Literal["float16", "float32", "int8"]
+OVERLAP = 64
+"""Of tiles in pixels, unless the user says otherwise."""
 Field = Literal["map", "cls", "registers", "pooled"]
 
 
@@ -55,6 +57,8 @@ class ExtractOptions:
     pca: int | None = None
     fields: tuple[Field, ...] = ("map",)
     layers: tuple[int, ...] = ()
+    tile: int | None = None
+    overlap: int = OVERLAP
     device: Device = "auto"
     precision: Precision = "auto"
     batch_size: int | None = None
@@ -75,6 +79,8 @@ class ExtractOptions:
                 "--every": self.every,
                 "--batch-size": self.batch_size,
                 "--pca": self.pca,
+                "--tile": self.tile,
+                "--overlap": self.overlap,
                 "--workers": self.workers,
                 "--page-images": self.page_images,
             }
@@ -109,6 +115,10 @@ class ExtractOptions:
             )
         if "map" not in self.fields and (self.preview or self.page):
             raise UsageError(f"--preview and --page show feature maps: add map to {asked}.")
+        if self.tile is not None and (self.storage != "h5" or self.fields != ("map",) or self.layers):
+            raise UsageError(
+                "--tile stores the feature map alone, in --format h5: leave out other --fields, --layers and --format."
+            )
         if self.pca is not None and not {"map", "pooled"} & set(self.fields):
             raise UsageError(f"--pca is of the feature map and of pooled, and {asked} names neither.")
 

@@ -30,7 +30,7 @@ MAP = "features"
 """Dataset of the feature map."""
 PROJECTED = (MAP, "pooled")
 """Datasets of which principal components are stored, where they are asked for."""
-PLAIN = {"fields": ["map"], "layers": []}
+PLAIN: dict[str, Any] = {"fields": ["map"], "layers": []}
 """What a description of `FORMAT` leaves out."""
 Grid = tuple[int, int]
 

@@ -320,8 +320,8 @@ class Store:
                 raise ValueError(f"it has no dataset {name}")
         return self._rows[name]
 
-    def put(self, name: str, row: int, value: Array) -> None:
-        """Write one row of one dataset.
+    def put(self, name: str, row: int, value: Array, first: int | None = None) -> None:
+        """Write one row of one dataset; of a row that is a map (D, h, w), also a strip (D, r, w) from row `first` on.
 
         Raises:
             ValueError: there is no such row, the value has not its shape, or the store was opened read-only.
@@ -330,13 +330,18 @@ class Store:
         if self._file < 0:
             raise ValueError(f"{self.path} was opened read-only")
         offset, shape, dtype = self._places[name]
-        if value.shape != shape[1:]:
+        height = 0 if first is None else value.shape[1]
+        if value.shape != (shape[1:] if first is None else (shape[1], height, shape[3])):
             raise ValueError(f"{name}: a row has shape {shape[1:]}, not {value.shape}")
-        if not 0 <= row < shape[0]:
+        if not 0 <= row < shape[0] or (first is not None and not 0 <= first <= shape[2] - height):
             raise ValueError(f"{name} has {shape[0]} rows, and no row {row}")
-        data = np.ascontiguousarray(value, dtype=dtype).reshape(-1).view(np.uint8).data
+        runs = [value] if first is None else value
+        step = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+        place = offset + row * step + (first * shape[3] * dtype.itemsize if first else 0)
         try:
-            write_at(self._file, data, offset + row * len(data))
+            for number, run in enumerate(runs):
+                data = np.ascontiguousarray(run, dtype=dtype).reshape(-1).view(np.uint8).data
+                write_at(self._file, data, place + number * (step // len(runs)))
         except OSError:
             with writing(self.path):
                 raise

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +23,15 @@ from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_layout import MapWriter, encode_parts
 from brixel_cli.data.inputs import reason_of
 from brixel_cli.data.row_store import CHECKSUM, DONE, FAILED, MISSING, REASON, Array, Store, create_store, in_batches
+from brixel_cli.engines.extracting.continuing import check_same, describe
 from brixel_cli.engines.extracting.plan import (
     CONTACT_SHEET,
     ExtractPlan,
-    check_same,
-    describe,
     make_plan,
     preview_folder,
     reason_text,
 )
+from brixel_cli.engines.extracting.tiled_images import fill_by_tiles, larger_images, map_strips
 from brixel_cli.engines.extracting.verification import discard_damaged, restore_index
 from brixel_cli.engines.memory import check_batch
 from brixel_cli.engines.models import FeatureExtractor
@@ -77,7 +77,7 @@ class _Finished:
 
 def plan_only(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
     """The plan, without carrying it out; errors as for `extract`."""
-    with _quiet_pillow():
+    with _quiet_pillow(options):
         return make_plan(options, reporter)
 
 
@@ -105,7 +105,7 @@ def rehearse(plan: ExtractPlan, reporter: Reporter) -> Estimate:
     share_memory_pools()
     options = plan.options
     runtime = Runtime(options.device, options.precision)
-    with _quiet_pillow():
+    with _quiet_pillow(options):
         plan.check_disk()
         model = FeatureExtractor(plan.spec, runtime, reporter, options.batch_size)
         check_batch(model, plan.num_of_size, options.batch_size)
@@ -119,6 +119,8 @@ def rehearse(plan: ExtractPlan, reporter: Reporter) -> Estimate:
         rows_of_size = {size: rows for size, rows in rows_of_size.items() if rows}
         if not rows_of_size:
             return Estimate(0, 0.0, "nothing is left to be computed")
+        if any(plan.is_tiled(row) for row in missing):
+            return Estimate(len(missing), None, "images that are cut into tiles are not timed")
         size, rows = max(rows_of_size.items(), key=lambda item: len(item[1]))
         batch = rows[: model.batch_sizes({size: len(rows)}, options.batch_size)[size]]
         loaded: list[Tensor | str] = []
@@ -150,7 +152,7 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     """
     share_memory_pools()
     runtime = Runtime(options.device, options.precision)
-    with _quiet_pillow():
+    with _quiet_pillow(options):
         plan = make_plan(options, reporter)
         plan.announce(reporter)
         again = "What was computed stays: give the same command again, with torchrun or alone."
@@ -221,7 +223,10 @@ def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> N
     description = describe(plan, model) | {
         "root": str(plan.inputs.root),
         "threads": torch.get_num_threads(),
-        "batch_sizes": {human_size(size): count for size, count in batch_sizes.items()},
+        "batch_sizes": {
+            human_size(size): 1 if plan.is_tiled(rows[0]) else batch_sizes[size]
+            for size, rows in plan.rows_of_size.items()
+        },
     }
     filled = plan.filled(plan.digests(reporter))
     if plan.options.pca is not None:
@@ -248,7 +253,7 @@ def _compute(
     spare: deque[dict[str, Tensor]] = deque(maxlen=1)
 
     def load(row: int) -> Tensor | str:
-        return "" if status[row] == FAILED else _load(plan, row)
+        return "" if status[row] == FAILED or plan.is_tiled(row) else _load(plan, row)
 
     def write(finished: _Finished) -> None:
         tensors = {name: tensor.cpu() for name, tensor in finished.tensors.items()}
@@ -260,9 +265,13 @@ def _compute(
         for chunk, loaded in read_ahead(chunks, load, _workers(plan), polite):
             missing = {row for row in chunk if status[row] == MISSING}
             for row, pixels in zip(chunk, loaded, strict=True):
-                if isinstance(pixels, str) and row in missing:
+                if isinstance(pixels, str) and row in missing and not plan.is_tiled(row):
                     _fail(plan, store, row, pixels)
-            if any(row in missing and not isinstance(pixels, str) for row, pixels in zip(chunk, loaded, strict=True)):
+            if plan.is_tiled(chunk[0]):
+                for row in missing:
+                    if reason := fill_by_tiles(plan, model, store, row, basis):
+                        _fail(plan, store, row, reason)
+            elif any(row in missing and not isinstance(pixels, str) for row, pixels in zip(chunk, loaded, strict=True)):
                 parts = _parts(plan, model, _stack(loaded))
                 tensors, finite = encode_parts(parts, plan.options.dtype, basis, spare.pop() if spare else None)
                 rows = []
@@ -271,7 +280,7 @@ def _compute(
                         if finite[place]:
                             rows.append((row, place))
                         else:
-                            _fail(plan, store, row, _overflow(plan))
+                            _fail(plan, store, row, plan.overflow)
                 behind.put(_Finished(rows, tensors))
             yield len(missing)
 
@@ -333,20 +342,21 @@ def _fail(plan: ExtractPlan, store: Store, row: int, reason: str) -> None:
         )
 
 
-def _overflow(plan: ExtractPlan) -> str:
-    hint = "; --dtype float32 may hold them" if plan.options.dtype == "float16" else ""
-    return f"its features are no finite numbers in {plan.options.dtype}{hint}"
-
-
 def _fit_pca(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> Basis:
     usable = [row for row, size in enumerate(plan.model_sizes) if size is not None]
     sample = [usable[at * len(usable) // min(PCA_SAMPLE, len(usable))] for at in range(min(PCA_SAMPLE, len(usable)))]
     gathered = RunningPca(plan.spec.embed_dim)
     polite = model.runtime.device.type == "cpu"
     with reporter.bar("principal components", len(sample), unit="image") as bar:
-        for _, loaded in read_ahead([[row] for row in sample], lambda row: _load(plan, row), _workers(plan), polite):
+        whole = [row for row in sample if not plan.is_tiled(row)]
+        for _, loaded in read_ahead([[row] for row in whole], lambda row: _load(plan, row), _workers(plan), polite):
             if not isinstance(loaded[0], str):
                 gathered.add(model.maps(_stack(loaded))[0])
+            bar.update(1)
+        for row in sorted(set(sample) - set(whole)):
+            with suppress(BrixelError), map_strips(plan, model, row) as strips:
+                for _, strip in strips:
+                    gathered.add(strip)
             bar.update(1)
     if not gathered.count:
         raise BrixelError(
@@ -379,8 +389,8 @@ def _threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_pillow() -> Iterator[None]:
+def _quiet_pillow(options: ExtractOptions) -> Iterator[None]:
     """Pillow warns about odd files one by one; what matters of it is in the status column."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), larger_images(options.tile is not None):
         warnings.filterwarnings("ignore", module="PIL")
         yield

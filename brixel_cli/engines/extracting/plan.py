@@ -1,7 +1,4 @@
-"""What an extraction will do: sizes, grids and bytes, from headers and the model's description; and whether it may.
-
-An output that is there is continued where it was begun with the same model, options and images.
-"""
+"""What an extraction will do: sizes, grids and bytes, from headers and the model's description."""
 
 from __future__ import annotations
 
@@ -15,13 +12,12 @@ import numpy as np
 from torch import Tensor
 
 from brixel_cli.config.extract import ExtractOptions
-from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.identity import files_sha256
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_index import INDEX_NAME, REASON_BYTES
-from brixel_cli.data.feature_layout import FORMAT, FORMAT_OF_PARTS, PLAIN, Layout, text_array
+from brixel_cli.data.feature_layout import Layout, text_array
 from brixel_cli.data.inputs import (
     Inputs,
     default_output,
@@ -30,26 +26,16 @@ from brixel_cli.data.inputs import (
     find_inputs,
     none_usable,
 )
-from brixel_cli.data.resizing import Resizing
+from brixel_cli.data.resizing import Resizing, snap
 from brixel_cli.data.row_store import CHECKSUM, FAILED, MISSING, REASON, Array, Store, rows_by_size
 from brixel_cli.engines.default_student import default_student
-from brixel_cli.engines.models import FeatureExtractor, ModelSpec, model_spec
+from brixel_cli.engines.extracting.tiling import Tiling
+from brixel_cli.engines.models import ModelSpec, model_spec
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.streams import warn_of_workers
 from brixel_cli.errors import BrixelError, UsageError
 
 DIGEST_LENGTH = 64
-ADVISORY = ("device", "versions", "backbone_weights", "tf32")
-"""Differences here can change the last bits at most, or nothing: they are warned of, not refused."""
-OF_STUDENT = ("student.adapter", "student.step", "student.released")
-"""The SHA-256 of the student covers these."""
-OPTIONS = {
-    key: f"--{key}" for key in ("source", "res", "fit", "dtype", "pca", "fields", "layers", "precision", "backbone")
-} | {
-    "storage": "--format",
-    "student.sha256": "--checkpoint, student.sha256",
-}
-MOST_NAMED = 3
 CONTACT_SHEET = "contact_sheet.png"
 
 
@@ -93,8 +79,27 @@ class ExtractPlan:
             self.options.layers,
             self.spec.embed_dim,
             self.spec.num_registers,
-            self.spec.factor if self.spec.source == "student" else 1,
+            self._finer,
         )
+
+    @property
+    def _finer(self) -> int:
+        """Grid of the map over that of the patches."""
+        return self.spec.factor if self.spec.source == "student" else 1
+
+    @cached_property
+    def tiling(self) -> Tiling | None:
+        """How larger inputs are cut into tiles; None: they are not."""
+        if self.options.tile is None:
+            return None
+        patch, enlarge = self.spec.patch_size, self.spec.enlarge
+        tile, overlap = (snap(side, patch) * enlarge for side in (self.options.tile, self.options.overlap))
+        return Tiling(tile, overlap, patch, self._finer)
+
+    def is_tiled(self, row: int) -> bool:
+        """Whether a row's input is cut into tiles."""
+        size = self.model_sizes[row]
+        return self.tiling is not None and size is not None and self.tiling.cuts(size)
 
     @cached_property
     def rows_of_size(self) -> dict[tuple[int, int], list[int]]:
@@ -104,8 +109,12 @@ class ExtractPlan:
 
     @property
     def num_of_size(self) -> dict[tuple[int, int], int]:
-        """How many rows each model size has."""
-        return {size: len(rows) for size, rows in self.rows_of_size.items()}
+        """How many rows each size has that the model sees at once."""
+        counts: dict[tuple[int, int], int] = {}
+        for size, rows in self.rows_of_size.items():
+            seen = self.tiling.input_size(size) if self.tiling else size
+            counts[seen] = counts.get(seen, 0) + len(rows)
+        return counts
 
     @property
     def store_path(self) -> Path:
@@ -209,6 +218,12 @@ class ExtractPlan:
             "sha256": text_array(digests, DIGEST_LENGTH),
         }
 
+    @property
+    def overflow(self) -> str:
+        """Why an image fails whose features are no finite numbers as they are stored."""
+        hint = "; --dtype float32 may hold them" if self.options.dtype == "float16" else ""
+        return f"its features are no finite numbers in {self.options.dtype}{hint}"
+
     def summary(self) -> dict[str, Any]:
         """The plan for programs."""
         return {
@@ -241,6 +256,7 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
         raise UsageError("--input is missing: a folder, an image, a video, a quoted glob, or a .txt list of paths.")
     spec = model_of(options, reporter)
     _check_parts(options, spec)
+    _check_tiles(options, spec)
     resizing = Resizing(options.res, options.fit, spec.patch_size, spec.enlarge)
     if options.pca is not None and options.pca > spec.embed_dim:
         raise UsageError(f"--pca {options.pca}: the maps of {spec.backbone} have only {spec.embed_dim} channels.")
@@ -289,6 +305,17 @@ def _check_parts(options: ExtractOptions, spec: ModelSpec) -> None:
         raise UsageError(f"--layers {beyond[0]}: the blocks of {spec.backbone} are 0 to {spec.depth - 1}.")
 
 
+def _check_tiles(options: ExtractOptions, spec: ModelSpec) -> None:
+    if options.tile is None:
+        return
+    tile, overlap = (snap(side, spec.patch_size) for side in (options.tile, options.overlap))
+    if 2 * overlap > tile or tile < 4 * spec.patch_size:
+        raise UsageError(
+            f"--tile {options.tile} --overlap {options.overlap}: a tile must have at least four patches of "
+            f"{spec.patch_size} pixels, and twice the overlap."
+        )
+
+
 def preview_folder(output: Path) -> Path:
     """Where the pictures of an output go: beside it."""
     return output.with_name(f"{output.stem if output.suffix == '.h5' else output.name}_preview")
@@ -304,93 +331,7 @@ def model_of(options: ExtractOptions, reporter: Reporter) -> ModelSpec:
     )
 
 
-def describe(plan: ExtractPlan, model: FeatureExtractor) -> dict[str, Any]:
-    """What the numbers of a file are; continuing it compares this, but for what is advisory."""
-    options = plan.options
-    return model.describe() | {
-        "res": options.res,
-        "fit": options.fit,
-        "dtype": options.dtype,
-        "pca": options.pca,
-        "storage": options.storage,
-        **plan.layout.described,
-    }
-
-
-def check_same(plan: ExtractPlan, model: FeatureExtractor, store: Store, reporter: Reporter) -> None:
-    """Refuse to continue a file that was begun with another model, other options or other images; names what differs.
-
-    Images are the same where their contents are; in a file without digests, where size and time of change are.
-
-    Raises:
-        UsageError: the file differs from what is asked for.
-        BrixelError: it is damaged.
-    """
-    found = store.attributes.get("format", "unmarked")
-    if found not in (FORMAT, FORMAT_OF_PARTS):
-        known = f"{FORMAT} or {FORMAT_OF_PARTS}"
-        raise UsageError(f"{store.path} is of format {found}, not {known}. Name another file with --output.")
-    FeatureFile(store.path)  # refuses what is damaged
-    new = PLAIN | describe(plan, model)
-    old = {key: store.description.get(key, PLAIN.get(key)) for key in new}
-    changed = differences(old, new, ignored=(*ADVISORY, *OF_STUDENT))
-    lines = difference_lines({OPTIONS.get(key, key): values for key, values in changed.items()})
-    lines += _image_differences(plan, store, reporter, fitted_alike=not {"res", "fit"} & set(changed))
-    if lines:
-        listed = "\n  ".join(lines)
-        raise UsageError(
-            f"{plan.output} was begun with something else (in the file -> asked for now):\n  {listed}\n"
-            "Give the same command to continue it, --overwrite to begin anew, or another file with --output."
-        )
-    advisory = {key: description for key, description in new.items() if key in ("device", "versions")}
-    for line in difference_lines(differences({key: old[key] for key in advisory}, advisory)):
-        reporter.warn(f"{plan.output} was begun with another {line}: the last bits of new rows may differ.")
-    asked, kept = plan.options.batch_size, _kept_batch_sizes(plan, store)
-    if asked is not None and any(asked != size for size in kept.values()):
-        reporter.say(
-            f"batches stay composed as the file was begun, {max(kept.values())} images at most, {asked} at once"
-        )
-
-
-def _kept_batch_sizes(plan: ExtractPlan, store: Store) -> dict[str, int]:
-    found = store.description.get("batch_sizes")
-    kept = found if isinstance(found, dict) else {}
-    sizes = set(map(human_size, plan.rows_of_size))
-    counts = [store.description.get("threads"), *(kept.get(size) for size in sizes)]
-    if not all(type(count) is int and count > 0 for count in counts):
-        raise BrixelError(
-            f"{store.path} is damaged: its description has no threads, or no batch sizes for "
-            f"{', '.join(sorted(sizes))}. Begin anew with --overwrite."
-        )
-    return {size: kept[size] for size in sizes}
-
-
 def reason_text(store: Store, reason: str) -> Array:
     """A reason as the feature file stores it."""
     row: Array = text_array([reason], store.array(REASON).dtype.itemsize)[0]
     return row
-
-
-def _image_differences(plan: ExtractPlan, store: Store, reporter: Reporter, fitted_alike: bool) -> list[str]:
-    """What differs in the images, a line each; sizes count only where they were fitted by the same options."""
-    old = [bytes(name).decode() for name in store.array("paths")]
-    new = [item.name for item in plan.inputs.items]
-    if old != new:
-        gone, come = sorted(set(old) - set(new)), sorted(set(new) - set(old))
-        lines = [f"{len(come)} images are new: {_some(come)}"] if come else []
-        lines += [f"{len(gone)} images are gone: {_some(gone)}"] if gone else []
-        return lines or ["the images come in another order"]
-    after = plan.filled(plan.digests(reporter))
-    changed = (store.array("file_size") != after["file_size"]) | (store.array("modified") != after["modified"])
-    if "sha256" in store:
-        before = store.array("sha256").astype(after["sha256"].dtype)
-        known = (before != b"") & (after["sha256"] != b"")
-        changed = np.where(known, before != after["sha256"], changed)
-    if fitted_alike:
-        changed |= (store.array("model_size") != after["model_size"]).any(axis=1)
-    rows = np.flatnonzero(changed)
-    return [f"{len(rows)} images have changed since: {_some([new[row] for row in rows])}"] if len(rows) else []
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:MOST_NAMED]) + (" ..." if len(names) > MOST_NAMED else "")
