@@ -20,7 +20,7 @@ from brixel_cli.errors import UsageError
 # isort: off
 from brixel_cli.cli.options import ABLATION, COMPUTE, HEAD, INPUT, MEASURE, MODEL, OUTPUT, RECIPE, SHIPPED, STUDENT
 from brixel_cli.cli.options import Arithmetic, Backbone, CopyRecipe, DryRun, Json, ListRecipes, OldRes, Quiet, Set
-from brixel_cli.cli.options import Sources, Weights, Where
+from brixel_cli.cli.options import LabelFraction, SavePredictions, Sources, Weights, Where
 from brixel_cli.cli.options import flag as _flag
 from brixel_cli.cli.options import option as _option
 # isort: on
@@ -188,6 +188,10 @@ def probe(
     recipe: Annotated[
         str | None, _option(RECIPE, "Recipe of a labelled set: a file, or the name of a shipped one, such as camvid.")
     ] = None,
+    task: Annotated[
+        str | None,
+        _option(RECIPE, "Task, such as matching or propagation (nothing is trained). Default: the recipe's."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         _option(RECIPE, "Override a value, also protocol.KEY; can be repeated.", "--set", metavar="KEY=VALUE"),
@@ -211,9 +215,7 @@ def probe(
     ] = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
-    label_fraction: Annotated[
-        float, _option(INPUT, "Share of the training images whose labels are used, such as 0.1.")
-    ] = 1.0,
+    label_fraction: LabelFraction = 1.0,
     apply: Annotated[
         Path | None, _option(HEAD, "A saved head: predict new images with it instead of training.", metavar="FILE")
     ] = None,
@@ -227,9 +229,7 @@ def probe(
         Path | None, _option(OUTPUT, "Folder of stored features. Default: runs/probe/features, or within --output.")
     ] = None,
     verify: Annotated[Path | None, _option(OUTPUT, "Check a probe's files; name damaged ones.", metavar="DIR")] = None,
-    save_predictions: Annotated[
-        bool, _flag(OUTPUT, "Write all predictions of the evaluated images to files.", "--save-predictions")
-    ] = False,
+    save_predictions: SavePredictions = False,
     per_class: Annotated[bool, _flag(OUTPUT, "Also print the IoU of each class.", "--per-class")] = False,
     overwrite: Annotated[bool, _flag(OUTPUT, "Replace an existing probe.", "--overwrite")] = False,
     as_json: Json = False,
@@ -256,7 +256,7 @@ def probe(
             verify_probe(verify, as_json)
             return
         if apply is not None:
-            others = {"--recipe": recipe, "--data": data, "--source": source, "--res": res or size,
+            others = {"--recipe": recipe, "--task": task, "--data": data, "--source": source, "--res": res or size,
                       "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
                       "--dry-run": dry_run, "--predictions": predictions}  # fmt: skip
             if given := [name for name, value in others.items() if value]:
@@ -271,8 +271,8 @@ def probe(
         if quick and protocol not in (None, "quick"):
             raise UsageError(f"--quick is the protocol quick, and --protocol is {protocol}: give one of them.")
         options = probe_options(
-            recipe, data=data, protocol="quick" if quick else protocol, size=res or size, overrides=set_ or [],
-            output=output, features=features, sources=source or [], predictions=predictions or [],
+            recipe, task=task, data=data, protocol="quick" if quick else protocol, size=res or size,
+            overrides=set_ or [], output=output, features=features, sources=source or [], predictions=predictions or [],
             checkpoints=checkpoint or [], backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
             device=device, precision=precision, overwrite=overwrite, label_fraction=label_fraction,
             save_predictions=save_predictions,

@@ -98,6 +98,13 @@ def test_the_labelled_set_of_the_documentation_loads(tmp_path: Path) -> None:
     assert (recipe.task, recipe.size, recipe.data.labels.classes) == ("segmentation", 112, ["sky", "building", "road"])
 
 
+def test_the_scenes_of_the_documentation_load(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "LABEL_FREE.md").read_text(encoding="utf-8")
+    (tmp_path / "rooms.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    recipe = load_recipe(str(tmp_path / "rooms.yaml"), [], ProbeRecipe)
+    assert (recipe.task, recipe.data.poses is not None) == ("matching", True)
+
+
 @pytest.mark.parametrize("page", ["commands.md", "recipes.md"])
 def test_the_reference_is_what_the_code_makes(page: str) -> None:
     made = pages()[page]

@@ -42,8 +42,10 @@ def error_of(folder: Path, *overrides: str, text: str = LEAST) -> str:
 
 def test_the_recipes_that_are_promised_are_there() -> None:
     promised = {
-        "ade20k", "ade20k_151", "camvid", "chasedb1", "cityscapes", "coco_stuff27", "dubai_aerial", "navi", "nyuv2",
-        "nyuv2_normals", "nyuv2_subset_depth", "nyuv2_subset_normals", "nyuv2_subset_segmentation", "sevenscenes", "voc2012",
+        "ade20k", "ade20k_151", "camvid", "chasedb1", "cityscapes", "coco_stuff27", "davis2016", "davis2017", "dubai_aerial",
+        "navi", "nyuv2",
+        "nyuv2_normals", "nyuv2_subset_depth", "nyuv2_subset_normals", "nyuv2_subset_segmentation", "sevenscenes",
+        "sevenscenes_matching", "voc2012",
     }  # fmt: skip
     assert promised == set(NAMES)
 
@@ -123,7 +125,7 @@ def test_overrides_and_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("task=segment", "task: expected 'segmentation', 'depth', 'normals' or 'depth_normals'; found \"segment\"; did you mean segmentation?"),
+        ("task=segment", "task: expected 'segmentation', 'depth', 'normals', 'depth_normals', 'matching' or 'propagation'; found \"segment\"; did you mean segmentation?"),
         ("size=0", "size: expected greater than 0 or a list; found 0"),
         ("data.labls={}", "data.labls: unknown key; did you mean labels?"),
         ("data.labels.clases=[a]", "data.labels.clases: unknown key; did you mean classes?"),

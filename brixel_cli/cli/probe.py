@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from brixel_cli.cli.console import (
     Progress,
@@ -20,9 +20,9 @@ from brixel_cli.cli.console import (
 )
 from brixel_cli.config.base import Device, Precision, did_you_mean, parse_size
 from brixel_cli.config.files import load_recipe, shipped_recipes, with_overrides
-from brixel_cli.config.labelled import ProbeRecipe
+from brixel_cli.config.labelled import LABEL_FREE, ProbeRecipe, Task
 from brixel_cli.config.probe import OUTPUT, ApplyOptions, PredictionsConfig, ProbeOptions, num_labelled
-from brixel_cli.config.protocols import PROTOCOLS, Protocol, published
+from brixel_cli.config.protocols import PROTOCOLS, AnyProtocol, published
 from brixel_cli.config.section import Side
 from brixel_cli.config.supervised import SupervisedConfig
 from brixel_cli.core.formatting import human_bytes, human_count, human_percent, human_seconds
@@ -42,14 +42,28 @@ TABLES = (
     ("delta1", "delta2", "delta3"),
     ("mean_angle_deg", "median_angle_deg"),
     ("within_11.25", "within_22.5", "within_30"),
+    ("pck_1", "pck_2", "pck_5"),
+    ("jf_mean", "j_mean", "f_mean"),
+    ("j_recall", "f_recall", "j_decay", "f_decay"),
 )
 """Metrics that stand in one table: no more than fit beside one another in 80 columns."""
 RECOVERED_TITLE = "recovered gap"
+BY_GROUP = {
+    "segmentation": ("class", {"class_iou": "IoU", "class_boundary_iou": "Boundary IoU"}),
+    "matching": ("rotation of the camera", {"class_pck_1": "PCK at 1 %", "class_pck_2": "PCK at 2 %",
+                                            "class_pck_5": "PCK at 5 %"}),
+    "propagation": ("sequence", {"class_jf_mean": "J&F"}),
+}  # fmt: skip
+"""Of each task, what figures are also listed by, and the titles of these figures."""
+ITEMS = {"matching": "pairs of images", "propagation": "objects of sequences"}
+TASK_RECIPES = {"matching": "sevenscenes_matching", "propagation": "davis2016"}
+"""The recipe of a task for which none is named."""
 
 
 def probe_options(
     recipe: str | None,
     *,
+    task: str | None = None,
     data: Path | None = None,
     protocol: str | None = None,
     size: str | None = None,
@@ -73,6 +87,9 @@ def probe_options(
     Raises:
         UsageError: recipe, protocol or an option is wrong.
     """
+    if task is not None and task not in get_args(Task):
+        raise UsageError(f"--task {task}: there is no such task. There are: {', '.join(get_args(Task))}.")
+    recipe = recipe or TASK_RECIPES.get(task or "")
     if recipe is None:
         listed = ", ".join(shipped_recipes(ProbeRecipe))
         raise UsageError(f"--recipe is missing: a .yaml file, or one of {listed}. Or --apply HEAD --input DIR.")
@@ -81,8 +98,11 @@ def probe_options(
         changes.append(f"data.root={json.dumps(str(data))}")
     if size is not None:
         changes.append(f"size={parse_size(size)}")
+    if task is not None:
+        changes.append(f"task={task}")
     loaded = load_recipe(recipe, changes, ProbeRecipe)
-    rules = _protocol(protocol or loaded.protocol, loaded.name, overrides)
+    named = loaded.task if loaded.task in LABEL_FREE else loaded.protocol  # which has one protocol, of its name
+    rules = _protocol(protocol or named, loaded.name, overrides)
     folder = output or OUTPUT / (loaded.name if label_fraction == 1 else f"{loaded.name}_labels_{label_fraction:g}")
     stored = features or (OUTPUT / "features" if output is None else output / "features")
     return ProbeOptions(
@@ -160,7 +180,7 @@ def run_apply(options: ApplyOptions, as_json: bool) -> None:
         )
 
 
-def _protocol(name: str, data: str, overrides: Sequence[str]) -> Protocol:
+def _protocol(name: str, data: str, overrides: Sequence[str]) -> AnyProtocol:
     if name not in PROTOCOLS:
         raise UsageError(f"No protocol {name}.{did_you_mean(name, PROTOCOLS)} There are: {', '.join(PROTOCOLS)}.")
     changes = _of(PROTOCOL, overrides)
@@ -188,17 +208,18 @@ def _named_folders(given: Sequence[str]) -> list[tuple[str, Path]]:
 
 
 def _show_plan(plan: ProbePlan, as_json: bool) -> None:
-    options = plan.options
+    options, training = plan.options, plan.sources[0].training
+    num_training = len(training.labelled) if training else 0
     if as_json:
         print_json(
             {
                 "recipe": options.recipe.name,
                 "protocol": options.protocol_name,
                 "sources": [item.source.label for item in plan.sources],
-                "train_images": len(plan.sources[0].train.labelled),
+                "train_images": num_training,
                 "evaluate_images": len(plan.sources[0].evaluate.labelled),
                 "seeds": options.seeds,
-                "steps": plan.num_steps,
+                "steps": plan.num_steps if plan.trains else 0,
                 "bytes_needed": plan.bytes_needed,
                 "bytes_free": plan.bytes_free,
                 "notes": plan.notes,
@@ -207,13 +228,12 @@ def _show_plan(plan: ProbePlan, as_json: bool) -> None:
     else:
         rows = []
         for item in plan.sources:
-            parts = [part for part in (item.train.maps, item.evaluate.maps) if part is not None]
-            crops = f"{len(item.train.crops):,} + {len(item.evaluate.crops):,}"
+            parts = [split.maps for split in item.splits if split.maps is not None]
+            crops = " + ".join(f"{len(split.crops):,}" for split in item.splits)
             needed = human_bytes(sum(part.bytes_needed for part in parts)) if parts else "stored already"
             rows.append([item.source.label, crops, needed])
-        train, evaluate = plan.sources[0].train.labelled, plan.sources[0].evaluate.labelled
         notes = [
-            f"{len(train):,} images to train on, {len(evaluate):,} to evaluate.",
+            f"{num_training:,} images to train on, {len(plan.sources[0].evaluate.labelled):,} to evaluate.",
             *([f"{options.seeds} seeds of {plan.num_steps:,} steps for each source."] if plan.trains else []),
             f"Disk: {human_bytes(plan.bytes_needed)} needed with targets, {human_bytes(plan.bytes_free)} free, "
             f"in {options.features}.",
@@ -231,21 +251,31 @@ def _show_results(done: Probed, per_class: bool) -> None:
     present = set().union(*(entry.mean for entry in summary.values()))
     groups = [[name for name in group if name in present] for group in TABLES]
     seeds = ", ".join(map(str, results.seeds))
-    notes = [
-        f"Trained on {settings.data['train'].images:,} images, evaluated on {settings.data['evaluate'].images:,}. "
-        f"Mean and standard deviation over seeds {seeds}."
-    ]
-    if settings.label_fraction < 1:
-        count = num_labelled(settings.data["train"].images, settings.label_fraction)
-        notes.append(f"Labels of {count:,} training images were used: others for each seed, the same for all rows.")
+    evaluated = settings.data["evaluate"].images
+    if "train" in settings.data:
+        notes = [
+            f"Trained on {settings.data['train'].images:,} images, evaluated on {evaluated:,}. "
+            f"Mean and standard deviation over seeds {seeds}."
+        ]
+        if settings.label_fraction < 1:
+            count = num_labelled(settings.data["train"].images, settings.label_fraction)
+            notes.append(f"Labels of {count:,} training images were used: others for each seed, the same for all rows.")
+    else:
+        count = max(run.items for run in results.runs)
+        notes = [
+            f"Evaluated on {evaluated:,} images; nothing was trained. "
+            f"Mean and standard error over {count:,} {ITEMS[settings.task]}."
+        ]
     if align:
         notes.append("Depth metrics are after fitting scale and shift of each image to the truth.")
     if results.recovered_gap:
         notes.append(
             "Recovered gap: (source - backbone) / (teacher - backbone), of the means; "
             "+-: standard deviation, propagated. -: the teacher is not better than the backbone by two of them."
+            if "train" in settings.data
+            else "+-: standard error. -: the teacher is not better than the backbone by two of them."
         )
-    if len(results.seeds) < 3:
+    if "train" in settings.data and len(results.seeds) < 3:
         notes.append("Fewer than three seeds: the spread says little.")
     title = _title(settings.recipe, settings.task, settings.protocol, settings.size)
     for names in filter(None, groups):
@@ -261,8 +291,8 @@ def _show_results(done: Probed, per_class: bool) -> None:
         print_table(title, columns, rows)
     _show_efforts(results)
     print_notes(notes)
-    if per_class and settings.classes:
-        _show_classes(settings.classes, summary)
+    if (per_class or settings.task == "matching") and settings.classes:
+        _show_classes(settings.task, settings.classes, summary)
 
 
 def _show_efforts(results: ProbeResults) -> None:
@@ -283,11 +313,14 @@ def _show_efforts(results: ProbeResults) -> None:
         print_table("Networks trained end to end", columns, rows)
 
 
-def _show_classes(classes: Sequence[str], summary: Mapping[str, Summary]) -> None:
-    for kind, title in (("class_iou", "IoU"), ("class_boundary_iou", "Boundary IoU")):
+def _show_classes(task: str, classes: Sequence[str], summary: Mapping[str, Summary]) -> None:
+    group, titles = BY_GROUP[task]
+    note = "-: absent from the split."
+    for kind, title in titles.items():
         by_source = [entry.by_class(kind) for entry in summary.values()]
         rows = [[name, *(human_percent(values[number]) for values in by_source)] for number, name in enumerate(classes)]
-        print_table(f"{title} by class, mean over seeds", ["class", *summary], rows, ["-: absent from the split."])
+        over = ", mean over seeds" if task == "segmentation" else ""
+        print_table(f"{title} by {group}{over}", [group, *summary], rows, [note])
 
 
 def _title(recipe: str, task: str, protocol: str, size: Side) -> str:

@@ -9,7 +9,10 @@ from pydantic import Field, PositiveInt, model_validator
 
 from brixel_cli.config.section import Rate, Section
 
-Task = Literal["segmentation", "depth", "normals", "depth_normals"]
+Task = Literal["segmentation", "depth", "normals", "depth_normals", "matching", "propagation"]
+LabelFree = Literal["matching", "propagation"]
+LABEL_FREE: tuple[LabelFree, ...] = ("matching", "propagation")
+"""Tasks without a head: nothing is trained, and there is no training split."""
 Split = Literal["train", "evaluate"]
 IGNORE = 255
 """Label of the pixels that count nowhere."""
@@ -114,6 +117,12 @@ class NormalsConfig(Section):
     """Derived: metres by which a pixel may lie off the plane; about one step of the depth's quantisation."""
 
 
+class PosesConfig(Section):
+    files: str
+    """Path of the pose of an image, as `data.images`: a text file of 4x4 numbers, from the camera's coordinates (x
+    right, y down, z forward) to those of the scene, in metres."""
+
+
 class SplitConfig(Section):
     split: str
     """What `{split}` stands for, e.g. train."""
@@ -139,14 +148,18 @@ class DataSetConfig(Section):
     list_file: str | None = None
     """File with one name a line, e.g. `{split}.txt`; further words of a line are {column2}, {column3}, {column4}.
     Null: every file that `images` fits."""
-    train: SplitConfig
+    train: SplitConfig | None = None
+    """Images that heads are trained on; not for matching and propagation, which train nothing."""
     evaluate: SplitConfig
+    """Images that are evaluated."""
     labels: LabelsConfig | None = None
-    """Read for segmentation."""
+    """Read for segmentation, and for propagation, where the classes are the background and the objects."""
     depth: DepthConfig | None = None
-    """Read for depth, and for normals that are derived from it."""
+    """Read for depth, for normals that are derived from it, and for matching."""
     normals: NormalsConfig | None = None
     """Read for normals."""
+    poses: PosesConfig | None = None
+    """Read for matching."""
 
     @model_validator(mode="after")
     def _placeholders(self) -> DataSetConfig:
@@ -156,11 +169,12 @@ class DataSetConfig(Section):
         if "{name}" not in self.images and not columns:
             raise ValueError("data.images needs {name} in its path, or data.list_file")
         known = {"split", "name"} | columns | ({"folder"} if "{folder}" in self.images else set())
-        targets: dict[str, LabelsConfig | DepthConfig | NormalsConfig | CameraConfig | None] = {
+        targets: dict[str, LabelsConfig | DepthConfig | NormalsConfig | CameraConfig | PosesConfig | None] = {
             "labels": self.labels,
             "depth": self.depth,
             "normals": self.normals,
             "depth.camera": self.depth.camera if self.depth else None,
+            "poses": self.poses,
         }
         for key, section in targets.items():
             if section is not None and section.files is not None:
@@ -194,10 +208,16 @@ class ProbeRecipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> ProbeRecipe:
         data, task = self.data, self.task
-        if task == "segmentation" and data.labels is None:
-            raise ValueError("task segmentation needs the section data.labels")
-        if task in ("depth", "depth_normals") and data.depth is None:
+        if task not in LABEL_FREE and data.train is None:
+            raise ValueError(f"task {task} needs the section data.train")
+        if task in ("segmentation", "propagation") and data.labels is None:
+            raise ValueError(f"task {task} needs the section data.labels")
+        if task in ("depth", "depth_normals", "matching") and data.depth is None:
             raise ValueError(f"task {task} needs the section data.depth")
+        if task == "matching" and data.poses is None:
+            raise ValueError("task matching needs the section data.poses")
+        if task == "matching" and data.depth and not (data.depth.intrinsics or data.depth.camera):
+            raise ValueError("task matching needs data.depth.intrinsics or camera")
         if task in ("normals", "depth_normals"):
             if data.normals is None:
                 raise ValueError(f"task {task} needs the section data.normals ({{}}: derived from depth)")

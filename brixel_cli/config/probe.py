@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from brixel_cli.config.base import Device, Precision, check_counts, check_device
-from brixel_cli.config.labelled import ProbeRecipe
-from brixel_cli.config.protocols import Protocol, printed_name
+from brixel_cli.config.labelled import LABEL_FREE, ProbeRecipe
+from brixel_cli.config.protocols import AnyProtocol, Protocol, printed_name
 from brixel_cli.config.section import Rate, Section, Side
 from brixel_cli.config.supervised import SupervisedConfig
 from brixel_cli.errors import UsageError
@@ -51,7 +51,7 @@ class ProbeOptions:
     """
 
     recipe: ProbeRecipe
-    protocol: Protocol
+    protocol: AnyProtocol
     output: Path
     features: Path
     sources: Sequence[str] = ()
@@ -75,6 +75,8 @@ class ProbeOptions:
                 f"The protocol {self.protocol.name} is for {' and '.join(self.protocol.tasks)}, "
                 f"not for {self.recipe.task}: take another with --protocol."
             )
+        if self.predictions and not self.trains:
+            raise UsageError(f"--predictions are of labels, and the task {self.recipe.task} has none: leave them out.")
         check_counts({"--seeds": self.seeds})
         if not 0 < self.label_fraction <= 1:
             raise UsageError(f"--label-fraction must be above 0 and at most 1, not {self.label_fraction:g}.")
@@ -83,6 +85,17 @@ class ProbeOptions:
     def size(self) -> Side:
         """The student's input in pixels."""
         return self.recipe.size
+
+    @property
+    def trains(self) -> bool:
+        """Whether heads are trained; else the task measures the frozen features themselves."""
+        return self.recipe.task not in LABEL_FREE
+
+    @property
+    def training(self) -> Protocol:
+        """The protocol of a task that trains heads."""
+        assert isinstance(self.protocol, Protocol)
+        return self.protocol
 
     @property
     def protocol_name(self) -> str:

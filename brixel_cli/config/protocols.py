@@ -6,14 +6,14 @@ printed and stored with the name.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from brixel_cli.config import section
 from brixel_cli.config.base import scheduled_rate
 from brixel_cli.config.labelled import Task
-from brixel_cli.config.section import Rate, Section, Side, Weight
+from brixel_cli.config.section import Fraction, Rate, Section, Side, Weight
 
 
 class CropConfig(Section):
@@ -115,6 +115,77 @@ class Protocol(Section):
         return scheduled_rate(self.schedule, self.lr, step, total, self.warmup_steps)
 
 
+class FrozenProtocol(Section):
+    """What the rules of tasks that train nothing have in common; images are seen as a whole."""
+
+    name: str
+    tasks: list[Task]
+    """What it can be used for."""
+    align: ClassVar[bool] = False
+    side: ClassVar[Side | None] = None
+    evaluate_labels: ClassVar[Side | None] = None
+    evaluate: ClassVar[CropConfig] = CropConfig(kind="whole")
+
+    def stride(self, size: Side) -> int | None:
+        """Pixels between sliding windows: there are none."""
+        return None
+
+
+class MatchingProtocol(FrozenProtocol):
+    """Rules of matching: nearest neighbours of frozen features against correspondences from poses and depth.
+
+    Source of the task and of the bins: El Banani et al. 2024, https://arxiv.org/abs/2404.08636.
+    """
+
+    grid: PositiveInt
+    """Rows of the shorter side to which every map is enlarged bilinearly: the places that can be matched."""
+    frames: Annotated[int, Field(ge=2)]
+    """Images of a scene that make pairs; of more, so many at equal distances are taken."""
+    pairs: PositiveInt
+    """Pairs of images of a scene for each bin of viewpoint changes, drawn by a fixed seed where there are more."""
+    queries: PositiveInt
+    """Points of a pair's first image that are looked for in its second, drawn from those that are visible in both."""
+    overlap: Fraction
+    """Least share of the first image's valid points that is visible in the second."""
+    tolerance: Rate
+    """A point is visible if the depth measured at its place differs by at most this share from its own."""
+    angles: Annotated[list[Rate], Field(min_length=1)]
+    """Upper ends of the bins of viewpoint changes: the angle of the rotation between both cameras, in degrees."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> MatchingProtocol:
+        if sorted(set(self.angles)) != self.angles:
+            raise ValueError("protocol.angles must rise")
+        return self
+
+    @property
+    def bins(self) -> list[str]:
+        """Names of the bins, such as `0-15 deg`."""
+        ends = [0.0, *self.angles]
+        return [f"{low:g}-{high:g} deg" for low, high in zip(ends, self.angles, strict=False)]
+
+
+class PropagationProtocol(FrozenProtocol):
+    """Rules of propagation: the first frame's mask is handed on by the similarity of frozen features.
+
+    Source: the evaluation of DINO, Caron et al. 2021, https://arxiv.org/abs/2104.14294, after Jabri et al. 2020,
+    https://arxiv.org/abs/2006.14613.
+    """
+
+    grid: PositiveInt
+    """Rows of the shorter side to which every map is brought bilinearly, and on which masks are propagated."""
+    memory: Annotated[int, Field(ge=0)]
+    """Last frames whose masks are handed on, besides the first frame."""
+    radius: PositiveInt
+    """Cells, in either direction, within which a cell looks for similar ones."""
+    top: PositiveInt
+    """Most similar cells whose labels are averaged."""
+    temperature: Rate
+    """Of the softmax of cosine similarities that weighs them."""
+
+
+AnyProtocol = Protocol | MatchingProtocol | PropagationProtocol
+
 _WHOLE = CropConfig(kind="whole")
 _CENTRE = CropConfig(kind="centre")
 _NYU_SCALE = [480 / 416, 480 / 416]
@@ -122,7 +193,7 @@ _NYU_SCALE = [480 / 416, 480 / 416]
 _NYU_CROPS = CropConfig(kind="random", per_image=4, scale=_NYU_SCALE)
 _NYU_WHOLE = CropConfig(kind="whole", scale=_NYU_SCALE)
 
-PROTOCOLS: dict[str, Protocol] = {
+PROTOCOLS: dict[str, AnyProtocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol(
@@ -161,6 +232,13 @@ PROTOCOLS: dict[str, Protocol] = {
             train=_WHOLE, evaluate=_WHOLE, depth_loss="silog", gradient_weight=0.0, points=4096,
             lr=2e-3, weight_decay=1e-4, batch_size=8, steps=1500, schedule="cosine",
         ),
+        MatchingProtocol(
+            name="matching", tasks=["matching"], grid=96, frames=200, pairs=150, queries=400, overlap=0.2,
+            tolerance=0.05, angles=[15.0, 30.0, 60.0, 180.0],
+        ),
+        PropagationProtocol(
+            name="propagation", tasks=["propagation"], grid=32, memory=7, radius=12, top=5, temperature=0.1,
+        ),
     )
 }  # fmt: skip
 
@@ -171,7 +249,7 @@ BY_DATA: dict[str, dict[str, dict[str, int]]] = {
 """What a protocol prescribes for single data sets, by the recipe's name."""
 
 
-def published(name: str, data: str) -> Protocol:
+def published(name: str, data: str) -> AnyProtocol:
     """The protocol of a name as it is for a data set.
 
     Raises:
@@ -180,14 +258,14 @@ def published(name: str, data: str) -> Protocol:
     return PROTOCOLS[name].model_copy(update=BY_DATA.get(name, {}).get(data, {}))
 
 
-def differences(protocol: Protocol, data: str, size: Side) -> list[str]:
+def differences(protocol: AnyProtocol, data: str, size: Side) -> list[str]:
     """What is not as published, as `key=value`; the input's size among it."""
     changed = section.differences(published(protocol.name, data), protocol)
     own_size = [f"size={size}"] if protocol.side is not None and size != protocol.side else []
     return [f"{key}={value}" for key, (_, value) in changed.items()] + own_size
 
 
-def printed_name(protocol: Protocol, data: str, size: Side) -> str:
+def printed_name(protocol: AnyProtocol, data: str, size: Side) -> str:
     """The name as it stands in tables and files: with everything that is not as published."""
     changed = differences(protocol, data, size)
     return f"{protocol.name} (changed: {', '.join(changed)})" if changed else protocol.name

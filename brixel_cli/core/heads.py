@@ -26,8 +26,10 @@ QUANTITIES: dict[str, tuple[Quantity, ...]] = {
     "depth": ("depth",),
     "normals": ("normals",),
     "depth_normals": ("depth", "normals"),
+    "matching": (),
+    "propagation": (),
 }
-"""What each task predicts, from one map."""
+"""What a head of each task predicts, from one map; of tasks without a head, nothing."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,16 @@ TITLES = {
     "within_11.25": ("< 11.25 deg", 100, "%"),
     "within_22.5": ("< 22.5 deg", 100, "%"),
     "within_30": ("< 30 deg", 100, "%"),
+    "pck_1": ("PCK at 1 %", 100, "%"),
+    "pck_2": ("PCK at 2 %", 100, "%"),
+    "pck_5": ("PCK at 5 %", 100, "%"),
+    "jf_mean": ("J&F", 100, "%"),
+    "j_mean": ("J", 100, "%"),
+    "j_recall": ("J recall", 100, "%"),
+    "j_decay": ("J decay", 100, "%"),
+    "f_mean": ("F", 100, "%"),
+    "f_recall": ("F recall", 100, "%"),
+    "f_decay": ("F decay", 100, "%"),
 }
 """Title, factor and unit of each metric of the tables. Means over images are in the files alone."""
 

@@ -104,14 +104,21 @@ def gap_over_images(backbone: Sequence[float], student: Sequence[float], metric:
         student: of the same images, of the student's map.
         metric: one of `FIDELITY`.
     """
-    best = PERFECT[metric]
-    gaps = [best - value for value in backbone]
-    share = recovered_gap(fmean(backbone), fmean(student), best, higher_is_better=metric == "cosine")
+    best = [PERFECT[metric]] * len(backbone)
+    return gap_over_items(backbone, student, best, higher_is_better=metric == "cosine")
+
+
+def gap_over_items(
+    backbone: Sequence[float], student: Sequence[float], teacher: Sequence[float], higher_is_better: bool = True
+) -> Gap:
+    """The recovered gap of means over the same items, such as images, with its standard error over them."""
+    gaps = [best - plain for plain, best in zip(backbone, teacher, strict=True)]
+    share = recovered_gap(fmean(backbone), fmean(student), fmean(teacher), higher_is_better)
     if math.isnan(share) or len(gaps) < 2:
         return Gap(share)
     if abs(fmean(gaps)) < LEAST_SPREADS * stdev(gaps) / math.sqrt(len(gaps)):
         return Gap()
-    # Of a ratio of means: what each image's recovery differs from the share of its gap.
+    # Of a ratio of means: what each item's recovery differs from the share of its gap.
     errors = [gain - plain - share * gap for gain, plain, gap in zip(student, backbone, gaps, strict=True)]
     return Gap(share, stdev(errors) / math.sqrt(len(gaps)) / abs(fmean(gaps)))
 

@@ -20,10 +20,17 @@ DILATION_RATIO = 0.02
 ANGLE_BINS = 18_000
 """Of the histogram that the median is read from: 0.01 degrees each."""
 ANGLES = (11.25, 22.5, 30.0)
-LEADING = {"segmentation": "miou", "depth": "rmse_m", "normals": "mean_angle_deg"}
+LEADING = {
+    "segmentation": "miou",
+    "depth": "rmse_m",
+    "normals": "mean_angle_deg",
+    "matching": "pck_2",
+    "propagation": "jf_mean",
+}
 """The metric by which images are ranked."""
 HIGHER_IS_BETTER = frozenset({"miou", "pixel_accuracy", "boundary_iou", "delta1", "delta2", "delta3"})
 HIGHER_IS_BETTER |= {f"within_{angle:g}" for angle in ANGLES}
+HIGHER_IS_BETTER |= {"pck_1", "pck_2", "pck_5", "jf_mean", "j_mean", "j_recall", "f_mean", "f_recall"}
 
 
 class Meter(Protocol):

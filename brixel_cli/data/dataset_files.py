@@ -32,7 +32,7 @@ def find_entries(recipe: ProbeRecipe, split: Split, root: Path, patterns: Mappin
         recipe: describes the set.
         split: `train` or `evaluate`.
         root: folder of the set.
-        patterns: paths of what belongs to an image, by kind: labels, depth, normals, camera.
+        patterns: paths of what belongs to an image, by kind: labels, depth, normals, camera, poses.
 
     Returns:
         In the order of the list file; sorted by path where there is none.
@@ -169,7 +169,7 @@ def _read_list(recipe: ProbeRecipe, root: Path, split: str, only: str | None) ->
 
 def _patterns(recipe: ProbeRecipe) -> list[str]:
     data = recipe.data
-    sections = (data.labels, data.depth, data.normals)
+    sections = (data.labels, data.depth, data.normals, data.poses)
     return [data.images] + [section.files for section in sections if section is not None and section.files]
 
 

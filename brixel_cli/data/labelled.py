@@ -31,6 +31,8 @@ class Sample:
         depth: (H, W) float32, metres; 0 counts nowhere.
         normals: (3, H, W) float32, unit vectors, x right, y down, z forward, facing the camera; 0 counts nowhere.
         valid: (H, W) bool, the pixels that are evaluated: inside `depth.crop` where the recipe has one, else all.
+        pose: (4, 4) float64, from the camera's coordinates (x right, y down, z forward) to the scene's, in metres.
+        camera: (fx, fy, cx, cy) in pixels, where the task needs it.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Sample:
     depth: npt.NDArray[np.float32] | None
     normals: npt.NDArray[np.float32] | None
     valid: npt.NDArray[np.bool_]
+    pose: npt.NDArray[np.float64] | None = None
+    camera: Sequence[float] | None = None
 
 
 class LabelledSet:
@@ -90,7 +94,8 @@ class LabelledSet:
     def _targets(self, entry: Entry, size: tuple[int, int], derive: bool) -> Sample:
         data, task = self.recipe.data, self.recipe.task
         labels, depth, normals, valid = None, None, None, np.ones(size, bool)
-        if task == "segmentation":
+        pose, camera = None, None
+        if "labels" in entry.files:
             assert data.labels is not None
             labels = targets.read_labels(entry.files["labels"], data.labels)
             _match(entry, "labels", size, labels.shape)
@@ -109,7 +114,11 @@ class LabelledSet:
                 assert data.depth is not None
                 camera = targets.read_camera(entry.image, size, entry.files.get("camera"), data.depth)
                 normals = targets.derive_normals(entry.files["depth"], depth, camera, data.normals)
-        return Sample(entry.name, labels, None if task == "normals" else depth, normals, valid)
+        if "poses" in entry.files:
+            assert data.depth is not None
+            pose = targets.read_pose(entry.files["poses"])
+            camera = targets.read_camera(entry.image, size, entry.files.get("camera"), data.depth)
+        return Sample(entry.name, labels, None if task == "normals" else depth, normals, valid, pose, camera)
 
     def errors(self, progress: Callable[[int], object] = lambda _: None) -> list[str]:
         """Read every image with its targets: one message for each that cannot be used; `progress` is as below.
@@ -183,14 +192,16 @@ def _patterns(recipe: ProbeRecipe) -> dict[str, str]:
     """Which files the task needs for each image."""
     data, task = recipe.data, recipe.task
     patterns: dict[str, str] = {}
-    if task == "segmentation" and data.labels is not None:
+    if task in ("segmentation", "propagation") and data.labels is not None:
         patterns["labels"] = data.labels.files
+    if task == "matching" and data.poses is not None:
+        patterns["poses"] = data.poses.files
     derived = task in ("normals", "depth_normals") and data.normals is not None and data.normals.files is None
-    if data.depth is not None and (task in ("depth", "depth_normals") or derived):
+    if data.depth is not None and (task in ("depth", "depth_normals", "matching") or derived):
         patterns["depth"] = data.depth.files
     if task in ("normals", "depth_normals") and data.normals is not None and data.normals.files is not None:
         patterns["normals"] = data.normals.files
-    if derived and data.depth is not None and data.depth.camera is not None:
+    if (derived or task == "matching") and data.depth is not None and data.depth.camera is not None:
         patterns["camera"] = data.depth.camera.files
     return patterns
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from brixel_cli.config.labelled import IGNORE, DepthConfig, LabelsConfig, NormalsConfig
 from brixel_cli.core.files import read_npy
-from brixel_cli.data.images import open_image
+from brixel_cli.data.images import file_stat, open_image
 from brixel_cli.data.normals import normals_from_depth
 from brixel_cli.errors import BrixelError
 
@@ -205,6 +205,28 @@ def _read_records(path: Path, key: str) -> dict[str, dict[str, Any]]:
         return {str(record[key]): record for record in records}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BrixelError(f"{path} is no JSON list of records with the key {key}.") from error
+
+
+def read_pose(path: Path) -> npt.NDArray[np.float64]:
+    """Pose (4, 4) of a camera, from its coordinates to those of the scene.
+
+    Raises:
+        BrixelError: the file holds something else.
+    """
+    try:
+        file_stat(path)  # reading a pipe or a device might never end
+        numbers = [float(word) for word in path.read_text(encoding="utf-8").split()]
+    except (OSError, ValueError) as error:
+        raise BrixelError(f"{path} is no pose: {error}. Expected are 4 lines of 4 numbers.") from error
+    if len(numbers) != 16 or not np.isfinite(numbers).all():
+        raise BrixelError(f"{path} is no pose: expected are 4 lines of 4 finite numbers; found {len(numbers)} numbers.")
+    pose = np.array(numbers, np.float64).reshape(4, 4)
+    turn = pose[:3, :3]
+    if np.abs(turn @ turn.T - np.eye(3)).max() > 0.01 or np.linalg.det(turn) < 0:
+        raise BrixelError(
+            f"{path} is no pose: its first three rows and columns are no rotation. Leave the image out, or correct it."
+        )
+    return pose
 
 
 def _tables(config: LabelsConfig) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

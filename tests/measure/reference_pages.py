@@ -21,7 +21,7 @@ from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import recipe_summaries
 from brixel_cli.config.labelled import ProbeRecipe
 from brixel_cli.config.probe import PredictionsConfig
-from brixel_cli.config.protocols import Protocol
+from brixel_cli.config.protocols import MatchingProtocol, PropagationProtocol, Protocol
 from brixel_cli.config.section import Section
 from brixel_cli.config.supervised import SupervisedConfig
 
@@ -96,6 +96,8 @@ def recipes_page() -> str:
         ("Options of a protocol", Protocol),
         ("Options of predictions (--set predictions.KEY)", PredictionsConfig),
         ("Options of a network that is trained end to end (--set supervised.KEY)", SupervisedConfig),
+        ("Options of the protocol matching", MatchingProtocol),
+        ("Options of the protocol propagation", PropagationProtocol),
     ):
         parts += [f"## {title}\n", table(["key", "type", "default", "what it is"], list(option_rows(section)))]
     return "\n".join(parts)

@@ -85,7 +85,7 @@ def _main_figures(folder: Path, results: ProbeResults, student: str) -> list[Pro
     labels = {kind: label for label, kind in kinds.items() if kind in ("backbone", "teacher") or label == student}
     gaps, spreads = results.recovered_gap.get(student, {}), results.gap_spread.get(student, {})
     found = []
-    for quantity in QUANTITIES[settings.task]:
+    for quantity in QUANTITIES[settings.task] or (settings.task,):
         metric = LEADING[quantity]
         figures = {
             kind: Figure(known(summary[label].mean_of(metric)), known(summary[label].spread[metric]))

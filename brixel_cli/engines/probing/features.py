@@ -210,7 +210,7 @@ def _fill_maps(source_plan: SourcePlan, runtime: Runtime, reporter: Reporter) ->
     source = source_plan.source
     if not isinstance(source, ModelSource):
         return
-    splits = [split for split in (source_plan.train, source_plan.evaluate) if split.maps is not None]
+    splits = [split for split in source_plan.splits if split.maps is not None]
     stores = [_opened(split.maps) for split in splits if split.maps is not None]
     if not any(len(store.missing) for store in stores):
         return

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_files, check_picture, make_folder, write_text
@@ -24,7 +25,7 @@ from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.heads import load_head
 from brixel_cli.core.weights import load_tensors
 from brixel_cli.drawing.page import check_document
-from brixel_cli.engines.probing.results import ProbeResults, Run, Settings, SourceDescription, as_dict
+from brixel_cli.engines.probing.results import Items, ProbeResults, Run, Settings, SourceDescription, as_dict
 from brixel_cli.errors import BrixelError, UsageError
 
 PLACES = ("checkpoint", "backbone_weights", "path", "description.backbone_weights", "folders", "supervised.weights")
@@ -94,12 +95,16 @@ class ProbeFolder:
         for folder in ("heads", "curves", "images", "pictures"):
             make_folder(self.path / folder)
         if earlier is None:
+            for file in (self.path / "images").glob("*_seed*.csv"):  # of a probe whose results are gone
+                file.unlink()
             return []
         return [run for run in earlier.runs if not any(check_files(self._checks(run, earlier)).values())]
 
     def _checks(self, run: Run, results: ProbeResults) -> dict[Path, Callable[[Path], object]]:
         """What reads each file of a source and seed."""
         label, seed = run.source, run.seed
+        if run.items:
+            return {self.images(label, seed): lambda _: self._check_items(run)}
 
         def check_curve(_: Path) -> None:
             if self.read_curve(label, seed)[-1]["loss"] != run.final_loss:
@@ -117,6 +122,12 @@ class ProbeFolder:
             network = kind in ("finetuned", "unet")
             checks |= {self.network(label, seed): load_tensors} if network else {self.head(label, seed): load_head}
         return checks
+
+    def _check_items(self, run: Run) -> None:
+        items = self.read_items(run.source).values()
+        for name in run.errors:
+            if not items or fmean(item[name] for item in items) != run.figures[name]:
+                raise ValueError("it does not hold the figures of results.json")
 
     def damaged_pictures(self) -> bool:
         """Whether one of the pictures or the page is damaged, or there are no curves."""
@@ -189,6 +200,17 @@ class ProbeFolder:
         with open(self.images(label, seed), encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         return [{key: float(value or "nan") for key, value in row.items() if key != "image"} for row in rows]
+
+    def read_items(self, label: str) -> Items:
+        """The figures of the pairs or objects of a source, as many as there are; of a damaged file none."""
+        try:
+            with open(self.images(label, 0), encoding="utf-8", newline="") as file:
+                return {
+                    row.pop("image"): {name: float(value) for name, value in row.items()}
+                    for row in csv.DictReader(file)
+                }
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error):
+            return {}
 
     def _clear(self) -> None:
         # The results go first: without them, no kill can leave half of an old probe to be continued.

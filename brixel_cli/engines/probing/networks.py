@@ -21,8 +21,9 @@ from brixel_cli.data.views import seed_of
 from brixel_cli.engines.probing.evaluation import Predict, evaluate, meters
 from brixel_cli.engines.probing.features import Targets, image_loader
 from brixel_cli.engines.probing.folder import PLACES, ProbeFolder
+from brixel_cli.engines.probing.network_results import Effort
 from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan, SplitPlan
-from brixel_cli.engines.probing.results import Effort, Run, Settings, SourceDescription, Versions, as_dict
+from brixel_cli.engines.probing.results import Run, Settings, SourceDescription, Versions, as_dict
 from brixel_cli.engines.probing.sources import NetworkSource
 from brixel_cli.engines.probing.supervised import Pictures, network_predict, train_network
 from brixel_cli.engines.probing.training import fresh_head, head_spec, labelled_images
@@ -87,7 +88,7 @@ def run_network(
     make_folder(path.parent)
     plain = {key: value for key, value in as_dict(description).items() if key not in PLACES}
     key = json_digest([as_dict(settings), plain, seed])
-    make = partial(meters, options.recipe.task, options.recipe.num_classes, options.protocol.align)
+    make = partial(meters, options.recipe.task, options.recipe.num_classes, options.training.align)
     network = build_network(plan, source, seed)
     images = labelled_images(len(item.train.labelled), options.label_fraction, seed)
     smaller = f"--set supervised.batch_size={max(config.batch_size // 2, 1)}, a smaller --res, or another --device"
@@ -96,7 +97,7 @@ def run_network(
         reporter.bar(f"{label}, seed {seed}", config.steps, unit="step") as bar,
     ):
         trained = train_network(
-            network, _pictures(source, item.train), targets["train"], images, make, options.protocol, config, seed,
+            network, _pictures(source, item.train), targets["train"], images, make, options.training, config, seed,
             runtime.device, _dtype(runtime), (state, key), bar,
         )  # fmt: skip
     began = time.perf_counter()

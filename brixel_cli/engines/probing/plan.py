@@ -92,21 +92,31 @@ class SplitPlan:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """A source, with both splits as it sees them."""
+    """A source, with the splits as it sees them; there is none to train on for tasks that train nothing."""
 
     source: Source
-    train: SplitPlan
     evaluate: SplitPlan
+    training: SplitPlan | None
+
+    @property
+    def train(self) -> SplitPlan:
+        """The split that heads are trained on, of a task that trains them."""
+        assert self.training is not None
+        return self.training
 
     @property
     def splits(self) -> list[SplitPlan]:
         """Those whose targets and maps it needs: nothing is trained for predictions that are there already."""
-        return [self.evaluate] if isinstance(self.source, PredictionSource) else [self.train, self.evaluate]
+        if self.training is None or isinstance(self.source, PredictionSource):
+            return [self.evaluate]
+        return [self.training, self.evaluate]
 
     @property
     def seeds(self) -> int | None:
         """How many seeds it has of itself; None: as many as are asked for."""
-        return len(self.source.folders) if isinstance(self.source, PredictionSource) else None
+        if isinstance(self.source, PredictionSource):
+            return len(self.source.folders)
+        return 1 if self.training is None else None
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,7 @@ class ProbePlan:
     def num_steps(self) -> int:
         """Steps of each training of a head."""
         images = num_labelled(len(self.sources[0].train.labelled), self.options.label_fraction)
-        return self.options.protocol.num_steps(images)
+        return self.options.training.num_steps(images)
 
     @property
     def notes(self) -> list[str]:
@@ -163,27 +173,25 @@ class ProbePlan:
 
 
 def make_plan(
-    options: ProbeOptions, sources: Sequence[Source], train: LabelledSet, evaluate: LabelledSet, precision: str
+    options: ProbeOptions, sources: Sequence[Source], train: LabelledSet | None, evaluate: LabelledSet, precision: str
 ) -> ProbePlan:
-    """Work out crops, grids and bytes from headers; nothing is written.
+    """Work out crops, grids and bytes from headers; nothing is written. Without `train`, nothing will be trained.
 
     Raises:
         BrixelError: an image's header cannot be read, or a feature file lacks an image of the set, or has
             one row for two of them.
     """
-    sizes: dict[Split, list[Size]] = {
-        "train": [train.size(row) for row in range(len(train))],
-        "evaluate": [evaluate.size(row) for row in range(len(evaluate))],
-    }
     protocol = options.protocol
+    settings: list[tuple[Split, LabelledSet, CropConfig, Side | None]] = [
+        ("evaluate", evaluate, protocol.evaluate, protocol.evaluate_labels)
+    ]
+    if train is not None:
+        settings.append(("train", train, options.training.train, options.training.train_labels))
+    sizes = {split: [labelled.size(row) for row in range(len(labelled))] for split, labelled, _, _ in settings}
     plans = []
     targets: dict[tuple[Split, int], tuple[list[Crop], StoredPart, list[Size]]] = {}
     for source in sources:
         splits = []
-        settings: list[tuple[Split, LabelledSet, CropConfig, Side | None]] = [
-            ("train", train, protocol.train, protocol.train_labels),
-            ("evaluate", evaluate, protocol.evaluate, protocol.evaluate_labels),
-        ]
         for split, labelled, config, label_side in settings:
             key = split, source.patch_size
             if key not in targets:
@@ -197,7 +205,7 @@ def make_plan(
             splits.append(SplitPlan(labelled, split, crops, part, target_sizes, maps, layout, slides))
         if isinstance(source, FileSource):
             _refuse_shared_rows(source, [planned.labelled for planned in splits])
-        plans.append(SourcePlan(source, *splits))
+        plans.append(SourcePlan(source, splits[0], splits[1] if len(splits) > 1 else None))
     return ProbePlan(options, plans)
 
 

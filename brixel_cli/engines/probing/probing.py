@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from brixel_cli.config.labelled import Split
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.extras import require
 from brixel_cli.core.files import locked
@@ -15,7 +14,8 @@ from brixel_cli.data.labelled import LabelledSet, all_errors
 from brixel_cli.data.predictions import prediction_file
 from brixel_cli.engines.probing.features import prepare
 from brixel_cli.engines.probing.folder import ProbeFolder
-from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan, SplitPlan, make_plan
+from brixel_cli.engines.probing.frozen import FrozenTask, groups_of
+from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan, make_plan
 from brixel_cli.engines.probing.predictions import check_predictions, write_predictions
 from brixel_cli.engines.probing.report import write_curves, write_pictures
 from brixel_cli.engines.probing.results import (
@@ -80,6 +80,8 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
         for run in earlier.runs:
             if (run.source, run.seed) not in done:
                 reporter.warn(f"{run.source}, seed {run.seed}: a file of it is missing or damaged; it is made again")
+    if not options.trains:
+        folder.write(_results(options, settings, described, runs, folder))  # what is kept by sequence belongs to it
     wanted = [(item, seed) for item in plan.sources for seed in range(item.seeds or options.seeds)]
     missing = [(item, seed) for item, seed in wanted if (item.source.label, seed) not in done]
     again = wanted if options.save_predictions else []
@@ -87,19 +89,25 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
     redraw = bool(missing) or folder.damaged_pictures()
     if redraw or unsaved:
         prepare(plan, runtime, reporter)
+    frozen = FrozenTask(plan, folder, runtime, reporter, versions)
     for item in plan.sources:
         seeds = [seed for other, seed in missing if other is item]
         if seeds:
-            for run in run_source(plan, item, seeds, settings, folder, runtime, reporter):
+            trained = (
+                run_source(plan, item, seeds, settings, folder, runtime, reporter)
+                if options.trains
+                else [frozen.run(item)]
+            )
+            for run in trained:
                 runs.append(run)
-                folder.write(_results(options, settings, described, runs))
+                folder.write(_results(options, settings, described, runs, folder))
     for item, seed in unsaved:
         label, split = item.source.label, item.evaluate
         with reporter.bar(f"{label}, seed {seed}, predictions", len(split.labelled), unit="image") as bar:
             write_predictions(predictor(folder, plan, item, seed, runtime), folder.predictions(label, seed), split, bar)
     order = {label: place for place, label in enumerate(described)}
     runs.sort(key=lambda run: (order[run.source], run.seed))
-    results = _results(options, settings, described, runs)
+    results = _results(options, settings, described, runs, folder)
     folder.write(results)
     return Probed(results, _files(folder, plan, results, redraw, runtime))
 
@@ -124,14 +132,17 @@ def plan_probe(options: ProbeOptions, runtime: Runtime, reporter: Reporter, dry_
         BrixelError: the set, a source or the protocol cannot be used.
     """
     require("probe", "brixel probe")
-    splits = train, evaluate = LabelledSet(options.recipe, "train"), LabelledSet(options.recipe, "evaluate")
+    train = LabelledSet(options.recipe, "train") if options.trains else None
+    evaluate = LabelledSet(options.recipe, "evaluate")
+    splits = [labelled for labelled in (train, evaluate) if labelled is not None]
+    groups_of(options.recipe, options.protocol, evaluate)  # whose errors come before any work
     if dry_run:
-        total = len(train) + len(evaluate)
+        total = sum(map(len, splits))
         with reporter.bar("check images and labels", total, unit="image") as bar:
             errors = [error for labelled in splits for error in labelled.errors(bar.update)]
         if errors:
             raise all_errors(errors, total)
-    with reporter.bar("check files", len(train.files()) + len(evaluate.files()), unit="file") as bar:
+    with reporter.bar("check files", sum(len(labelled.files()) for labelled in splits), unit="file") as bar:
         for labelled in splits:
             labelled.read_contents(bar.update)
     sources = resolve_sources(options, runtime, reporter, evaluate.names, read_weights=not dry_run)
@@ -147,8 +158,8 @@ def plan_probe(options: ProbeOptions, runtime: Runtime, reporter: Reporter, dry_
 def _settings(plan: ProbePlan, runtime: Runtime) -> Settings:
     """All that every figure depends on."""
     options = plan.options
-    labels = options.recipe.data.labels
-    splits: dict[Split, SplitPlan] = {"train": plan.sources[0].train, "evaluate": plan.sources[0].evaluate}
+    first = plan.sources[0]
+    splits = {split.split: split for split in (first.training, first.evaluate) if split is not None}
     return Settings(
         recipe=options.recipe.name,
         task=options.recipe.task,
@@ -159,7 +170,7 @@ def _settings(plan: ProbePlan, runtime: Runtime) -> Settings:
             name: SplitUsed(getattr(options.recipe.data, name), len(split.labelled), split.labelled.fingerprint())
             for name, split in splits.items()
         },
-        classes=labels.classes if labels and options.recipe.task == "segmentation" else None,
+        classes=groups_of(options.recipe, options.protocol, first.evaluate.labelled),
         precision=runtime.precision,
         device=runtime.device.type,
         label_fraction=options.label_fraction,
@@ -167,10 +178,16 @@ def _settings(plan: ProbePlan, runtime: Runtime) -> Settings:
 
 
 def _results(
-    options: ProbeOptions, settings: Settings, sources: dict[str, SourceDescription], runs: Sequence[Run]
+    options: ProbeOptions,
+    settings: Settings,
+    sources: dict[str, SourceDescription],
+    runs: Sequence[Run],
+    folder: ProbeFolder,
 ) -> ProbeResults:
     summary = summarise(list(sources), runs)
-    gaps, spreads = stored_gaps(sources, summary)
+    gaps, spreads = stored_gaps(
+        sources, summary, {run.source: folder.read_items(run.source) for run in runs if run.items}
+    )
     return ProbeResults(
         settings=settings,
         recipe=options.recipe,

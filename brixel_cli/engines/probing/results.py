@@ -13,17 +13,19 @@ from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from brixel_cli.config.labelled import ProbeRecipe, Split, SplitConfig, Task
 from brixel_cli.config.probe import PredictionsConfig
-from brixel_cli.config.protocols import Protocol
+from brixel_cli.config.protocols import AnyProtocol
 from brixel_cli.config.section import Side
-from brixel_cli.config.supervised import SupervisedConfig
 from brixel_cli.core.formatting import to_json
-from brixel_cli.core.metrics import Gap, Number, gap_over_seeds
+from brixel_cli.core.metrics import Gap, Number, gap_over_items, gap_over_seeds
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
+from brixel_cli.engines.probing.network_results import Effort, NetworkDescription
 
 FORMAT = "brixel-probe-1"
 Value = Number | list[Number]
 """A metric of a whole set, or of each class."""
 Versions = dict[str, str | int]
+Items = dict[str, dict[str, float]]
+"""By name, the figures of what figures are means of: pairs of images, or objects of sequences."""
 Part = TypeVar("Part")
 
 
@@ -93,34 +95,6 @@ class PredictionsDescription:
     input: None = None
 
 
-@dataclass(frozen=True)
-class NetworkDescription:
-    """A network that was trained end to end on the labels of the set.
-
-    Attributes:
-        kind, source: which of them it is.
-        backbone, backbone_weights, backbone_sha256: that it began with; empty for a U-Net.
-        encoder: of a U-Net; empty for a backbone.
-        weights_sha256: of the file that a U-Net began with; empty: random weights.
-        enlarge: side of its input over the student's.
-        supervised: how it was trained.
-        input: number of evaluated crops of each input size, as `HEIGHTxWIDTH`.
-        grid: the same by the size of the map that the head stands on.
-    """
-
-    kind: Literal["finetuned", "unet"]
-    source: Literal["finetuned", "unet"]
-    backbone: str
-    backbone_weights: str
-    backbone_sha256: str
-    encoder: str
-    weights_sha256: str
-    enlarge: int
-    supervised: SupervisedConfig
-    input: dict[str, int]
-    grid: dict[str, int]
-
-
 FeaturesDescription = ModelDescription | FileDescription
 SourceDescription = FeaturesDescription | PredictionsDescription | NetworkDescription
 
@@ -144,8 +118,9 @@ class Settings:
         protocol: its name, with everything that is not as published.
         protocol_settings: its values.
         size: the student's input in pixels.
-        data: both splits.
-        classes: names of the classes; None without a segmentation.
+        data: the splits that are used.
+        classes: names of what figures are also listed by: the classes of a segmentation, the viewpoint changes of
+            matching, the sequences of propagation; else None.
         precision: arithmetic of the networks.
         device: type of the device.
         label_fraction: share of the training images whose labels were used.
@@ -154,33 +129,13 @@ class Settings:
     recipe: str
     task: Task
     protocol: str
-    protocol_settings: Protocol
+    protocol_settings: AnyProtocol
     size: Side
     data: dict[Split, SplitUsed]
     classes: list[str] | None
     precision: str
     device: str
     label_fraction: float = 1.0
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What a network costs that is trained end to end.
-
-    Attributes:
-        labels: images whose labels were used, those of the validation among them.
-        parameters: that were trained.
-        steps, best_step: of the training until it stopped, and until the weights that are kept.
-        gflop: of a pass of one image; a multiply-add is 2.
-        forward_seconds: of such a pass, median of a few.
-    """
-
-    labels: int
-    parameters: int
-    steps: int
-    best_step: int
-    gflop: float
-    forward_seconds: float
 
 
 @dataclass(frozen=True)
@@ -195,6 +150,8 @@ class Run:
         train_seconds, evaluate_seconds, steps_per_second: the time it took.
         versions: of the libraries; a probe can be continued with others.
         effort: of a network that was trained end to end.
+        errors: standard errors of figures that are means over pairs of images or objects, over these.
+        items: number of these pairs or objects.
     """
 
     source: str
@@ -205,12 +162,17 @@ class Run:
     evaluate_seconds: float
     steps_per_second: Number
     versions: Versions
+    errors: dict[str, Number] = field(default_factory=dict)
+    items: int = 0
     effort: Effort | None = None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a source over its seeds: mean, and standard deviation (nan for one seed; not for class by class)."""
+    """Figures of a source over its seeds: mean, and standard deviation (nan for one seed; not for class by class).
+
+    Of tasks that train nothing there is one seed, and the spread is the standard error over pairs or objects.
+    """
 
     seeds: int
     mean: dict[str, Value]
@@ -339,7 +301,8 @@ def summarise(labels: Sequence[str], runs: Sequence[Run]) -> dict[str, Summary]:
     """For each source: mean and standard deviation over its seeds, of every figure; of lists, class by class."""
     summary: dict[str, Summary] = {}
     for label in labels:
-        figures = [run.figures for run in runs if run.source == label]
+        own = [run for run in runs if run.source == label]
+        figures = [run.figures for run in own]
         if not figures:
             continue
         means: dict[str, Value] = {}
@@ -352,37 +315,50 @@ def summarise(labels: Sequence[str], runs: Sequence[Run]) -> dict[str, Summary]:
             else:
                 classes = [value for value in values if isinstance(value, list)]
                 means[name] = [_mean_of_known(column) for column in zip(*classes, strict=True)]
-        summary[label] = Summary(len(figures), means, spreads)
+        summary[label] = Summary(len(figures), means, spreads | own[0].errors)
     return summary
 
 
 def stored_gaps(
-    sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary]
+    sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary], items: Mapping[str, Items] | None = None
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """The fields `recovered_gap` and `gap_spread` of `ProbeResults`; see `gaps_of`."""
-    found = gaps_of(sources, summary)
+    found = gaps_of(sources, summary, items)
     return (
         {label: {name: gap.value for name, gap in some.items()} for label, some in found.items()},
         {label: {name: gap.spread for name, gap in some.items()} for label, some in found.items()},
     )
 
 
-def gaps_of(sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary]) -> dict[str, dict[str, Gap]]:
-    """The recovered gap of each metric's mean, for every source besides backbone and teacher; empty without them."""
-    by_kind = {sources[label].kind: means for label, means in summary.items()}
+def gaps_of(
+    sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary], items: Mapping[str, Items] | None = None
+) -> dict[str, dict[str, Gap]]:
+    """The recovered gap of each metric's mean, for every source besides backbone and teacher; empty without them.
+
+    Args:
+        sources: by label.
+        summary: by label.
+        items: by label the figures of the pairs or objects that figures are means of, which are the same for all
+            sources; the spread is then over them. None: it is over seeds.
+    """
+    by_kind = {sources[label].kind: label for label in summary}
     if not {"backbone", "teacher"} <= set(by_kind):
         return {}
-    backbone, teacher = by_kind["backbone"], by_kind["teacher"]
+    ends = by_kind["backbone"], by_kind["teacher"]
+
+    def gap(label: str, name: str) -> Gap:
+        better = name.removesuffix("_image_mean") in HIGHER_IS_BETTER
+        if items and label in items:
+            plain, own, best = ([items[one][item][name] for item in items[label]] for one in (ends[0], label, ends[1]))
+            return gap_over_items(plain, own, best, better)
+        backbone, source, teacher = (summary[one].figure(name) for one in (ends[0], label, ends[1]))
+        return gap_over_seeds(backbone, source, teacher, better)
+
     return {
         label: {
-            name: gap_over_seeds(
-                backbone.figure(name),
-                entry.figure(name),
-                teacher.figure(name),
-                higher_is_better=name.removesuffix("_image_mean") in HIGHER_IS_BETTER,
-            )
+            name: gap(label, name)
             for name, value in entry.mean.items()
-            if not isinstance(value, list) and name in backbone.mean and name in teacher.mean
+            if not isinstance(value, list) and all(name in summary[end].mean for end in ends)
         }
         for label, entry in summary.items()
         if sources[label].kind in ("equal_cost", "student", "file")

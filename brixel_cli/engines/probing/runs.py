@@ -19,6 +19,7 @@ from brixel_cli.engines.probing import networks
 from brixel_cli.engines.probing.evaluation import Predict, evaluate, evaluate_head, meters, predict
 from brixel_cli.engines.probing.features import Targets, open_maps
 from brixel_cli.engines.probing.folder import ProbeFolder
+from brixel_cli.engines.probing.network_results import NetworkDescription
 from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
 from brixel_cli.engines.probing.predictions import reader
 from brixel_cli.engines.probing.results import (
@@ -26,7 +27,6 @@ from brixel_cli.engines.probing.results import (
     FileDescription,
     HeadDescription,
     ModelDescription,
-    NetworkDescription,
     PredictionsDescription,
     Run,
     Settings,
@@ -80,7 +80,7 @@ def _run_predictions(
     reporter: Reporter,
 ) -> Run:
     options, split, began = plan.options, item.evaluate, time.perf_counter()
-    measured = meters(options.recipe.task, options.recipe.num_classes, options.protocol.align)
+    measured = meters(options.recipe.task, options.recipe.num_classes, options.training.align)
     with reporter.bar(f"{source.label}, seed {seed}, evaluation", len(split.labelled), unit="image") as bar:
         evaluated = evaluate(reader(options.recipe, source, seed, split, targets), measured, targets, split, bar)
     folder.write_run(source.label, seed, [], split.labelled.names, evaluated.images)
@@ -97,7 +97,7 @@ def _run_head(
     runtime: Runtime,
     reporter: Reporter,
 ) -> Run:
-    protocol, label = plan.options.protocol, item.source.label
+    protocol, label = plan.options.training, item.source.label
     maps = {"train": open_maps(item, item.train), "evaluate": open_maps(item, item.evaluate)}
     spec = head_spec(plan.options, maps["train"].channels)
     images = labelled_images(len(item.train.labelled), plan.options.label_fraction, seed)
@@ -159,14 +159,14 @@ def describe(item: SourcePlan) -> SourceDescription:
 
 
 def _head_description(plan: ProbePlan, item: SourcePlan, seed: int) -> dict[str, Any]:
-    options, rules = plan.options, plan.options.protocol.evaluate
+    options, rules = plan.options, plan.options.training.evaluate
     source = describe(item)
     assert rules.kind != "random"  # the protocol has refused it
     assert isinstance(source, ModelDescription | FileDescription)  # heads are trained for no others
     description = HeadDescription(
         recipe=options.recipe,
         protocol=options.protocol_name,
-        evaluate=CropsUsed(rules.kind, options.protocol.stride(options.size), (rules.scale[0], rules.scale[1])),
+        evaluate=CropsUsed(rules.kind, options.training.stride(options.size), (rules.scale[0], rules.scale[1])),
         size=options.size,
         seed=seed,
         label=item.source.label,

@@ -66,15 +66,17 @@ def fresh_head(spec: HeadSpec, seed: int) -> Head:
 
 def head_spec(options: ProbeOptions, channels: int) -> HeadSpec:
     """The head that the protocol asks for, on maps of so many channels."""
-    data = options.recipe.data
+    data, task = options.recipe.data, options.recipe.task
+    assert task != "matching"
+    assert task != "propagation"
     low, high = data.depth.range if data.depth else (0.001, 10.0)
     return HeadSpec(
-        task=options.recipe.task,
+        task=task,
         channels=channels,
         num_classes=options.recipe.num_classes,
-        kind=options.protocol.head,
-        batch_norm=options.protocol.batch_norm,
-        bins=options.protocol.bins,
+        kind=options.training.head,
+        batch_norm=options.training.batch_norm,
+        bins=options.training.bins,
         depth_range=(low, high),
     )
 
