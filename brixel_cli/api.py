@@ -19,6 +19,7 @@ from torch import Tensor
 
 from brixel_cli.config.base import Precision
 from brixel_cli.config.extract import OVERLAP, ExtractOptions, Field, Fit, Number, Source, Storage
+from brixel_cli.config.shard import find_shard
 from brixel_cli.core.sampling import Points, covered_part, read_at
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_file import FeatureFile
@@ -205,6 +206,7 @@ def extract(
     preview: bool = False,
     strict: bool = False,
     overwrite: bool = False,
+    shard: str | None = None,
     reporter: Reporter | None = None,
 ) -> FeatureFile:
     """Write the feature maps of images or video frames to disk, as `brixel extract` does with the options of its names.
@@ -221,7 +223,8 @@ def extract(
         backbone: timm name; default: the one of the student.
         backbone_weights: `pretrained` or a file; default: as in training.
         output: the .h5 file, or folder of single files; default: beside the input.
-        format: `h5`, one file; `npy` or `safetensors`, a folder with a file for each image.
+        format: `h5`, one file; `npy` or `safetensors`, a folder with a file for each image; `parquet`, a
+            folder with a table of vectors.
         dtype: how features are stored.
         pca: number of principal components to store; default: the maps themselves.
         fields: what to store of the last block: some of `map`, `cls`, `registers` and `pooled`.
@@ -236,6 +239,7 @@ def extract(
         preview: also paint the features, beside the output.
         strict: stop at the first image that fails.
         overwrite: begin anew over a feature file.
+        shard: the part of the inputs to take, `3/64`, or `auto`: by the variables of a Slurm array or of torchrun.
         reporter: hears of stages and progress; default: warnings alone are shown.
 
     Returns:
@@ -273,6 +277,7 @@ def extract(
             strict=strict,
             overwrite=overwrite,
             preview=preview,
+            shard=None if shard is None else find_shard(shard),
         ),
         reporter or Silent(),
     )

@@ -15,12 +15,13 @@ from brixel_cli.cli.console import error_boundary, set_quiet
 from brixel_cli.config.base import check_device
 from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions, BenchmarkOptions
 from brixel_cli.config.extract import OVERLAP, ExtractOptions, Fit, Number, Source, Storage, named_fields, named_layers
+from brixel_cli.config.shard import find_shard
 from brixel_cli.errors import UsageError
 
 # isort: off
 from brixel_cli.cli.options import ABLATION, COMPUTE, HEAD, INPUT, MEASURE, MODEL, OUTPUT, RECIPE, SHIPPED, STUDENT
 from brixel_cli.cli.options import Arithmetic, Backbone, CopyRecipe, DryRun, Json, ListRecipes, OldRes, Quiet, Set
-from brixel_cli.cli.options import LabelFraction, SavePredictions, Sources, Weights, Where
+from brixel_cli.cli.options import LabelFraction, Predictions, SavePredictions, Sources, Weights, Where
 from brixel_cli.cli.options import flag as _flag
 from brixel_cli.cli.options import option as _option
 # isort: on
@@ -120,23 +121,24 @@ def extract(
     ] = "student",
     backbone: Backbone = None,
     backbone_weights: Weights = None,
+    shard: Annotated[
+        str | None, _option(INPUT, "Take one part: 3/64, or auto, by Slurm array or torchrun.", metavar="I/N")
+    ] = None,
     output: Annotated[
         Path | None, _option(OUTPUT, "The .h5 file, or folder of single files. Default: beside the input.")
     ] = None,
     format_: Annotated[
-        Storage, _option(OUTPUT, "h5: one file. npy, safetensors: one for each image.", "--format")
+        Storage, _option(OUTPUT, "h5: one file. npy, safetensors: one for each image. parquet: vectors.", "--format")
     ] = "h5",
     dtype: Annotated[Number, _option(OUTPUT, "Number format; int8 has a scale for each location.")] = "float16",
     pca: Annotated[
         int | None, _option(OUTPUT, "Number of principal components to store instead of all channels.", metavar="K")
     ] = None,
     fields: Annotated[
-        str,
-        _option(OUTPUT, "Some of map, cls, registers, pooled (mean of the map), by commas.", metavar="NAMES"),
+        str, _option(OUTPUT, "Some of map, cls, registers, pooled (mean of the map), by commas.", metavar="NAMES")
     ] = "map",
     layers: Annotated[
-        str | None,
-        _option(OUTPUT, "Also store the maps of these blocks of the backbone: 5,8,11.", metavar="N,N"),
+        str | None, _option(OUTPUT, "Also store the maps of these blocks of the backbone: 5,8,11.", metavar="N,N")
     ] = None,
     preview: Annotated[bool, _flag(OUTPUT, "Also write pictures of the features.", "--preview")] = False,
     page: Annotated[Path | None, _option(OUTPUT, "Also write a page of the features.", metavar="FILE.html")] = None,
@@ -179,6 +181,7 @@ def extract(
             batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
             every=every, strict=strict, overwrite=overwrite, preview=preview, page=page,
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
+            shard=find_shard(shard) if shard else None,
         )  # fmt: skip
         run_extract(options, export, verify, dry_run, as_json)
 
@@ -210,9 +213,7 @@ def probe(
     size: OldRes = None,
     checkpoint: Annotated[list[str] | None, _option(MODEL, f"Student; can be repeated: {STUDENT} {SHIPPED}")] = None,
     source: Sources = None,
-    predictions: Annotated[
-        list[str] | None, _option(MODEL, "Predictions of any model, as files; can be repeated.", metavar="NAME=DIR")
-    ] = None,
+    predictions: Predictions = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
     label_fraction: LabelFraction = 1.0,

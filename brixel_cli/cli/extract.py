@@ -12,7 +12,8 @@ from brixel_cli.core.formatting import human_bytes, human_seconds
 from brixel_cli.errors import BrixelError, UsageError
 
 if TYPE_CHECKING:
-    from brixel_cli.engines.extracting.extraction import Estimate, Extracted
+    from brixel_cli.engines.extracting.extraction import Estimate
+    from brixel_cli.engines.extracting.parts import Extracted
     from brixel_cli.engines.extracting.plan import ExtractPlan
 
 MOST_GRIDS = 20
@@ -37,7 +38,13 @@ def run_extract(
         _export(options, export, as_json)
         return
 
-    # torch takes seconds to import: only now, when there is work for it.
+    # numpy and h5py are slow to import, and torch takes seconds: only now, when there is work for it.
+    from brixel_cli.engines.extracting.parts import completed
+
+    if not dry_run and (passed := completed(options)) is not None:
+        say(f"{passed.output} is complete")
+        _finish(passed, as_json)
+        return
     from brixel_cli.engines.extracting.extraction import extract, plan_only, rehearse
 
     if dry_run:
@@ -47,7 +54,10 @@ def run_extract(
         finally:
             _show_plan(plan, estimate, as_json)
         return
-    done = extract(options, Progress())
+    _finish(extract(options, Progress()), as_json)
+
+
+def _finish(done: Extracted, as_json: bool) -> None:
     if as_json:
         print_json(
             {

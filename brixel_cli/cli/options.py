@@ -45,6 +45,9 @@ Sources = Annotated[
         "the student), student, teacher, finetuned or unet:ENCODER (trained end to end; with @teacher at its input), "
         "or a feature file (.h5); can be repeated. Default: the first four."),
 ]  # fmt: skip
+Predictions = Annotated[
+    list[str] | None, option(MODEL, "Predictions of any model, as files; can be repeated.", metavar="NAME=DIR")
+]
 LabelFraction = Annotated[float, option(INPUT, "Share of the training images whose labels are used, such as 0.1.")]
 SavePredictions = Annotated[
     bool, flag(OUTPUT, "Write all predictions of the evaluated images to files.", "--save-predictions")

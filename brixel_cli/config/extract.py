@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from brixel_cli.config.base import Device, Precision, check_counts, check_device
+from brixel_cli.config.shard import Shard
 from brixel_cli.errors import UsageError
 
 Source = Literal["student", "backbone", "teacher"]
 Fit = Literal["short", "centre", "stretch"]
-Storage = Literal["h5", "npy", "safetensors"]
+Storage = Literal["h5", "npy", "safetensors", "parquet"]
+SINGLE_FILES: tuple[Storage, ...] = ("npy", "safetensors")
+"""Formats with a file for each image."""
 Number = Literal["float16", "float32", "int8"]
 OVERLAP = 64
 """Of tiles in pixels, unless the user says otherwise."""
@@ -70,6 +73,7 @@ class ExtractOptions:
     page: Path | None = None
     page_sources: tuple[str, ...] | None = None
     page_images: int = 12
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         check_device(self.device)
@@ -89,6 +93,11 @@ class ExtractOptions:
             raise UsageError(
                 "--dtype int8 stores a scale beside the map, which .npy cannot: take --format h5 or safetensors."
             )
+        whole = {"--pca": self.pca, "--preview": self.preview, "--page": self.page}
+        if self.shard is not None and (given := [name for name, value in whole.items() if value]):
+            raise UsageError(f"{', '.join(given)} take the whole set, and --shard a part of it: leave them out.")
+        if self.shard is not None and self.storage != "h5":
+            raise UsageError(f"--shard writes a part as an .h5 file: leave out --format {self.storage}.")
         self._check_fields()
         if self.page is not None and self.page.suffix != ".html":
             raise UsageError(f"--page {self.page}: the file must end in .html.")
@@ -115,6 +124,8 @@ class ExtractOptions:
             )
         if "map" not in self.fields and (self.preview or self.page):
             raise UsageError(f"--preview and --page show feature maps: add map to {asked}.")
+        if self.storage == "parquet" and ("map" in self.fields or self.layers):
+            raise UsageError("--format parquet is for vectors: name them, as in --fields cls,pooled, without --layers.")
         if self.tile is not None and (self.storage != "h5" or self.fields != ("map",) or self.layers):
             raise UsageError(
                 "--tile stores the feature map alone, in --format h5: leave out other --fields, --layers and --format."

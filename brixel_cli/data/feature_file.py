@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from brixel_cli.config.extract import Storage
+from brixel_cli.config.extract import SINGLE_FILES, Storage
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.sampling import Points, covered_part, read_at
 from brixel_cli.data.feature_index import INDEX_NAME, REPAIR, check_description, check_index, check_names, read_single
@@ -89,14 +89,14 @@ class FeatureFile:
             self._grid_row = np.array(store.array("grid_row"))
             storage: Storage = self.description["storage"]
             self._layout = None if found == FORMAT else self._described_layout(storage)
-            if storage != "h5":
+            if storage in SINGLE_FILES:
                 check_names(self.paths)
             elif self._layout is None:
                 self._check_maps()
             else:
                 self._check_parts(self._layout)
         self._numbers = {name: row for row, name in enumerate(self.paths)}
-        self._single = None if storage == "h5" else single_file_names(self.paths, storage)
+        self._single = single_file_names(self.paths, storage) if storage in SINGLE_FILES else None
 
     def _described_layout(self, storage: Storage) -> Layout:
         """The datasets of a file of `FORMAT_OF_PARTS`."""

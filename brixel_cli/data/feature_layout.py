@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from brixel_cli.config.extract import Field, Number, Storage
+from brixel_cli.config.extract import SINGLE_FILES, Field, Number, Storage
 from brixel_cli.core.files import LONGEST_NAME, make_folder, replacing
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.identity import checksum, text_digest
@@ -63,7 +63,7 @@ class Layout:
         grids: (height, width) of each image's map; None for images that will have none.
         channels: of every map.
         dtype: `float16`, `float32`, or `int8` with a float32 scale for each location.
-        storage: `h5`, or the format of the single files; these leave the feature file without maps.
+        storage: `h5`, or the format of other files; single files leave the feature file without maps.
         fields: what is stored of the last block.
         layers: 0-based blocks whose maps are stored too.
         embed_dim: channels of tokens and of the maps of blocks; None: as many as `channels`.
@@ -146,7 +146,7 @@ class Layout:
     def columns(self) -> dict[str, Column]:
         """Datasets of the feature file that are filled row by row."""
         columns: dict[str, Column] = {}
-        if self.storage != "h5":
+        if self.storage in SINGLE_FILES:
             return columns
         rows_of_grid = self.rows_of_grid
         for grid, rows in rows_of_grid.items():
@@ -266,7 +266,7 @@ class MapWriter:
 
     def __init__(self, store: Store, layout: Layout):
         self.store, self.layout = store, layout
-        self._names = [bytes(name).decode() for name in store.array("paths")] if layout.storage != "h5" else []
+        self._names = [bytes(name).decode() for name in store.array("paths")] if layout.storage in SINGLE_FILES else []
         self._files = single_file_names(self._names, layout.storage) if self._names else []
 
     def write(self, row: int, values: Mapping[str, Array]) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from brixel_cli.config.shard import Shard
+from brixel_cli.core.identity import text_digest
 from brixel_cli.data.images import (
     EXTENSIONS,
     LARGE_PIXELS,
@@ -54,6 +56,19 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Split:
+    """What a shard is one of: the shards of one split have the same.
+
+    Attributes:
+        num_inputs: images, videos and archives that were named, for all shards together.
+        sha256: over their names, in order.
+    """
+
+    num_inputs: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Inputs:
     """All items, in the order in which they were named.
 
@@ -63,6 +78,7 @@ class Inputs:
         videos: by path, those that frames are taken from.
         passed_over: videos in the folders named, of which no frame is taken: a video has to be named itself.
         unreadable: folders below those named that may not be looked into.
+        split: of all that was named, where the items are those of one shard; None where they are all.
     """
 
     root: Path
@@ -70,6 +86,7 @@ class Inputs:
     videos: dict[Path, Video]
     passed_over: list[Path]
     unreadable: list[Path]
+    split: Split | None = None
 
     @contextmanager
     def decoded(self, item: Item, enough: tuple[int, int] | None = None) -> Iterator[Image.Image]:
@@ -101,7 +118,11 @@ class Inputs:
 
 
 def find_inputs(
-    references: Sequence[str], every: int, without: Sequence[Path] = (), tick: Callable[[int], object] | None = None
+    references: Sequence[str],
+    every: int,
+    without: Sequence[Path] = (),
+    tick: Callable[[int], object] | None = None,
+    shard: Shard | None = None,
 ) -> Inputs:
     """Find all items by their headers alone; a file that cannot be read becomes an item with a reason.
 
@@ -110,6 +131,7 @@ def find_inputs(
         every: which frames of a video are taken: 1 all of them, 10 every tenth.
         without: folders that are passed over: those that our own pictures go to.
         tick: called with the number of items found since the last call.
+        shard: the part of all that is named to be taken; the headers of the others are not read.
 
     Raises:
         UsageError: a reference names nothing, or nothing at all was found.
@@ -127,6 +149,10 @@ def find_inputs(
         listed = ", ".join(sorted(EXTENSIONS))
         raise UsageError(f"No images in {', '.join(references)}. Files are taken by extension: {listed}.")
     root = _root(references, paths)
+    split = None
+    if shard is not None:
+        split = split_of(root, paths)
+        paths = list(shard.take(paths))
     videos: dict[Path, Video] = {}
     items: list[Item] = []
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
@@ -134,7 +160,14 @@ def find_inputs(
             items += _frames(path, root, every, videos) if item is None else [item]
             if tick:
                 tick(1)
-    return Inputs(root, items, videos, [path for path in passed_over if _absolute(path) not in videos], unreadable)
+    passed_over = [path for path in passed_over if _absolute(path) not in videos]
+    return Inputs(root, items, videos, passed_over, unreadable, split)
+
+
+def split_of(root: Path, places: Sequence[Path]) -> Split:
+    """What is split into shards: the places below the root, each to be opened as a whole."""
+    start = len(str(root))
+    return Split(len(places), text_digest("\n".join(str(place)[start:] for place in places)))
 
 
 def default_output(references: Sequence[str], suffix: str) -> Path:

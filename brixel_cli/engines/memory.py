@@ -29,6 +29,8 @@ def check_batch(model: FeatureExtractor, sizes: Mapping[tuple[int, int], int], b
     Raises:
         BrixelError: it does not fit.
     """
+    if not sizes:
+        return
     counts = dict.fromkeys(sizes, 1)
     if model.runtime.device.type == "cpu":
         counts = {size: min(most, sizes[size]) for size, most in model.batch_sizes(counts, batch_size).items()}

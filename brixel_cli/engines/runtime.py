@@ -212,11 +212,9 @@ def find_device(name: str, option: str = "--device", world_size: int = 1) -> tor
         kind = "cuda" if cards else "cpu"  # not MPS, on which nothing of this has been run yet
     if kind == "cpu":
         return torch.device("cpu")
-    number = int(index or 0)
-    if world_size > 1:
-        if index or kind == "mps":
-            raise UsageError(f"{option} is {name}, but torchrun started {world_size} processes: give cuda or cpu.")
-        number = int(os.environ.get("LOCAL_RANK", 0))
+    number = int(index or os.environ.get("LOCAL_RANK", "0"))
+    if world_size > 1 and (index or kind == "mps"):
+        raise UsageError(f"{option} is {name}, but torchrun started {world_size} processes: give cuda or cpu.")
     has_mps = torch.backends.mps.is_available()
     if not (has_mps if kind == "mps" else number < cards):
         present = ", ".join(["cpu", *(f"cuda:{card}" for card in range(cards)), *(["mps"] if has_mps else [])])

@@ -41,6 +41,7 @@ def describe(plan: ExtractPlan, model: FeatureExtractor) -> dict[str, Any]:
         "pca": options.pca,
         "storage": options.storage,
         **plan.layout.described,
+        **plan.shard,
         **({"tile": plan.tiling.tile, "overlap": plan.tiling.overlap} if plan.tiling else {}),
     }
 

@@ -23,7 +23,9 @@ from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_layout import MapWriter, encode_parts
 from brixel_cli.data.inputs import reason_of
 from brixel_cli.data.row_store import CHECKSUM, DONE, FAILED, MISSING, REASON, Array, Store, create_store, in_batches
+from brixel_cli.data.vector_table import write_table
 from brixel_cli.engines.extracting.continuing import check_same, describe
+from brixel_cli.engines.extracting.parts import ASKED, Extracted, asked_words, completed, finish_part
 from brixel_cli.engines.extracting.plan import (
     CONTACT_SHEET,
     ExtractPlan,
@@ -42,29 +44,6 @@ from brixel_cli.errors import BrixelError
 
 PCA_SAMPLE = 64
 """Images on which the components are fitted, evenly spread over the set."""
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """How an extraction ended.
-
-    Attributes:
-        output: the feature file, or the folder of single files.
-        num_images: rows of the file.
-        num_before: rows that were finished by an earlier run.
-        failures: images without features, with the reasons.
-        seconds: from the first image to the last.
-        num_computed: images that this run computed, on all processes.
-        pictures: what `preview` and `page` wrote.
-    """
-
-    output: Path
-    num_images: int
-    num_before: int
-    num_computed: int
-    failures: dict[str, str]
-    seconds: float
-    pictures: list[Path]
 
 
 @dataclass(frozen=True)
@@ -150,6 +129,8 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     Raises:
         BrixelError: something the user can fix; an image that fails is none of it, unless `strict`.
     """
+    if (passed := completed(options)) is not None:
+        return passed
     share_memory_pools()
     runtime = Runtime(options.device, options.precision)
     with _quiet_pillow(options):
@@ -188,6 +169,8 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
     seconds = time.perf_counter() - began
     features = FeatureFile(plan.store_path)
     pictures: list[Path] = []
+    if options.storage == "parquet" and runtime.is_first:
+        pictures.append(write_table(features))
     if options.preview and runtime.is_first:
         from brixel_cli.engines.extracting.preview import write_previews
 
@@ -196,6 +179,9 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
         from brixel_cli.engines.extracting.page import write_page
 
         pictures.append(write_page(features, plan, runtime, reporter))
+    if options.shard is not None:
+        runtime.wait()  # until every process has opened it under its name so far
+        runtime.first_only(lambda: finish_part(plan.output))
     num_done = int(np.sum(features.status == DONE))
     return Extracted(
         plan.output, len(features), num_before, num_done - num_before, features.failures, seconds, pictures
@@ -223,6 +209,7 @@ def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> N
     description = describe(plan, model) | {
         "root": str(plan.inputs.root),
         "threads": torch.get_num_threads(),
+        **({ASKED: asked_words(plan.options)} if plan.options.shard else {}),
         "batch_sizes": {
             human_size(size): 1 if plan.is_tiled(rows[0]) else batch_sizes[size]
             for size, rows in plan.rows_of_size.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from brixel_cli.config.extract import ExtractOptions
+from brixel_cli.core.extras import require
 from brixel_cli.core.files import check_disk, free_bytes
 from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.identity import files_sha256
@@ -29,6 +30,7 @@ from brixel_cli.data.inputs import (
 from brixel_cli.data.resizing import Resizing, snap
 from brixel_cli.data.row_store import CHECKSUM, FAILED, MISSING, REASON, Array, Store, rows_by_size
 from brixel_cli.engines.default_student import default_student
+from brixel_cli.engines.extracting.parts import check_split, unfinished
 from brixel_cli.engines.extracting.tiling import Tiling
 from brixel_cli.engines.models import ModelSpec, model_spec
 from brixel_cli.engines.reporting import Reporter
@@ -118,7 +120,12 @@ class ExtractPlan:
 
     @property
     def store_path(self) -> Path:
-        """The .h5 file with the status of every row; the feature file itself, unless single files are written."""
+        """The .h5 file with the status of every row; the feature file itself, unless single files are written.
+
+        The part of a shard has a name of its own until it is complete.
+        """
+        if self.options.shard is not None and not self.output.exists():
+            return unfinished(self.output)
         return self.output if self.options.storage == "h5" else self.output / INDEX_NAME
 
     @property
@@ -135,6 +142,14 @@ class ExtractPlan:
     def bytes_free(self) -> int:
         """Bytes free where the output goes."""
         return free_bytes(self.output.absolute().parent)
+
+    @property
+    def shard(self) -> dict[str, Any]:
+        """Which part of what this is, for the description; empty where it is all."""
+        shard, split = self.options.shard, self.inputs.split
+        if shard is None or split is None:
+            return {}
+        return {"shard": {"number": shard.number, "count": shard.count} | asdict(split)}
 
     def check_disk(self) -> None:
         """Whether the output can be made; a file to be continued has its room already, one to be replaced gives it up.
@@ -242,6 +257,7 @@ class ExtractPlan:
             "most_snapped_px": round(self.most_snapped, 2),
             "bytes_needed": self.bytes_needed,
             "bytes_free": self.bytes_free,
+            **self.shard,
         }
 
 
@@ -255,6 +271,8 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
     if not options.inputs:
         raise UsageError("--input is missing: a folder, an image, a video, a quoted glob, or a .txt list of paths.")
     spec = model_of(options, reporter)
+    if options.storage == "parquet":
+        require("parquet", "--format parquet")
     _check_parts(options, spec)
     _check_tiles(options, spec)
     resizing = Resizing(options.res, options.fit, spec.patch_size, spec.enlarge)
@@ -269,8 +287,11 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
         raise UsageError(f"--output {output} is a folder; name a file, such as {output / 'features.h5'}.")
     if options.storage != "h5" and output.is_file():
         raise UsageError(f"--output {output} is a file; --format {options.storage} writes a folder.")
+    if options.shard is not None:
+        check_split(output, options.shard)
+        output = options.shard.path(output)
     with reporter.bar("reading headers", total=0, unit="image") as bar:
-        inputs = find_inputs(options.inputs, options.every, [preview_folder(output)], bar.update)
+        inputs = find_inputs(options.inputs, options.every, [preview_folder(output)], bar.update, options.shard)
     model_sizes: list[tuple[int, int] | None] = []
     reasons, snaps = [], []
     for item in inputs.items:
@@ -287,7 +308,7 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
             )
         model_sizes.append(size)
         reasons.append(reason)
-    if not any(model_sizes):
+    if not any(model_sizes) and options.shard is None:  # a part may be all failures
         raise none_usable({item.name: reason for item, reason in zip(inputs.items, reasons, strict=True)})
     snapped = [snap for snap in snaps if snap > 1e-6]
     return ExtractPlan(
