@@ -4,6 +4,7 @@
 # make hostile  thousands of damaged files against the commands that read them: CASES=5000, or CASES=600s
 # make kills  hundreds of kills, each resumed to the same bits: KILLS=10 of each kind
 # make docs   the site of the documentation, in build/site; the reference pages are made again
+# make test-docs  the blocks of the documentation and the notebook, with the weights of the demo
 # make release-check  sdist and wheel, each installed in a fresh environment and used there
 # make check  what continuous integration runs: style, types, tests
 
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 CASES ?= 3000
 KILLS ?=
 
-.PHONY: demo docs test test-gpu hostile kills check release-check clean
+.PHONY: demo docs test test-docs test-gpu hostile kills check release-check clean
 
 # Set up again whenever the requirements change.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -28,6 +29,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+test-docs: $(VENV)/.ready
+	$(BIN)/brixel demo
+	$(BIN)/python -m pytest -rs tests/test_runnable_documentation.py tests/test_notebook.py
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -m gpu -rs tests/gpu
