@@ -17,6 +17,7 @@ import os
 import typing
 
 if typing.TYPE_CHECKING:
+    from brixel_cli.api import Extractor as Extractor
     from brixel_cli.api import extract as extract
     from brixel_cli.api import load_student as load_student
     from brixel_cli.data.feature_file import FeatureDataset as FeatureDataset
@@ -26,9 +27,10 @@ if typing.TYPE_CHECKING:
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 __version__ = "0.2.0"
-__all__ = ["FeatureDataset", "FeatureFile", "__version__", "extract", "load_student"]
+__all__ = ["Extractor", "FeatureDataset", "FeatureFile", "__version__", "extract", "load_student"]
 
 _HOMES = {
+    "Extractor": "brixel_cli.api",
     "extract": "brixel_cli.api",
     "load_student": "brixel_cli.api",
     "FeatureFile": "brixel_cli.data.feature_file",

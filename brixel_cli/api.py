@@ -28,6 +28,7 @@ from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import batches_of_one_size
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.default_student import default_student
+from brixel_cli.engines.extracting.extractor import Extractor as Extractor
 from brixel_cli.engines.models import model_spec
 from brixel_cli.engines.reporting import Reporter, Silent
 from brixel_cli.engines.runtime import find_device
@@ -203,6 +204,8 @@ def extract(
     batch_size: int | None = None,
     workers: int | None = None,
     every: int = 1,
+    column: str | None = None,
+    allow_urls: bool = False,
     preview: bool = False,
     strict: bool = False,
     overwrite: bool = False,
@@ -214,7 +217,7 @@ def extract(
     The same call again continues an interrupted run, and reads what is complete.
 
     Args:
-        inputs: folder, image, video, glob or .txt list, or several of them.
+        inputs: folder, image, video, tar, parquet file, glob, .txt list or URL, or several of them.
         res: input size in pixels.
         fit: what `res` is the side of: `short`, `centre` or `stretch`.
         checkpoint: the student, as for `load_student`; default: the one that comes with brixel and was
@@ -236,6 +239,8 @@ def extract(
         batch_size: images at once; default: by memory.
         workers: threads that decode images; default: by the cores.
         every: of a video, every so many frames.
+        column: of the images in parquet files; default: the one that looks like it.
+        allow_urls: also fetch the URLs that stand in text lists.
         preview: also paint the features, beside the output.
         strict: stop at the first image that fails.
         overwrite: begin anew over a feature file.
@@ -274,6 +279,8 @@ def extract(
             batch_size=batch_size,
             workers=workers,
             every=every,
+            column=column,
+            allow_urls=allow_urls,
             strict=strict,
             overwrite=overwrite,
             preview=preview,

@@ -20,8 +20,9 @@ from brixel_cli.errors import UsageError
 
 # isort: off
 from brixel_cli.cli.options import ABLATION, COMPUTE, HEAD, INPUT, MEASURE, MODEL, OUTPUT, RECIPE, SHIPPED, STUDENT
-from brixel_cli.cli.options import Arithmetic, Backbone, CopyRecipe, DryRun, Json, ListRecipes, OldRes, Quiet, Set
-from brixel_cli.cli.options import LabelFraction, Predictions, SavePredictions, Sources, Weights, Where
+from brixel_cli.cli.options import Arithmetic, Backbone, Copy, CopyRecipe, DryRun, Join, Json
+from brixel_cli.cli.options import ListRecipes, OfShard, OldRes, Quiet, Set, LabelFraction, Predictions
+from brixel_cli.cli.options import SavePredictions, Sources, Weights, Where
 from brixel_cli.cli.options import flag as _flag
 from brixel_cli.cli.options import option as _option
 # isort: on
@@ -104,26 +105,26 @@ def distill(
 @app.command(epilog=examples.EXTRACT)
 def extract(
     input_: Annotated[
-        list[str] | None, _option(INPUT, "Folder, image, video, quoted glob or .txt list; can be repeated.", "--input")
+        list[str] | None, _option(INPUT, "Folder, image, video, tar, glob, list or URL; can be repeated.", "--input")
     ] = None,
     res: Annotated[int, _option(INPUT, "Input size of the student or backbone in pixels.")] = 448,
     fit: Annotated[
         Fit, _option(INPUT, "short: --res is the shorter side. centre: that of the centre square. stretch: both sides.")
     ] = "short",
     every: Annotated[int, _option(INPUT, "Take every Nth frame of a video.")] = 1,
+    column: Annotated[str | None, _option(INPUT, "Image column of parquet. Default: found.", metavar="NAME")] = None,
+    allow_urls: Annotated[bool, _flag(INPUT, "Also fetch the URLs that stand in text lists.", "--allow-urls")] = False,
     tile: Annotated[
         int | None, _option(INPUT, "Cut larger inputs into tiles of this side in pixels, and blend their maps.")
     ] = None,
     overlap: Annotated[int, _option(INPUT, "Overlap of the tiles in pixels.")] = OVERLAP,
+    shard: OfShard = None,
     checkpoint: Annotated[str | None, _option(MODEL, f"Student: {STUDENT} {SHIPPED}")] = None,
     source: Annotated[
         Source, _option(MODEL, "Model: student, backbone, or teacher (backbone at the larger input).", metavar="NAME")
     ] = "student",
     backbone: Backbone = None,
     backbone_weights: Weights = None,
-    shard: Annotated[
-        str | None, _option(INPUT, "Take one part: 3/64, or auto, by Slurm array or torchrun.", metavar="I/N")
-    ] = None,
     output: Annotated[
         Path | None, _option(OUTPUT, "The .h5 file, or folder of single files. Default: beside the input.")
     ] = None,
@@ -151,6 +152,8 @@ def extract(
     verify: Annotated[
         Path | None, _option(OUTPUT, "Check a feature file, or folder of single files; name the damaged images.")
     ] = None,
+    join: Join = None,
+    copy: Copy = False,
     overwrite: Annotated[bool, _flag(OUTPUT, "Replace an existing output.", "--overwrite")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -176,14 +179,13 @@ def extract(
         options = ExtractOptions(
             inputs=input_ or [], res=res, fit=fit, source=source, checkpoint=checkpoint, backbone=backbone,
             backbone_weights=backbone_weights, output=output, storage=format_, dtype=dtype, pca=pca, device=device,
-            precision=precision, fields=named_fields(fields),
-            layers=named_layers(layers), tile=tile, overlap=overlap,
-            batch_size=None if batch_size == "auto" else int(batch_size), workers=workers,
-            every=every, strict=strict, overwrite=overwrite, preview=preview, page=page,
+            precision=precision, fields=named_fields(fields), layers=named_layers(layers), tile=tile, overlap=overlap,
+            batch_size=None if batch_size == "auto" else int(batch_size), workers=workers, every=every, column=column,
+            allow_urls=allow_urls, strict=strict, overwrite=overwrite, preview=preview, page=page,
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
             shard=find_shard(shard) if shard else None,
         )  # fmt: skip
-        run_extract(options, export, verify, dry_run, as_json)
+        run_extract(options, export, verify, join, copy, dry_run, as_json)
 
 
 @app.command(epilog=examples.PROBE)
@@ -236,6 +238,9 @@ def probe(
     as_json: Json = False,
     quiet: Quiet = False,
     seeds: Annotated[int, _option(COMPUTE, "Number of trainings for each source.")] = 3,
+    transfer: Annotated[
+        bool, _flag(COMPUTE, "Also apply the backbone's heads to the other sources.", "--transfer")
+    ] = False,
     device: Where = "auto",
     precision: Arithmetic = "auto",
     dry_run: DryRun = False,
@@ -245,7 +250,7 @@ def probe(
     The same command again continues an interrupted probe, source by source and seed by seed.
     """
     with error_boundary():
-        from brixel_cli.cli.probe import probe_options, run_apply, run_probe, verify_probe
+        from brixel_cli.cli.probe import check_apply, probe_options, run_apply, run_probe, verify_probe
         from brixel_cli.cli.recipes import recipes_only
         from brixel_cli.config.labelled import ProbeRecipe
         from brixel_cli.config.probe import ApplyOptions
@@ -259,24 +264,19 @@ def probe(
         if apply is not None:
             others = {"--recipe": recipe, "--task": task, "--data": data, "--source": source, "--res": res or size,
                       "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
-                      "--dry-run": dry_run, "--predictions": predictions}  # fmt: skip
-            if given := [name for name, value in others.items() if value]:
-                raise UsageError(f"--apply takes all from the head; leave out {', '.join(given)}.")
-            if len(checkpoint or []) > 1:
-                raise UsageError("--apply takes one --checkpoint: the student that the head was trained on.")
+                      "--dry-run": dry_run, "--transfer": transfer, "--predictions": predictions}  # fmt: skip
+            check_apply(others, checkpoint or [])
             run_apply(ApplyOptions(apply, input_ or [], output, checkpoint[0] if checkpoint else None, backbone_weights,
                                    device, precision, overwrite), as_json)  # fmt: skip
             return
         if input_:
             raise UsageError("--input goes with --apply; the images of a probe are those of the recipe: --data DIR.")
-        if quick and protocol not in (None, "quick"):
-            raise UsageError(f"--quick is the protocol quick, and --protocol is {protocol}: give one of them.")
         options = probe_options(
-            recipe, task=task, data=data, protocol="quick" if quick else protocol, size=res or size,
+            recipe, task=task, data=data, protocol=protocol, quick=quick, size=res or size,
             overrides=set_ or [], output=output, features=features, sources=source or [], predictions=predictions or [],
             checkpoints=checkpoint or [], backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
-            device=device, precision=precision, overwrite=overwrite, label_fraction=label_fraction,
-            save_predictions=save_predictions,
+            device=device, precision=precision, overwrite=overwrite, transfer=transfer,
+            label_fraction=label_fraction, save_predictions=save_predictions,
         )  # fmt: skip
         run_probe(options, per_class, dry_run, as_json)
 

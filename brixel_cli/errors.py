@@ -1,5 +1,8 @@
 """Errors that the user can fix. Everything else keeps its traceback: it is a bug of brixel."""
 
+UNREACHED = "not fetched"
+"""What the reasons of rows begin with whose bytes did not come; the same command tries them again."""
+
 
 class BrixelError(Exception):
     """Something the user can fix: the message says what, where, and what to do next. Exit code 1."""
@@ -11,6 +14,19 @@ class UsageError(BrixelError):
     """A wrong option, recipe or argument, found before any work was done. Exit code 2."""
 
     exit_code = 2
+
+
+class UnreachedError(BrixelError):
+    """Bytes that a server did not give; the message starts with `UNREACHED`. The same command may get them later.
+
+    Args:
+        reason: why.
+        missing: whether the server says that they are not there, or not for us: then planning goes on without them.
+    """
+
+    def __init__(self, reason: str, missing: bool = False):
+        super().__init__(f"{UNREACHED}: {reason}")
+        self.missing = missing
 
 
 class WeightsError(BrixelError):

@@ -311,6 +311,8 @@ def test_the_table_and_the_json_of_a_task_without_training(clips: Path, tmp_path
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--task", "magic"], "--task magic: there is no such task. There are: segmentation, depth"),
     (["--task", "matching", "--predictions", "a=b"], "--predictions are of labels, and the task matching has none"),
+    (["--task", "matching", "--transfer"], "--transfer applies the heads of the backbone: it needs a task with heads"),
+    (["--recipe", "camvid", "--source", "student", "--transfer"], "--transfer applies the heads of the backbone: it"),
     (["--task", "matching", "--protocol", "quick"], "The protocol quick is for segmentation and depth and"),
     (["--task", "matching", "--set", "protocol.angles=[30,15]"], "protocol.angles must rise"),
     (["--task", "matching", "--set", "data.poses=null"], "task matching needs the section data.poses"),

@@ -17,7 +17,8 @@ from PIL import Image
 
 from brixel_cli.data import images as images_module
 from brixel_cli.data.images import decoded, load_image, read_size
-from brixel_cli.data.inputs import Inputs, Item, default_output, find_inputs
+from brixel_cli.data.inputs import Inputs, Item, find_inputs
+from brixel_cli.data.references import default_output
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.errors import BrixelError, UsageError
 
@@ -113,7 +114,10 @@ def test_our_own_pictures_are_not_taken_for_inputs(tree: Path):
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("nowhere", "Nothing at nowhere. --input takes a folder, an image, a video, a quoted glob, or a .txt list"),
+        (
+            "nowhere",
+            "Nothing at nowhere. --input takes a folder, an image, a video, a tar, a parquet file, a quoted glob, a .txt list",
+        ),
         ("*.nothing", "The pattern .*nothing matches no file."),
         ("EMPTY", "No images in the folder .*empty. Files are taken by extension: .apng, .avif"),
         ("LIST", "names no images: it wants one path a line"),

@@ -16,6 +16,7 @@ from probe_sets import make_options, make_set, noise, one_hot, results, write_fe
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
+from brixel_cli.data.row_store import CHECKSUM
 from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.errors import BrixelError
 
@@ -103,6 +104,30 @@ def test_masks_without_a_pixel_that_counts_are_an_error(
         probe(make_options(void, tmp_path / "out", sources=[str(features)], overrides=FAST), listener)
 
 
+def test_stored_rows_that_have_changed_are_made_again(root: Path, tmp_path: Path, model, listener: Listener) -> None:
+    options = make_options(root, tmp_path / "out", checkpoints=[model[0]], sources=["student"], overrides=FAST)
+    probe(options, listener)
+    figures_before = figures_of(tmp_path / "out")
+    item = plan_only(options, listener).sources[0]
+    paths = [item.train.targets.path, item.evaluate.maps.path]
+    wholes = [path.read_bytes() for path in paths]
+    for path, name in zip(paths, ("segmentation", "features"), strict=True):
+        with h5py.File(path, "r+") as file:
+            stored = file[name] if isinstance(file[name], h5py.Dataset) else next(iter(file[name].values()))
+            stored[1] = np.roll(stored[1], 1)
+    probe(dataclasses.replace(options, overwrite=True), listener)
+    assert [path.read_bytes() for path in paths] == wholes
+    assert figures_of(tmp_path / "out") == figures_before
+    for path in paths:
+        assert f"{path}: 1 rows have changed since they were written; they are computed again" in listener.warned
+    curve = tmp_path / "out" / "curves" / "student_seed0.jsonl"
+    before = curve.read_bytes()
+    curve.write_bytes(before.replace(b'"step": ', b'"step": true, "at": ', 1))
+    assert curve.read_bytes() != before
+    probe(options, listener)
+    assert curve.read_bytes() == before
+
+
 @pytest.mark.parametrize("split", ["train", "evaluate"])
 def test_a_stored_label_beyond_the_classes_is_an_error_that_names_the_file(
     root: Path, tmp_path: Path, answers: str, listener: Listener, split: str
@@ -115,6 +140,7 @@ def test_a_stored_label_beyond_the_classes_is_an_error_that_names_the_file(
     with h5py.File(path, "r+") as file:
         labels = next(iter(file["segmentation"].values()))
         labels[1, 5, 5] = 77
+        del file[CHECKSUM]  # as an older version wrote it: else the row would be made again
     with pytest.raises(BrixelError) as caught:
         probe(dataclasses.replace(options, overwrite=True), listener)
     assert f"{path} is damaged: its row 1 has labels beyond the 3 classes. Delete the file" in str(caught.value)

@@ -258,3 +258,24 @@ def test_a_part_that_cannot_be_renamed_is_reported(
         with pytest.raises(BrixelError, match=r"out.00001-of-00002.h5 cannot be written"):
             extract(options, listener)
     assert extract(options, listener).num_before == 4
+
+
+def test_the_slurm_script_of_the_documentation_computes_all_shards(model, photographs: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "CLUSTER.md").read_text(encoding="utf-8")
+    script = page.partition("```bash\n")[2].partition("```")[0]
+    assert script.startswith("#!/bin/bash\n#SBATCH")
+    program = tmp_path / "bin" / "brixel"
+    program.parent.mkdir()
+    options = f"--checkpoint {model[0]} --device cpu --res 64"  # those of the last kind win
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m brixel_cli "$@" {options}\n')
+    program.chmod(0o755)
+    (tmp_path / "photos").symlink_to(photographs)
+    for number in (1, 2):
+        done = subprocess.run(
+            ["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path,
+            env={**os.environ, **slurm(number, 2, least=1), "PATH": f"{program.parent}:{os.environ['PATH']}"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "photos.00001-of-00002.h5", "photos.00002-of-00002.h5",
+    ]  # fmt: skip

@@ -33,6 +33,10 @@ EXTRACT = """
 
   brixel extract --input photos --res 224 --page features.html --page-sources student,backbone,teacher
 
+  brixel extract --input photos --output out/photos.h5 --shard 3/64
+
+  brixel extract --join 'out/photos.*.h5' --output photos.h5
+
   brixel extract --checkpoint runs/vits --export student.onnx
 """
 

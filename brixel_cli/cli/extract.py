@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from brixel_cli.cli.console import Progress, is_first_process, print_files, print_json, print_table, say
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.core.formatting import human_bytes, human_seconds
-from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.errors import UNREACHED, BrixelError, UsageError
 
 if TYPE_CHECKING:
     from brixel_cli.engines.extracting.extraction import Estimate
@@ -20,13 +20,26 @@ MOST_GRIDS = 20
 
 
 def run_extract(
-    options: ExtractOptions, export: Path | None, verify: Path | None, dry_run: bool, as_json: bool
+    options: ExtractOptions,
+    export: Path | None,
+    verify: Path | None,
+    join: str | None,
+    copy: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Carry out `brixel extract` with options as the user gave them; see `app.extract` for what they mean.
 
     Raises:
         BrixelError: something the user can fix; also, at the end, that some images failed, or are damaged.
     """
+    if join is not None:
+        if options.inputs or options.shard is not None or dry_run:
+            raise UsageError("--join reads the parts that are there: leave out --input, --shard and --dry-run.")
+        _join(options, join, copy, as_json)
+        return
+    if copy:
+        raise UsageError("--copy goes with --join 'OUT.*.h5'.")
     if verify is not None:
         if options.inputs or dry_run or export is not None:
             raise UsageError("--verify reads a feature file: leave out --input, --export and --dry-run.")
@@ -77,8 +90,38 @@ def _finish(done: Extracted, as_json: bool) -> None:
     if done.failures and is_first_process():
         raise BrixelError(
             f"{len(done.failures)} of {done.num_images} images failed; {done.output} holds the others, "
-            "and the reasons in its dataset reason. Replace or remove those files, then give --overwrite."
+            f"and the reasons in its dataset reason. {_advice(done.failures)}"
         )
+
+
+def _advice(failures: dict[str, str]) -> str:
+    """What to do about images that failed."""
+    unreached = sum(reason.startswith(UNREACHED) for reason in failures.values())
+    again = f"The same command tries the {unreached} again that were not fetched. " if unreached else ""
+    others = "Replace or remove those files, then give --overwrite." if unreached < len(failures) else ""
+    return (again + others).strip()
+
+
+def _join(options: ExtractOptions, pattern: str, copy: bool, as_json: bool) -> None:
+    if options.output is None:
+        raise UsageError("--join needs the name of the file to be made: --output FILE.h5.")
+    from brixel_cli.engines.extracting.joining import join
+
+    done = join(pattern, options.output, copy, options.overwrite, Progress())
+    if as_json:
+        print_json(asdict(done) | {"output": str(done.output)})
+        return
+    rows = [
+        ["parts", f"{done.num_parts:,}"],
+        ["images", f"{done.num_images:,}"],
+        ["  failed", f"{done.num_failed:,}"],
+        ["size", human_bytes(done.num_bytes)],
+    ]
+    notes = (
+        [] if done.copied else ["The maps stay in the parts: keep them where they are, below the folder of this file."]
+    )
+    print_table(str(done.output), ["", ""], rows, notes)
+    print_files([done.output])
 
 
 def _show_plan(plan: ExtractPlan, estimate: Estimate | None, as_json: bool) -> None:

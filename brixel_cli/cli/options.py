@@ -36,6 +36,13 @@ Arithmetic = Annotated[
 Backbone = Annotated[
     str | None, option(MODEL, "Name of the backbone in timm. Default: that of the student.", metavar="NAME")
 ]
+OfShard = Annotated[
+    str | None, option(INPUT, "Take one part: 3/64, or auto, by Slurm array or torchrun.", metavar="I/N")
+]
+Join = Annotated[
+    str | None, option(OUTPUT, "Make one file, --output, of the parts of all shards.", metavar="'OUT.*.h5'")
+]
+Copy = Annotated[bool, flag(OUTPUT, "With --join: copy the parts; else the file refers to them.", "--copy")]
 Weights = Annotated[
     str | None,
     option(MODEL, "A .safetensors or .pth file, or pretrained. Default: those of the training.", metavar="FILE"),

@@ -66,6 +66,7 @@ def probe_options(
     task: str | None = None,
     data: Path | None = None,
     protocol: str | None = None,
+    quick: bool = False,
     size: str | None = None,
     overrides: Sequence[str] = (),
     output: Path | None = None,
@@ -81,12 +82,15 @@ def probe_options(
     overwrite: bool = False,
     label_fraction: float = 1.0,
     save_predictions: bool = False,
+    transfer: bool = False,
 ) -> ProbeOptions:
     """A probe from what the user gave; see `app.probe` for what the options mean.
 
     Raises:
         UsageError: recipe, protocol or an option is wrong.
     """
+    if quick and protocol not in (None, "quick"):
+        raise UsageError(f"--quick is the protocol quick, and --protocol is {protocol}: give one of them.")
     if task is not None and task not in get_args(Task):
         raise UsageError(f"--task {task}: there is no such task. There are: {', '.join(get_args(Task))}.")
     recipe = recipe or TASK_RECIPES.get(task or "")
@@ -102,13 +106,14 @@ def probe_options(
         changes.append(f"task={task}")
     loaded = load_recipe(recipe, changes, ProbeRecipe)
     named = loaded.task if loaded.task in LABEL_FREE else loaded.protocol  # which has one protocol, of its name
-    rules = _protocol(protocol or named, loaded.name, overrides)
+    rules = _protocol("quick" if quick else protocol or named, loaded.name, overrides)
     folder = output or OUTPUT / (loaded.name if label_fraction == 1 else f"{loaded.name}_labels_{label_fraction:g}")
     stored = features or (OUTPUT / "features" if output is None else output / "features")
     return ProbeOptions(
         recipe=loaded, protocol=rules, output=folder, features=stored, sources=tuple(sources),
         checkpoints=tuple(checkpoints), backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
-        device=device, precision=precision, overwrite=overwrite, predictions=_named_folders(predictions),
+        device=device, precision=precision, overwrite=overwrite, transfer=transfer,
+        predictions=_named_folders(predictions),
         predicted=with_overrides(PredictionsConfig(), _of(PREDICTED, overrides), "predictions"),
         supervised=with_overrides(SupervisedConfig(), _of(SUPERVISED, overrides), "supervised"),
         label_fraction=label_fraction, save_predictions=save_predictions,
@@ -140,6 +145,22 @@ def verify_probe(folder: Path, as_json: bool) -> None:
 
     advice = "Give the command that wrote it again: it makes those, and leaves the others as they are."
     show_verified(folder, ProbeFolder(folder).verify(), advice, as_json)
+
+
+def check_apply(others: Mapping[str, object], checkpoints: Sequence[str]) -> None:
+    """Refuse what does not go with `brixel probe --apply`.
+
+    Args:
+        others: options that train a head, with their values.
+        checkpoints: of the student.
+
+    Raises:
+        UsageError: some of them are given, or several students.
+    """
+    if given := [name for name, value in others.items() if value]:
+        raise UsageError(f"--apply takes all from the head; leave out {', '.join(given)}.")
+    if len(checkpoints) > 1:
+        raise UsageError("--apply takes one --checkpoint: the student that the head was trained on.")
 
 
 def run_apply(options: ApplyOptions, as_json: bool) -> None:

@@ -67,6 +67,8 @@ class ExtractOptions:
     batch_size: int | None = None
     workers: int | None = None
     every: int = 1
+    column: str | None = None
+    allow_urls: bool = False
     strict: bool = False
     overwrite: bool = False
     preview: bool = False

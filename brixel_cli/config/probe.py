@@ -40,6 +40,7 @@ class ProbeOptions:
     Attributes:
         recipe: task and data set.
         protocol: rules of training and evaluation, with what the user changed of them.
+        transfer: whether the backbone's heads are also applied to the maps of the other models.
         predictions: name and folder of predictions that other models have made; folders of one name are its seeds.
         predicted: what the values in their files mean.
         supervised: how networks are trained end to end.
@@ -62,6 +63,7 @@ class ProbeOptions:
     device: Device = "auto"
     precision: Precision = "auto"
     overwrite: bool = False
+    transfer: bool = False
     predictions: Sequence[tuple[str, Path]] = ()
     predicted: PredictionsConfig = field(default_factory=PredictionsConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
@@ -77,6 +79,10 @@ class ProbeOptions:
             )
         if self.predictions and not self.trains:
             raise UsageError(f"--predictions are of labels, and the task {self.recipe.task} has none: leave them out.")
+        if self.transfer and (not self.trains or (self.sources and "backbone" not in self.sources)):
+            raise UsageError(
+                "--transfer applies the heads of the backbone: it needs a task with heads, and that source."
+            )
         check_counts({"--seeds": self.seeds})
         if not 0 < self.label_fraction <= 1:
             raise UsageError(f"--label-fraction must be above 0 and at most 1, not {self.label_fraction:g}.")

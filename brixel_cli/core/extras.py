@@ -12,6 +12,7 @@ EXTRAS = {
     "report": ("matplotlib",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "video": ("av",),
+    "remote": ("fsspec", "s3fs", "gcsfs"),
     "parquet": ("pyarrow",),
     "unet": ("segmentation_models_pytorch",),
     "demo": ("onnx", "skimage", "sklearn"),

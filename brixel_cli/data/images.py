@@ -9,20 +9,21 @@ import re
 import stat
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
 
 from brixel_cli.core.formatting import human_bytes, printable, utf8
 from brixel_cli.core.memory import is_out_of_memory, main_memory
 from brixel_cli.core.metrics import rows_by_domain
-from brixel_cli.errors import BrixelError
+from brixel_cli.data.orientation import turn_of, turns_by_a_quarter
+from brixel_cli.errors import BrixelError, UnreachedError
 
 EXTENSIONS = (
     ".apng", ".avif", ".bmp", ".dds", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf",
@@ -45,17 +46,6 @@ BYTES_PER_PIXEL = 10
 STRIP_PIXELS = 1 << 22
 """So many are converted to RGB at a time."""
 ANIMATED = frozenset({"GIF", "WEBP", "PNG", "AVIF", "TIFF"})
-ORIENTATION = 0x0112
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What each EXIF orientation asks for; 1 and all that are not defined ask for nothing."""
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -70,6 +60,17 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """An image file that is no file on this disk, such as a member of a tar: its bytes, to be read and sought in."""
+
+    name: str
+    file: BinaryIO
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A file that was left out, and why."""
 
@@ -77,7 +78,7 @@ class Skipped:
     reason: str
 
 
-def load_image(path: Path, still: bool = False) -> Image.Image:
+def load_image(path: Path | Contents, still: bool = False) -> Image.Image:
     """Read an image as `decoded` does, to keep all of it."""
     with decoded(path, still) as image:
         return image
@@ -85,14 +86,14 @@ def load_image(path: Path, still: bool = False) -> Image.Image:
 
 @contextmanager
 def decoded(
-    path: Path, still: bool = False, enough: tuple[int, int] | None = None, over: int = 0
+    path: Path | Contents, still: bool = False, enough: tuple[int, int] | None = None, over: int = 0
 ) -> Iterator[Image.Image]:
     """An image as 8-bit RGB, EXIF orientation applied, 16-bit scaled to 8, transparency over white.
 
     Until it is left, other large images wait to be decoded: make of it what is needed, and let go of it.
 
     Args:
-        path: of the file.
+        path: of the file, or its contents.
         still: whether to refuse files of several frames or pages, whose first would otherwise be taken.
         enough: height and width in pixels of which more are not needed: a JPEG with at least twice as many along both
             sides is decoded at a half, a quarter or an eighth of its size, no smaller than this, which takes much less
@@ -107,7 +108,7 @@ def decoded(
         with open_image(path, still) as image:
             num_pixels = image.width * image.height
             if enough is not None and image.format == "JPEG" and num_pixels > over:
-                height, width = reversed(enough) if _turns_by_a_quarter(image) else enough
+                height, width = reversed(enough) if turns_by_a_quarter(image) else enough
                 image.draft(None, (width, height))
                 if not image.info.get("progressive"):  # which is held whole for decoding
                     num_pixels = image.width * image.height
@@ -127,7 +128,7 @@ def upright(image: Image.Image) -> Image.Image:
 
     An orientation that is damaged or not defined changes nothing. In a PNG it counts where it comes before the pixels.
     """
-    turn = _turn(image)  # before decoding, as for the size
+    turn = turn_of(image)  # before decoding, as for the size
     image.load()
     if turn is not None:
         image = image.transpose(turn)
@@ -135,11 +136,11 @@ def upright(image: Image.Image) -> Image.Image:
     return _to_rgb(image)
 
 
-def read_size(path: Path, still: bool = False) -> tuple[int, int]:
+def read_size(path: Path | Contents, still: bool = False) -> tuple[int, int]:
     """Height and width of an image after rotation, from its header alone; arguments and errors as for `load_image`."""
     with open_image(path, still) as image:
         width, height = image.size
-        return (width, height) if _turns_by_a_quarter(image) else (height, width)
+        return (width, height) if turns_by_a_quarter(image) else (height, width)
 
 
 class _Room:
@@ -204,11 +205,12 @@ def file_stat(path: Path) -> os.stat_result:
 
 
 @contextmanager
-def open_image(path: Path, still: bool = False) -> Iterator[Image.Image]:
+def open_image(path: Path | Contents, still: bool = False) -> Iterator[Image.Image]:
     """An image whose header has been read and found harmless; any error within becomes a BrixelError."""
-    file_stat(path)
+    if isinstance(path, Path):
+        file_stat(path)
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path if isinstance(path, Path) else path.file, formats=FORMATS) as image:
             if not image.width * image.height:
                 raise ValueError("an image without pixels")
             if image.width * image.height > MAX_PIXELS:
@@ -217,6 +219,8 @@ def open_image(path: Path, still: bool = False) -> Iterator[Image.Image]:
             if still and image.format in ANIMATED and getattr(image, "is_animated", False):
                 raise ValueError("animated, or several pages: save the one you want, or give it as a video")
             yield image
+    except UnreachedError:
+        raise
     except Exception as error:  # on damaged files Pillow raises all kinds, struct.error and IndexError among them
         raise BrixelError(f"{_reason(error, path)}: {path}") from error
 
@@ -319,28 +323,6 @@ def describe_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
     return "\n".join(lines + ([f"  and {len(skipped) - limit} more"] if len(skipped) > limit else []))
 
 
-def _orientation(image: Image.Image) -> object:
-    try:
-        # Not the PNG's own method, which decodes the whole image to look for EXIF behind the pixels.
-        return Image.Image.getexif(image).get(ORIENTATION)
-    except Exception:  # a damaged EXIF block: the pixels may be sound
-        return None
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """How the pixels are to be turned to be upright; Pillow turns those of a TIFF itself."""
-    orientation = _orientation(image)
-    return TURNS.get(orientation) if isinstance(orientation, int) and image.format != "TIFF" else None
-
-
-def _turns_by_a_quarter(image: Image.Image) -> bool:
-    """Whether height and width are exchanged between an opened image and the upright one."""
-    quarters = (5, 6, 7, 8)
-    if isinstance(image, TiffImageFile):  # states its upright size, unless the orientation is in its XMP alone
-        return (_orientation(image) in quarters) != (image.tag_v2.get(ORIENTATION) in quarters)
-    return _turn(image) in [TURNS[orientation] for orientation in quarters]
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB, made strip by strip, so that no other copy of the whole image is needed."""
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -385,9 +367,10 @@ def _strip_to_rgb(image: Image.Image, most: float) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, path: Path | Contents) -> str:
     if isinstance(error, UnidentifiedImageError):
-        with path.open("rb") as file:
+        with path.open("rb") if isinstance(path, Path) else nullcontext(path.file) as file:
+            file.seek(0)
             start = file.read(len(HDF5_SIGNATURE))
         if start == HDF5_SIGNATURE:
             return "a file of HDF5, such as a feature file of brixel, not an image"

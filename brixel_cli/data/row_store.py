@@ -1,4 +1,4 @@
-"""Feature maps on disk: HDF5 files created whole, then filled row by row. The only importer of h5py.
+"""Feature maps on disk: HDF5 files created whole, then filled row by row.
 
 All datasets are contiguous and of fixed shape, allocated before the first row is written, and the file's metadata is
 never touched again: it opens with plain h5py at every moment, a kill costs at most the row in flight, and several
@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from brixel_cli.core.files import check_disk, make_folder, open_to_fill, replacing, write_at, writing
 from brixel_cli.core.identity import checksum
+from brixel_cli.data.virtual_rows import PARTS, VirtualColumn, VirtualRows, add_virtual, check_parts, opened
 from brixel_cli.errors import BrixelError
 
 STATUS, REASON, CHECKSUM = "status", "reason", "checksum"
@@ -78,6 +79,7 @@ def create_store(
     description: Mapping[str, Any],
     filled: Mapping[str, Array] | None = None,
     attributes: Mapping[str, str] | None = None,
+    virtual: Mapping[str, VirtualColumn] | None = None,
 ) -> None:
     """Create a file with all rows allocated and none done; it appears under its name only when complete.
 
@@ -88,6 +90,7 @@ def create_store(
         description: what the file holds, JSON-able; stored as the file's attribute `description`.
         filled: datasets whose values are known already; `status` may be among them. Bytes are UTF-8 text.
         attributes: further attributes of the file.
+        virtual: datasets whose rows lie in other files.
 
     Raises:
         BrixelError: it does not fit on the disk, or cannot be written.
@@ -112,6 +115,8 @@ def create_store(
                     file.create_dataset(name, data=array.astype(dtype), dtype=dtype, track_times=False)
                 for name, column in columns.items():
                     _allocate(file, name, column, num_rows)
+                for name, rows in (virtual or {}).items():
+                    add_virtual(file, name, rows)
                 spans = [span for name, column in columns.items() for span in _live_spans(file[name], column)]
         except RuntimeError as error:  # what the disk objects to, in the library's own words
             raise OSError(str(error)) from error
@@ -148,16 +153,6 @@ def _live_spans(dataset: Any, column: Column) -> list[tuple[int, int]]:
     runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
     start = dataset.id.get_offset()
     return [(start + int(run[0]) * column.row_bytes, len(run) * column.row_bytes) for run in runs if len(run)]
-
-
-def _opened(path: Path) -> Any:
-    """The file, read-only and unlocked, so that it can be filled meanwhile."""
-    try:
-        return h5py.File(path, "r", locking=False)
-    except OSError as error:
-        if "locking flag" not in str(error):
-            raise
-        return h5py.File(path, "r")  # this process has it open already, with h5py's default
 
 
 @contextmanager
@@ -227,13 +222,14 @@ class Store:
         self._places: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]] = {}
         self._rows: dict[str, Any] = {}  # by name a view into the map, or, where that cannot be, h5py's dataset
         with reading(path), ExitStack() as stack:
-            file = stack.enter_context(_opened(path))
+            file = stack.enter_context(opened(path))
             self.attributes = {key: str(value) for key, value in file.attrs.items()}
             self.description: dict[str, Any] = json.loads(self.attributes[ATTRIBUTES])
             if not isinstance(self.description, dict):
                 raise ValueError("its description is no JSON object")
             with path.open("rb") as raw:
                 self._map = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+            self._parts = check_parts(path, self.attributes.get(PARTS))
             file.visititems(self._find)
             status = self._rows.get(STATUS)
             if status is None or status.dtype != np.uint8 or len(status.shape) != 1:
@@ -260,7 +256,10 @@ class Store:
             return
         outside = [Path(part[0]) for part in item.external or []]
         folder = self.path.resolve().parent
-        if item.is_virtual or not all(other.resolve().is_relative_to(folder) for other in outside):
+        if item.is_virtual:
+            self._rows[name] = VirtualRows(name, item, self._parts)
+            return
+        if not all(other.resolve().is_relative_to(folder) for other in outside):
             raise ValueError(f"its dataset {name} lies in other files")
         shape, dtype, offset = item.shape, item.dtype, item.id.get_offset()
         if shape is not None and not dtype.hasobject and 0 in shape:
@@ -281,6 +280,9 @@ class Store:
 
     def __len__(self) -> int:
         return len(self._rows[STATUS])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
 
     def __contains__(self, name: str) -> bool:
         return name in self._rows

@@ -331,6 +331,8 @@ def option(world: World, rng: Random, place: Path) -> Case:
         "PROBE": world.probe_recipe,
         "HEAD": world.whole["probe"] / world.head,
     }
+    if arguments[-1] == "--output" and not value.strip("."):
+        value = str(work)  # what lies beside it would be the output
     if "cache.directory=VALUE" in arguments:
         arguments[-1] = f"cache.directory={json.dumps(value)}"
     else:

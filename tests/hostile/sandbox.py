@@ -10,6 +10,8 @@ import codecs
 import concurrent.futures.process  # noqa: F401  # a child without the rights of root may not read it
 import fcntl
 import json
+import multiprocessing.popen_spawn_posix  # the same: a benchmark measures memory in a process of its own
+import multiprocessing.synchronize  # noqa: F401
 import os
 import resource
 import shutil

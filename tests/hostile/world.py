@@ -234,6 +234,7 @@ def pictures_of(folder: Path) -> dict[str, list[int]]:
 
 def copy(source: Path, target: Path) -> Path:
     """A copy of a file or folder, times included."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
         shutil.copytree(source, target)
     else:

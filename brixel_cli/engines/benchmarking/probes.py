@@ -74,7 +74,11 @@ def probes_of(student_sha256: str) -> list[ProbeResult]:
             results = ProbeFolder(file.parent).read()
             for label in results.summary:
                 source = results.sources[label]
-                if isinstance(source, ModelDescription) and source.student_sha256 == student_sha256:
+                if (
+                    isinstance(source, ModelDescription)
+                    and source.kind == "student"
+                    and source.student_sha256 == student_sha256
+                ):
                     found += _main_figures(file.parent, results, label)
     return found
 

@@ -34,7 +34,7 @@ from brixel_cli.engines.extracting.plan import (
     reason_text,
 )
 from brixel_cli.engines.extracting.tiled_images import fill_by_tiles, larger_images, map_strips
-from brixel_cli.engines.extracting.verification import discard_damaged, restore_index
+from brixel_cli.engines.extracting.verification import discard_damaged, fetch_again, restore_index
 from brixel_cli.engines.memory import check_batch
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.reporting import Reporter
@@ -202,6 +202,7 @@ def _open_output(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter)
     else:
         restore_index(plan, reporter)
         check_same(plan, model, Store(plan.store_path), reporter)
+        fetch_again(plan, reporter)
 
 
 def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> None:
@@ -248,7 +249,8 @@ def _compute(
             writer.write(row, {name: _planes(tensor[place]) for name, tensor in tensors.items()})
         spare.append(finished.tensors)
 
-    with WriteBehind[_Finished](write, polite).running() as behind:
+    asked_for = [row for chunk in chunks for row in chunk if status[row] != FAILED]
+    with plan.fetched_ahead(asked_for), WriteBehind[_Finished](write, polite).running() as behind:
         for chunk, loaded in read_ahead(chunks, load, _workers(plan), polite):
             missing = {row for row in chunk if status[row] == MISSING}
             for row, pixels in zip(chunk, loaded, strict=True):
@@ -334,8 +336,8 @@ def _fit_pca(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> 
     sample = [usable[at * len(usable) // min(PCA_SAMPLE, len(usable))] for at in range(min(PCA_SAMPLE, len(usable)))]
     gathered = RunningPca(plan.spec.embed_dim)
     polite = model.runtime.device.type == "cpu"
-    with reporter.bar("principal components", len(sample), unit="image") as bar:
-        whole = [row for row in sample if not plan.is_tiled(row)]
+    whole = [row for row in sample if not plan.is_tiled(row)]
+    with plan.fetched_ahead(whole), reporter.bar("principal components", len(sample), unit="image") as bar:
         for _, loaded in read_ahead([[row] for row in whole], lambda row: _load(plan, row), _workers(plan), polite):
             if not isinstance(loaded[0], str):
                 gathered.add(model.maps(_stack(loaded))[0])

@@ -8,11 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
+
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.shard import PART, UNFINISHED, Shard
 from brixel_cli.core.files import writing
 from brixel_cli.data.row_store import DONE, FAILED, MISSING, REASON, Store
-from brixel_cli.errors import BrixelError, UsageError
+from brixel_cli.errors import UNREACHED, BrixelError, UsageError
 
 ASKED = "asked"
 """Key of a part's description: the words of the command that computes it, without output and shard."""
@@ -104,6 +106,9 @@ def completed(options: ExtractOptions) -> Extracted | None:
     if store.description.get(ASKED) != asked_words(options) or store.damaged or (status == MISSING).any():
         return None
     reasons, paths = store.array(REASON), store.array("paths")
+    unreached = np.char.startswith(reasons, UNREACHED.encode()) & (store.array("model_size")[:, 0] > 0)
+    if (unreached & (status == FAILED)).any():
+        return None  # these are tried again
     failures = {
         bytes(paths[row]).decode(): bytes(reasons[row]).decode(errors="replace")
         for row in (status == FAILED).nonzero()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +20,9 @@ from brixel_cli.core.identity import files_sha256
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_index import INDEX_NAME, REASON_BYTES
 from brixel_cli.data.feature_layout import Layout, text_array
-from brixel_cli.data.inputs import (
-    Inputs,
-    default_output,
-    describe_unreadable,
-    describe_videos,
-    find_inputs,
-    none_usable,
-)
+from brixel_cli.data.inputs import Inputs, describe_unreadable, find_inputs, none_usable
+from brixel_cli.data.references import KINDS, default_output, describe_passed_over
+from brixel_cli.data.remote import Place
 from brixel_cli.data.resizing import Resizing, snap
 from brixel_cli.data.row_store import CHECKSUM, FAILED, MISSING, REASON, Array, Store, rows_by_size
 from brixel_cli.engines.default_student import default_student
@@ -194,15 +190,20 @@ class ExtractPlan:
         if self.inputs.unreadable:
             reporter.warn(describe_unreadable(self.inputs.unreadable))
         if self.inputs.passed_over:
-            reporter.say(describe_videos(self.inputs.passed_over))
+            reporter.say(describe_passed_over(self.inputs.passed_over))
 
     def digests(self, reporter: Reporter) -> list[str]:
-        """SHA-256 (hex) of each row's file; empty where nothing of it can be used."""
+        """SHA-256 (hex) of each row's file, of a remote one its version; empty where nothing of it can be used."""
         items = self.inputs.items
-        paths = list(dict.fromkeys(item.path for item in items if not item.reason))  # a video has many rows
+        local = [item.path for item in items if isinstance(item.path, Path) and not item.reason]
+        paths = list(dict.fromkeys(local))  # a video has many rows, and so has a tar
         with reporter.bar("reading contents", len(paths), unit="file") as bar:
-            known = dict(zip(paths, files_sha256(paths, bar.update), strict=True))
-        return [known.get(item.path, "") for item in items]
+            known: dict[Place, str] = dict(zip(paths, files_sha256(paths, bar.update), strict=True))
+        return [known.get(item.path, item.version) for item in items]
+
+    def fetched_ahead(self, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """Within, what these rows need from elsewhere comes before it is asked for, in this order."""
+        return self.inputs.fetched_ahead([self.inputs.items[row] for row in rows])
 
     def pixels(self, row: int, resizing: Resizing | None = None) -> Tensor:
         """Pixels (3, H, W), uint8, of a row's image as the model sees it, or resized otherwise.
@@ -269,7 +270,7 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
         BrixelError: the checkpoint cannot be read, or no image at all can be used.
     """
     if not options.inputs:
-        raise UsageError("--input is missing: a folder, an image, a video, a quoted glob, or a .txt list of paths.")
+        raise UsageError(f"--input is missing: {KINDS}.")
     spec = model_of(options, reporter)
     if options.storage == "parquet":
         require("parquet", "--format parquet")
@@ -291,7 +292,15 @@ def make_plan(options: ExtractOptions, reporter: Reporter) -> ExtractPlan:
         check_split(output, options.shard)
         output = options.shard.path(output)
     with reporter.bar("reading headers", total=0, unit="image") as bar:
-        inputs = find_inputs(options.inputs, options.every, [preview_folder(output)], bar.update, options.shard)
+        inputs = find_inputs(
+            options.inputs,
+            options.every,
+            [preview_folder(output)],
+            bar.update,
+            options.column,
+            options.allow_urls,
+            options.shard,
+        )
     model_sizes: list[tuple[int, int] | None] = []
     reasons, snaps = [], []
     for item in inputs.items:

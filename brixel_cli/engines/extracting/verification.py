@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.row_store import DONE, FAILED, MISSING, REASON, STATUS, Store
 from brixel_cli.engines.extracting.plan import ExtractPlan, reason_text
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.streams import num_workers, read_ahead
-from brixel_cli.errors import BrixelError
+from brixel_cli.errors import UNREACHED, BrixelError
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,19 @@ def restore_index(plan: ExtractPlan, reporter: Reporter) -> None:
         store.flush()
         if restored:
             reporter.warn(f"{plan.store_path}: the damaged datasets {', '.join(restored)} were restored")
+
+
+def fetch_again(plan: ExtractPlan, reporter: Reporter) -> None:
+    """Mark rows as missing that failed because their bytes did not come, so that they are tried again."""
+    store = Store(plan.store_path)
+    failed = np.flatnonzero((store.status == FAILED) & np.char.startswith(store.array(REASON), UNREACHED.encode()))
+    unreached = [row for row in failed.tolist() if not plan.reasons[row]]
+    if unreached:
+        store = Store(plan.store_path, writable=[STATUS])
+        for row in unreached:
+            store.mark(row, MISSING)
+        store.flush()
+        reporter.say(f"{len(unreached)} images that were not fetched are tried again")
 
 
 def discard_damaged(plan: ExtractPlan, store: Store, rows: Sequence[int], reporter: Reporter, thorough: bool) -> None:

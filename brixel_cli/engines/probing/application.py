@@ -28,13 +28,13 @@ from brixel_cli.data.feature_layout import picture_names
 from brixel_cli.data.inputs import (
     Inputs,
     Item,
-    default_output,
     describe_unreadable,
     find_inputs,
     none_usable,
     reason_of,
 )
 from brixel_cli.data.predictions import DEPTH_UNITS, DESCRIPTION
+from brixel_cli.data.references import default_output
 from brixel_cli.data.resizing import Resizing
 from brixel_cli.data.row_store import Array
 from brixel_cli.drawing.predictions import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,11 +14,22 @@ from brixel_cli.config.labelled import IGNORE
 from brixel_cli.core.files import clear_partials
 from brixel_cli.core.formatting import human_bytes, human_size
 from brixel_cli.core.heads import QUANTITIES
+from brixel_cli.core.identity import checksum
 from brixel_cli.data.crops import Crop, cut_image, cut_map, cut_target
-from brixel_cli.data.feature_layout import Grid, MapWriter, encode
+from brixel_cli.data.feature_layout import Grid, Layout, MapWriter, encode
 from brixel_cli.data.images import LARGE_PIXELS, decoded
 from brixel_cli.data.labelled import LabelledSet, Sample, all_errors
-from brixel_cli.data.row_store import DONE, Array, Store, create_store, in_batches, positions_within_size, rows_by_size
+from brixel_cli.data.row_store import (
+    CHECKSUM,
+    DONE,
+    MISSING,
+    Array,
+    Store,
+    create_store,
+    in_batches,
+    positions_within_size,
+    rows_by_size,
+)
 from brixel_cli.engines.memory import check_batch
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.probing.plan import (
@@ -154,11 +165,16 @@ def open_maps(source_plan: SourcePlan, split: SplitPlan) -> Maps:
 
 
 def _fill_targets(split: SplitPlan, task: str, reporter: Reporter) -> None:
-    store = _opened(split.targets)
+    at = positions_within_size(split.target_sizes)
+
+    def places(row: int) -> dict[str, int]:
+        size = human_size(split.target_sizes[row])
+        return {f"{quantity}/{size}": at[row] for quantity in QUANTITIES[task]}
+
+    store = _opened(split.targets, places, reporter)
     missing = {int(row) for row in store.missing}
     if not missing:
         return
-    places = positions_within_size(split.target_sizes)
     rows_of_image = [[row] for row in range(len(split.labelled))] if split.slides else split.positions
     images = [image for image, rows in enumerate(rows_of_image) if missing & set(rows)]
 
@@ -178,9 +194,9 @@ def _fill_targets(split: SplitPlan, task: str, reporter: Reporter) -> None:
                 errors.append(str(cut))
                 continue
             for row, values in zip(rows, cut, strict=True):
-                for quantity, value in values.items():
-                    store.put(f"{quantity}/{human_size(split.target_sizes[row])}", places[row], value)
-                store.mark(row, DONE)
+                named = zip(places(row), values.values(), strict=True)
+                stored = {name: np.asarray(value, store.kind(name)[1]) for name, value in named}
+                store.write(row, stored, places(row))
             bar.update(len(rows))
     store.flush()
     if errors:
@@ -210,30 +226,36 @@ def _fill_maps(source_plan: SourcePlan, runtime: Runtime, reporter: Reporter) ->
     source = source_plan.source
     if not isinstance(source, ModelSource):
         return
-    splits = [split for split in source_plan.splits if split.maps is not None]
-    stores = [_opened(split.maps) for split in splits if split.maps is not None]
-    if not any(len(store.missing) for store in stores):
+    stores = []
+    for split in source_plan.splits:
+        if split.maps is not None and (layout := split.layout) is not None:
+            stores.append((split, layout, _opened(split.maps, _places(layout), reporter)))
+    if not any(len(store.missing) for _, _, store in stores):
         return
     model = source.load(runtime, reporter)
-    for split, store in zip(splits, stores, strict=True):
-        missing = [int(row) for row in store.missing]
+    for split, layout, store in stores:
+        missing = {int(row) for row in store.missing}
+        writer = MapWriter(store, layout)
         with reporter.bar(f"{source.label}, {split.split}", len(store), len(store) - len(missing), "crop") as bar:
             for chunk, maps in _computed(model, split, missing):
-                _write(split, store, chunk, maps)
-                bar.update(len(chunk))
+                for position, map_ in zip(chunk, maps, strict=True):
+                    writer.write(position, {"features": map_})
+                bar.update(len(missing.intersection(chunk)))
         store.flush()
 
 
 def _computed(
-    model: FeatureExtractor, split: SplitPlan, missing: Sequence[int]
+    model: FeatureExtractor, split: SplitPlan, missing: Collection[int]
 ) -> Iterator[tuple[Sequence[int], Array]]:
-    """Maps of the missing crops, batch by batch of one size."""
-    rows_of_size = rows_by_size(missing, lambda position: model.spec.input_size(split.crops[position].size))
+    """Maps of all batches in which a crop is missing; the same batches for any crops, so that the bits are the same."""
+    if not missing:
+        return
+    rows_of_size = rows_by_size(range(len(split.crops)), lambda at: model.spec.input_size(split.crops[at].size))
     counts = {size: len(rows) for size, rows in rows_of_size.items()}
-    if missing:
-        check_batch(model, counts, None)
-    batch_sizes = model.batch_sizes(counts, None) if missing else {}
+    check_batch(model, counts, None)
+    batch_sizes = model.batch_sizes(counts, None)
     chunks = [chunk for size, rows in rows_of_size.items() for chunk in in_batches(rows, batch_sizes[size])]
+    chunks = [chunk for chunk in chunks if any(row in missing for row in chunk)]
     polite = model.runtime.device.type == "cpu"
     load = image_loader(split.labelled, split.crops, model.spec.input_size)
     for chunk, pixels in read_ahead(chunks, load, num_workers(), polite):
@@ -260,14 +282,32 @@ def image_loader(
     return load
 
 
-def _write(split: SplitPlan, store: Store, chunk: Sequence[int], maps: Array) -> None:
-    assert split.layout is not None
-    writer = MapWriter(store, split.layout)
-    for position, map_ in zip(chunk, maps, strict=True):
-        writer.write(position, {"features": map_})
+def _places(layout: Layout) -> Callable[[int], Mapping[str, int]]:
+    return lambda row: dict([layout.dataset("features", row)])
 
 
-def _opened(part: StoredPart) -> Store:
+def _opened(part: StoredPart, places: Callable[[int], Mapping[str, int]], reporter: Reporter) -> Store:
+    """A store of the feature folder, to be filled; its rows that have changed since they were written are missing.
+
+    Args:
+        part: what it holds.
+        places: by dataset, where a row's values are.
+        reporter: hears of rows that have changed.
+    """
     if not part.path.exists():
-        create_store(part.path, part.num_rows, part.columns, part.description)
-    return Store(part.path, writable=True)
+        sums = {CHECKSUM: np.zeros(part.num_rows, np.uint32)}
+        create_store(part.path, part.num_rows, part.columns, part.description, sums)
+    store = Store(part.path, writable=True)
+    if CHECKSUM not in store:  # an older version wrote it
+        return store
+    sums_of_rows = store.array(CHECKSUM)
+    changed = [
+        row
+        for row in np.flatnonzero(store.status == DONE).tolist()
+        if checksum(*(store.array(name)[place] for name, place in places(row).items())) != sums_of_rows[row]
+    ]
+    for row in changed:
+        store.mark(row, MISSING)
+    if changed:
+        reporter.warn(f"{part.path}: {len(changed)} rows have changed since they were written; they are computed again")
+    return store

@@ -107,7 +107,10 @@ class ProbeFolder:
             return {self.images(label, seed): lambda _: self._check_items(run)}
 
         def check_curve(_: Path) -> None:
-            if self.read_curve(label, seed)[-1]["loss"] != run.final_loss:
+            points = self.read_curve(label, seed)
+            if any(type(point[key]) not in (int, float) for point in points for key in ("step", "loss")):
+                raise ValueError("a point of it is no step with a loss")
+            if points[-1]["loss"] != run.final_loss:
                 raise ValueError("it does not end with the loss of results.json")
 
         def check_images(_: Path) -> None:
@@ -117,7 +120,7 @@ class ProbeFolder:
 
         checks: dict[Path, Callable[[Path], object]] = {self.images(label, seed): check_images}
         kind = results.sources[label].kind
-        if kind != "predictions":  # for which nothing was trained
+        if kind not in ("predictions", "transfer"):  # for which nothing was trained
             checks[self.curve(label, seed)] = check_curve
             network = kind in ("finetuned", "unet")
             checks |= {self.network(label, seed): load_tensors} if network else {self.head(label, seed): load_head}

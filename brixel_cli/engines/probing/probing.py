@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from brixel_cli.config.probe import ProbeOptions
@@ -29,6 +29,7 @@ from brixel_cli.engines.probing.results import (
 )
 from brixel_cli.engines.probing.runs import describe, predictor, run_source, versions
 from brixel_cli.engines.probing.sources import PredictionSource, resolve_sources
+from brixel_cli.engines.probing.transfer import run_transfer, transfers
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import UsageError
@@ -72,6 +73,8 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
     options = plan.options
     folder = ProbeFolder(options.output)
     settings, described = _settings(plan, runtime), {item.source.label: describe(item) for item in plan.sources}
+    for label, item in transfers(plan).items():
+        described[label] = replace(described[item.source.label], kind="transfer")  # type: ignore[arg-type]
     runs = folder.begin(settings, described, options.overwrite)
     done = {(run.source, run.seed) for run in runs}
     if folder.results.exists():
@@ -86,8 +89,10 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
     missing = [(item, seed) for item, seed in wanted if (item.source.label, seed) not in done]
     again = wanted if options.save_predictions else []
     unsaved = [pair for pair in again if pair in missing or not _saved(folder, plan, *pair)]
+    applied = [(label, item, seed) for label, item in transfers(plan).items() for seed in range(options.seeds)
+               if (label, seed) not in done]  # fmt: skip
     redraw = bool(missing) or folder.damaged_pictures()
-    if redraw or unsaved:
+    if redraw or applied or unsaved:
         prepare(plan, runtime, reporter)
     frozen = FrozenTask(plan, folder, runtime, reporter, versions)
     for item in plan.sources:
@@ -101,6 +106,9 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
             for run in trained:
                 runs.append(run)
                 folder.write(_results(options, settings, described, runs, folder))
+    for label, item, seed in applied:
+        runs.append(run_transfer(plan, label, item, seed, folder, runtime, reporter, versions()))
+        folder.write(_results(options, settings, described, runs, folder))
     for item, seed in unsaved:
         label, split = item.source.label, item.evaluate
         with reporter.bar(f"{label}, seed {seed}, predictions", len(split.labelled), unit="image") as bar:

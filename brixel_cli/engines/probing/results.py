@@ -34,7 +34,7 @@ class ModelDescription:
     """A source that computed its features here.
 
     Attributes:
-        kind, source: which source it is, and which model.
+        kind, source: which source it is, and which model; `transfer`: with the head of the plain backbone.
         backbone, backbone_weights, backbone_sha256: timm name of the backbone, and its weights.
         checkpoint, student_sha256, student_step: of the student; None for the other sources.
         factor: output grid over token grid of the student; the teacher's input over the student's.
@@ -45,7 +45,7 @@ class ModelDescription:
         scale: of the backbone at equal cost: its input over the student's, as measured; else 1.
     """
 
-    kind: Literal["backbone", "equal_cost", "student", "teacher"]
+    kind: Literal["backbone", "equal_cost", "student", "teacher", "transfer"]
     source: Literal["backbone", "student", "teacher"]
     backbone: str
     backbone_weights: str
@@ -361,7 +361,7 @@ def gaps_of(
             if not isinstance(value, list) and all(name in summary[end].mean for end in ends)
         }
         for label, entry in summary.items()
-        if sources[label].kind in ("equal_cost", "student", "file")
+        if sources[label].kind in ("equal_cost", "student", "transfer", "file")
     }
 
 
