@@ -20,9 +20,9 @@ from brixel_cli.errors import UsageError
 
 # isort: off
 from brixel_cli.cli.options import ABLATION, COMPUTE, HEAD, INPUT, MEASURE, MODEL, OUTPUT, RECIPE, SHIPPED, STUDENT
-from brixel_cli.cli.options import Arithmetic, Backbone, Copy, CopyRecipe, DryRun, Join, Json
-from brixel_cli.cli.options import ListRecipes, OfShard, OldRes, Quiet, Set, LabelFraction, Predictions
-from brixel_cli.cli.options import SavePredictions, Sources, Weights, Where
+from brixel_cli.cli.options import Arithmetic, Backbone, Baselines, Copy, CopyRecipe, DryRun, Join, Json, LabelFraction
+from brixel_cli.cli.options import ListRecipes, OfShard, OldRes, Predictions, ProtocolName, Quiet, SavePredictions, Set
+from brixel_cli.cli.options import Sources, Weights, Where
 from brixel_cli.cli.options import flag as _flag
 from brixel_cli.cli.options import option as _option
 # isort: on
@@ -201,10 +201,7 @@ def probe(
         list[str] | None,
         _option(RECIPE, "Override a value, also protocol.KEY; can be repeated.", "--set", metavar="KEY=VALUE"),
     ] = None,
-    protocol: Annotated[
-        str | None,
-        _option(RECIPE, "quick, jafar, brixel, dinov3-ade, dinov3-nyu, brixel-nyu or normals. Default: by the recipe."),
-    ] = None,
+    protocol: ProtocolName = None,
     quick: Annotated[bool, _flag(RECIPE, "As --protocol quick, which takes minutes.", "--quick")] = False,
     list_recipes: ListRecipes = False,
     copy_recipe: CopyRecipe = None,
@@ -215,6 +212,7 @@ def probe(
     size: OldRes = None,
     checkpoint: Annotated[list[str] | None, _option(MODEL, f"Student; can be repeated: {STUDENT} {SHIPPED}")] = None,
     source: Sources = None,
+    baseline: Baselines = None,
     predictions: Predictions = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
@@ -264,7 +262,8 @@ def probe(
         if apply is not None:
             others = {"--recipe": recipe, "--task": task, "--data": data, "--source": source, "--res": res or size,
                       "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
-                      "--dry-run": dry_run, "--transfer": transfer, "--predictions": predictions}  # fmt: skip
+                      "--baseline": baseline, "--dry-run": dry_run, "--transfer": transfer,
+                      "--predictions": predictions}  # fmt: skip
             check_apply(others, checkpoint or [])
             run_apply(ApplyOptions(apply, input_ or [], output, checkpoint[0] if checkpoint else None, backbone_weights,
                                    device, precision, overwrite), as_json)  # fmt: skip
@@ -275,7 +274,7 @@ def probe(
             recipe, task=task, data=data, protocol=protocol, quick=quick, size=res or size,
             overrides=set_ or [], output=output, features=features, sources=source or [], predictions=predictions or [],
             checkpoints=checkpoint or [], backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
-            device=device, precision=precision, overwrite=overwrite, transfer=transfer,
+            device=device, precision=precision, overwrite=overwrite, transfer=transfer, baselines=baseline or [],
             label_fraction=label_fraction, save_predictions=save_predictions,
         )  # fmt: skip
         run_probe(options, per_class, dry_run, as_json)
@@ -295,9 +294,7 @@ def benchmark(
     ] = None,
     checkpoint: Annotated[str | None, _option(MODEL, f"One student: {STUDENT}")] = None,
     backbone_weights: Weights = None,
-    baseline: Annotated[
-        list[str] | None, _option(MODEL, "Your own upsampler as a row; can be repeated.", metavar="FILE.py:FUNCTION")
-    ] = None,
+    baseline: Baselines = None,
     res: Annotated[
         str | None,
         _option(INPUT, "Inputs of the student in pixels: 112, 96x128, 84,112,168 or 128..512. Default: as trained."),

@@ -98,6 +98,7 @@ def test_engines_outside_the_packages_serve_all_of_them() -> None:
     shared = {path.stem: imported(path) for path in (PACKAGE / "engines").glob("*.py")}
     assert set(shared) == {
         "__init__",
+        "baselines",
         "default_student",
         "equal_cost",
         "latency",

@@ -43,8 +43,14 @@ def test_the_table_has_a_row_for_each_source_and_the_recovered_gap(command: list
     assert lines[0] == ("mine: segmentation, protocol quick (changed: points=64, steps=3), student's input 32 px")
     for row in ("backbone", "student", "teacher", "recovered gap"):
         assert any(row in line for line in lines), row
-    teacher = next(line for line in lines if "teacher" in line and "8x12" in line)
-    assert teacher.count("+-") == 3
+    titles = [title.strip() for title in lines[2].strip("┃").split("┃")]
+    assert titles == ["source", "sees", "GFLOP", "time", "mIoU (%)", "boundary IoU (%)"]
+    teacher = next(line for line in lines if "teacher" in line and "128x192" in line)
+    assert teacher.count("+-") == 2
+    assert any("teacher" in line and "8x12" in line and line.count("+-") == 1 for line in lines)  # pixel accuracy
+    assert (
+        "Sees: the largest image that the source is given. GFLOP and time are of its whole pass over one image" in out
+    )
     assert "Trained on 6 images, evaluated on 4. Mean and standard deviation over seeds 0, 1." in out
     assert (
         "Recovered gap: (source - backbone) / (teacher - backbone), of the means; +-: standard deviation, propagated."

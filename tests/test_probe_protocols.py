@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from brixel_cli.config.files import with_overrides
 from brixel_cli.config.protocols import PROTOCOLS, differences, printed_name, published
@@ -14,6 +15,7 @@ from brixel_cli.errors import UsageError
 # The table of docs/PROBE.md: side, head, BatchNorm, rate, weight decay, batch, steps, epochs, schedule.
 TABLE = {
     "jafar": (448, "linear", False, 5e-4, 1e-5, 2, None, 20, "cosine"),
+    "jafar-published": (448, "linear", False, 5e-4, 1e-5, 2, None, 20, "cosine"),
     "dinov3-ade": (512, "linear", True, 1e-3, 1e-3, 16, 40_000, None, "linear"),
     "dinov3-nyu": ([416, 544], "linear", True, 3e-4, 1e-4, 16, 38_400, None, "linear"),
     "brixel": (256, "linear", False, 1e-3, 0.01, 16, None, 20, "constant"),
@@ -32,7 +34,7 @@ def test_a_name_means_what_is_published(name: str) -> None:
 
 
 def test_no_other_protocols_are_there() -> None:
-    assert set(PROTOCOLS) == set(TABLE)
+    assert set(PROTOCOLS) == set(TABLE) | {"propagation", "matching"}  # which train nothing
 
 
 def test_further_rules_of_single_protocols() -> None:
@@ -44,7 +46,28 @@ def test_further_rules_of_single_protocols() -> None:
     assert not PROTOCOLS["dinov3-nyu"].align
     nyu = PROTOCOLS["brixel-nyu"]
     assert (nyu.depth_loss, nyu.gradient_weight, nyu.align) == ("silog", 0, True)
-    assert all(p.evaluate_labels is None for name, p in PROTOCOLS.items() if name != "jafar")
+    assert all(p.evaluate_labels is None for name, p in PROTOCOLS.items() if name in TABLE and "jafar" not in name)
+
+
+def test_the_published_code_of_jafar_steps_its_cosine_of_20_epochs_once_an_update() -> None:
+    published, rerun = PROTOCOLS["jafar-published"], PROTOCOLS["jafar"]
+    assert published.model_copy(update={"name": "jafar", "cosine_steps": None}) == rerun
+    # Half a cosine in 20 steps: all of the rate, half of it, none; then back.
+    rates = [published.learning_rate(step, 1000) for step in (0, 10, 20, 30, 40, 60)]
+    assert rates == pytest.approx([5e-4, 2.5e-4, 0, 2.5e-4, 5e-4, 0], abs=1e-12)
+    assert rerun.learning_rate(500, 1000) == pytest.approx(2.5e-4)
+    # The same as torch's scheduler, which the published code uses.
+    optimiser = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=5e-4)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=20)
+    for step in range(100):
+        assert published.learning_rate(step, 1000) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
+        optimiser.step()
+        scheduler.step()
+
+
+def test_a_cosine_of_some_steps_needs_the_schedule_cosine() -> None:
+    with pytest.raises(UsageError, match="protocol.cosine_steps is for schedule cosine without warm-up"):
+        with_overrides(PROTOCOLS["brixel"], ["cosine_steps=20"], "protocol brixel")
 
 
 def test_data_sets_with_rules_of_their_own() -> None:

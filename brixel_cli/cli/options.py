@@ -52,6 +52,15 @@ Sources = Annotated[
         "the student), student, teacher, finetuned or unet:ENCODER (trained end to end; with @teacher at its input), "
         "or a feature file (.h5); can be repeated. Default: the first four."),
 ]  # fmt: skip
+Baselines = Annotated[
+    list[str] | None,
+    option(MODEL, "Your own upsampler as a row; can be repeated.", "--baseline", metavar="FILE.py:FUNCTION"),
+]
+ProtocolName = Annotated[
+    str | None,
+    option(RECIPE, "quick, jafar, jafar-published, brixel, dinov3-ade, dinov3-nyu, brixel-nyu or normals. Default: by "
+        "the recipe.", "--protocol"),
+]  # fmt: skip
 Predictions = Annotated[
     list[str] | None, option(MODEL, "Predictions of any model, as files; can be repeated.", metavar="NAME=DIR")
 ]

@@ -25,28 +25,30 @@ from brixel_cli.config.probe import OUTPUT, ApplyOptions, PredictionsConfig, Pro
 from brixel_cli.config.protocols import PROTOCOLS, AnyProtocol, published
 from brixel_cli.config.section import Side
 from brixel_cli.config.supervised import SupervisedConfig
-from brixel_cli.core.formatting import human_bytes, human_count, human_percent, human_seconds
+from brixel_cli.core.formatting import human_bytes, human_count, human_percent, human_seconds, human_size
 from brixel_cli.core.metric_titles import figure_text, figure_title, gap_text
 from brixel_cli.errors import BrixelError, UsageError
 
 if TYPE_CHECKING:
     from brixel_cli.engines.probing.plan import ProbePlan
     from brixel_cli.engines.probing.probing import Probed
-    from brixel_cli.engines.probing.results import ProbeResults, SourceDescription, Summary
+    from brixel_cli.engines.probing.results import PassCost, ProbeResults, SourceDescription, Summary
 
 PREFIXES = PROTOCOL, PREDICTED, SUPERVISED = "protocol.", "predictions.", "supervised."
 """Of values of --set that do not belong to the recipe."""
 TABLES = (
-    ("miou", "boundary_iou", "pixel_accuracy"),
-    ("rmse_m", "abs_rel", "silog"),
-    ("delta1", "delta2", "delta3"),
+    ("miou", "boundary_iou"),
+    ("pixel_accuracy",),
+    ("rmse_m", "abs_rel"),
+    ("silog", "delta1", "delta2", "delta3"),
     ("mean_angle_deg", "median_angle_deg"),
     ("within_11.25", "within_22.5", "within_30"),
     ("pck_1", "pck_2", "pck_5"),
     ("jf_mean", "j_mean", "f_mean"),
     ("j_recall", "f_recall", "j_decay", "f_decay"),
 )
-"""Metrics that stand in one table: no more than fit beside one another in 80 columns."""
+"""Metrics that stand in one table, the main ones of a task beside the cost of a pass: what fits into 80 columns."""
+COST_COLUMNS = ("sees", "GFLOP", "time")
 RECOVERED_TITLE = "recovered gap"
 BY_GROUP = {
     "segmentation": ("class", {"class_iou": "IoU", "class_boundary_iou": "Boundary IoU"}),
@@ -80,6 +82,7 @@ def probe_options(
     device: Device = "auto",
     precision: Precision = "auto",
     overwrite: bool = False,
+    baselines: Sequence[str] = (),
     label_fraction: float = 1.0,
     save_predictions: bool = False,
     transfer: bool = False,
@@ -113,6 +116,7 @@ def probe_options(
         recipe=loaded, protocol=rules, output=folder, features=stored, sources=tuple(sources),
         checkpoints=tuple(checkpoints), backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
         device=device, precision=precision, overwrite=overwrite, transfer=transfer,
+        baselines=tuple(baselines),
         predictions=_named_folders(predictions),
         predicted=with_overrides(PredictionsConfig(), _of(PREDICTED, overrides), "predictions"),
         supervised=with_overrides(SupervisedConfig(), _of(SUPERVISED, overrides), "supervised"),
@@ -267,6 +271,8 @@ def _show_plan(plan: ProbePlan, as_json: bool) -> None:
 
 
 def _show_results(done: Probed, per_class: bool) -> None:
+    from brixel_cli.core.probe_metrics import LEADING  # with torch, which is loaded by now
+
     results, settings, summary = done.results, done.results.settings, done.results.summary
     align = settings.protocol_settings.align
     present = set().union(*(entry.mean for entry in summary.values()))
@@ -296,18 +302,24 @@ def _show_results(done: Probed, per_class: bool) -> None:
             if "train" in settings.data
             else "+-: standard error. -: the teacher is not better than the backbone by two of them."
         )
+    if results.costs:
+        notes.append(
+            "Sees: the largest image that the source is given. GFLOP and time are of its whole pass over one image, "
+            f"median of interleaved rounds ({settings.device}, {settings.precision})."
+        )
     if "train" in settings.data and len(results.seeds) < 3:
         notes.append("Fewer than three seeds: the spread says little.")
     title = _title(settings.recipe, settings.task, settings.protocol, settings.size)
     for names in filter(None, groups):
-        columns = ["source", "grid", *(figure_title(name, align) for name in names)]
-        rows = [[label, _grid(results.sources[label]),
+        leading = not set(names).isdisjoint(LEADING.values())
+        columns = ["source", *(COST_COLUMNS if leading else ["grid"]), *(figure_title(name, align) for name in names)]
+        rows = [[label, *(_cost(results.costs.get(label)) if leading else [_grid(results.sources[label])]),
                  *(figure_text(name, entry.mean_of(name), entry.spread.get(name)) for name in names)]
                 for label, entry in summary.items()]  # fmt: skip
         for label, shares in results.recovered_gap.items():
             spreads = results.gap_spread.get(label, {})
             only = len(results.recovered_gap) == 1
-            rows.append([RECOVERED_TITLE if only else f"{RECOVERED_TITLE}, {label}", "",
+            rows.append([RECOVERED_TITLE if only else f"{RECOVERED_TITLE}, {label}", *([""] * (3 if leading else 1)),
                          *(gap_text(shares.get(name), spreads.get(name)) for name in names)])  # fmt: skip
         print_table(title, columns, rows)
     _show_efforts(results)
@@ -347,6 +359,10 @@ def _show_classes(task: str, classes: Sequence[str], summary: Mapping[str, Summa
 def _title(recipe: str, task: str, protocol: str, size: Side) -> str:
     side = size if isinstance(size, int) else "x".join(map(str, size))
     return f"{recipe}: {task.replace('_', ' and ')}, protocol {protocol}, student's input {side} px"
+
+
+def _cost(cost: PassCost | None) -> list[str]:
+    return [human_size(cost.input), f"{cost.gflop:,.1f}", human_seconds(cost.seconds)] if cost else ["-"] * 3
 
 
 def _grid(source: SourceDescription) -> str:

@@ -66,6 +66,7 @@ class ProbeOptions:
     transfer: bool = False
     predictions: Sequence[tuple[str, Path]] = ()
     predicted: PredictionsConfig = field(default_factory=PredictionsConfig)
+    baselines: Sequence[str] = ()
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
     label_fraction: float = 1.0
     save_predictions: bool = False

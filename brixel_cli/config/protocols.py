@@ -74,6 +74,9 @@ class Protocol(Section):
     """Passes over the training images; give this or `steps`."""
     schedule: Literal["cosine", "linear", "constant"]
     """How the rate goes from its peak to zero after the warm-up; or not at all."""
+    cosine_steps: PositiveInt | None = None
+    """Steps in which a cosine goes from the peak to zero; as many follow in which it goes back, and so on. null: those
+    of the whole training, once."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the rate rises linearly from zero; at most a tenth of the training is used."""
     align: bool = False
@@ -83,6 +86,8 @@ class Protocol(Section):
     def _consistent(self) -> Protocol:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of protocol.steps and protocol.epochs")
+        if self.cosine_steps is not None and (self.schedule != "cosine" or self.warmup_steps):
+            raise ValueError("protocol.cosine_steps is for schedule cosine without warm-up")
         if self.points and self.gradient_weight and "depth" in self.tasks:
             raise ValueError("protocol.points leaves no neighbours to compare: set protocol.gradient_weight=0")
         if self.train.kind == "random" and self.train_labels is None:
@@ -112,6 +117,8 @@ class Protocol(Section):
 
     def learning_rate(self, step: int, total: int) -> float:
         """Rate of a step, from 0 to total - 1."""
+        if self.cosine_steps is not None:
+            return scheduled_rate("cosine", self.lr, step, self.cosine_steps, 0)
         return scheduled_rate(self.schedule, self.lr, step, total, self.warmup_steps)
 
 
@@ -188,6 +195,12 @@ AnyProtocol = Protocol | MatchingProtocol | PropagationProtocol
 
 _WHOLE = CropConfig(kind="whole")
 _CENTRE = CropConfig(kind="centre")
+_JAFAR = Protocol(
+    name="jafar", tasks=["segmentation"], side=448,
+    train=CropConfig(kind="centre", flip=True), train_labels=448,
+    evaluate=_CENTRE, evaluate_labels=448, batch_norm=False,
+    lr=5e-4, weight_decay=1e-5, batch_size=2, epochs=20, schedule="cosine",
+)  # fmt: skip
 _NYU_SCALE = [480 / 416, 480 / 416]
 """NYUv2 has 480x640 pixels: crops of 416x544 are taken, and whole images evaluated, at that size."""
 _NYU_CROPS = CropConfig(kind="random", per_image=4, scale=_NYU_SCALE)
@@ -196,12 +209,8 @@ _NYU_WHOLE = CropConfig(kind="whole", scale=_NYU_SCALE)
 PROTOCOLS: dict[str, AnyProtocol] = {
     protocol.name: protocol
     for protocol in (
-        Protocol(
-            name="jafar", tasks=["segmentation"], side=448,
-            train=CropConfig(kind="centre", flip=True), train_labels=448,
-            evaluate=_CENTRE, evaluate_labels=448, batch_norm=False,
-            lr=5e-4, weight_decay=1e-5, batch_size=2, epochs=20, schedule="cosine",
-        ),
+        _JAFAR,
+        _JAFAR.model_copy(update={"name": "jafar-published", "cosine_steps": 20}),
         Protocol(
             name="dinov3-ade", tasks=["segmentation"], side=512,
             train=CropConfig(kind="random", per_image=4, scale=[0.5, 2.0]), train_labels=512,

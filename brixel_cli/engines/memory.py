@@ -22,14 +22,14 @@ def check_batch(model: FeatureExtractor, sizes: Mapping[tuple[int, int], int], b
     On a GPU a single image is counted: batches are halved until they fit, which a CPU's system does not allow.
 
     Args:
-        model: that computes them.
+        model: that computes them; that of a baseline is not counted.
         sizes: number of images of each size of the model's input, (height, width) in pixels.
         batch_size: as asked for; None: by memory.
 
     Raises:
         BrixelError: it does not fit.
     """
-    if not sizes:
+    if not sizes or model.baseline is not None:  # a baseline runs on tensors that hold numbers alone
         return
     counts = dict.fromkeys(sizes, 1)
     if model.runtime.device.type == "cpu":

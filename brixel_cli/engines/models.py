@@ -32,6 +32,7 @@ from brixel_cli.core.student import (
 from brixel_cli.data.feature_layout import MAP, dataset_of, layer_name
 from brixel_cli.data.resizing import snap
 from brixel_cli.data.views import normalise_pixels
+from brixel_cli.engines.baselines import Baseline
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime, library_versions, release_cached
 from brixel_cli.errors import BrixelError, UsageError
@@ -197,6 +198,7 @@ class FeatureExtractor:
         runtime: device and precision.
         reporter: is warned where memory runs out.
         batch_size: images at once at most; None: as many as come.
+        baseline: upsampler from elsewhere on top of a plain backbone.
 
     Attributes:
         student: None for plain backbone and teacher.
@@ -212,13 +214,14 @@ class FeatureExtractor:
         runtime: Runtime,
         reporter: Reporter,
         batch_size: int | None = None,
+        baseline: Baseline | None = None,
     ):
-        self.spec, self.runtime, self.reporter = spec, runtime, reporter
+        self.spec, self.runtime, self.reporter, self.baseline = spec, runtime, reporter, baseline
         model = spec.load(str(runtime.device))
         self.student = model if isinstance(model, Student) else None
         self.backbone: Backbone = model.backbone if isinstance(model, Student) else model
         self._model = model
-        self._call = runtime.in_precision(model)
+        self._call = runtime.in_precision(baseline.whole_pass(self.backbone, spec.factor) if baseline else model)
         self.most_at_once = batch_size
 
     def describe(self) -> dict[str, Any]:
@@ -249,15 +252,19 @@ class FeatureExtractor:
             "versions": library_versions(),
         }
 
-    def maps(self, pixels: Tensor) -> Tensor:
+    def maps(self, pixels: Tensor, *guides: Tensor) -> Tensor:
         """Maps (B, D, h, w), float32, of upright RGB pixels (B, 3, H, W), uint8, of one size.
 
         Where memory runs out, the batch is halved, now and for all that follow.
 
+        Args:
+            pixels: for the network.
+            guides: for a baseline, the same images as large as it wants them.
+
         Raises:
             BrixelError: memory does not suffice for a single image.
         """
-        return self._in_parts(pixels, lambda part: {MAP: self._forward(part)})[MAP]
+        return self._in_parts((pixels, *guides), lambda *parts: {MAP: self._forward(*parts)})[MAP]
 
     def parts(self, pixels: Tensor, fields: Sequence[Field], layers: Sequence[int]) -> dict[str, Tensor]:
         """What is stored of images, by dataset, float32; arguments and errors as `maps`.
@@ -269,7 +276,7 @@ class FeatureExtractor:
         """
         if tuple(fields) == ("map",) and not layers:
             return {MAP: self.maps(pixels)}
-        return self._in_parts(pixels, lambda part: self._outputs(part, fields, layers))
+        return self._in_parts((pixels,), lambda part: self._outputs(part, fields, layers))
 
     @torch.inference_mode()
     def _outputs(self, pixels: Tensor, fields: Sequence[Field], layers: Sequence[int]) -> dict[str, Tensor]:
@@ -280,13 +287,13 @@ class FeatureExtractor:
         named |= {layer_name(layer): found.layers[layer] for layer in layers}
         return {name: value.float() for name, value in named.items() if value is not None}
 
-    def _in_parts(self, pixels: Tensor, forward: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _in_parts(self, images: Sequence[Tensor], forward: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
         outputs: list[dict[str, Tensor]] = []
-        start = 0
+        start, pixels = 0, images[0]
         while start < len(pixels):
             size = min(self.most_at_once or len(pixels), len(pixels) - start)
             try:
-                outputs.append(forward(pixels[start : start + size]))
+                outputs.append(forward(*(seen[start : start + size] for seen in images)))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -315,7 +322,7 @@ class FeatureExtractor:
         """
         if batch_size is not None:
             return dict.fromkeys(sizes, batch_size)
-        if self.runtime.device.type == "cpu":
+        if self.runtime.device.type == "cpu" or self.baseline:  # what a function from elsewhere takes is not known
             budget, most = CPU_BATCH_PIXELS, LARGEST_CPU_BATCH
         else:
             commonest = max(sizes, key=lambda size: sizes[size])
@@ -323,8 +330,8 @@ class FeatureExtractor:
         return {(h, w): min(max(budget // (h * w), 1), most) for h, w in sizes}
 
     @torch.inference_mode()
-    def _forward(self, pixels: Tensor) -> Tensor:
-        return self._call(self._normalised(pixels))
+    def _forward(self, *pixels: Tensor) -> Tensor:
+        return self._call(*map(self._normalised, pixels))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         on_device = pixels.to(self.runtime.device, non_blocking=True)

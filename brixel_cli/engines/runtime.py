@@ -94,12 +94,12 @@ class Runtime:
         """The networks' arithmetic; losses stay outside. On another kind of device, it is counted."""
         return torch.autocast(device or self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def in_precision(self, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def in_precision(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """A model in this arithmetic, which gives float32."""
 
-        def computed(images: Tensor) -> Tensor:
+        def computed(*images: Tensor) -> Tensor:
             with self.autocast():
-                return call(images).float()
+                return call(*images).float()
 
         return computed
 

@@ -16,6 +16,7 @@ from brixel_cli.core.files import locked, make_folder, write_text
 from brixel_cli.core.formatting import human_bytes, human_size, now
 from brixel_cli.core.memory import is_out_of_memory
 from brixel_cli.core.student import Student
+from brixel_cli.engines.baselines import load_baseline
 from brixel_cli.engines.benchmarking.cost import (
     can_measure,
     count_row,
@@ -26,7 +27,7 @@ from brixel_cli.engines.benchmarking.cost import (
 )
 from brixel_cli.engines.benchmarking.environment import describe_environment
 from brixel_cli.engines.benchmarking.fidelity import draw_examples, measure_fidelity
-from brixel_cli.engines.benchmarking.methods import Method, enlarged, in_precision, load_baseline, make_methods
+from brixel_cli.engines.benchmarking.methods import Method, enlarged, in_precision, make_methods
 from brixel_cli.engines.benchmarking.models import (
     Candidate,
     ImageSet,

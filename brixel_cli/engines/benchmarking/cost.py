@@ -15,7 +15,8 @@ import torch
 from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.cost import Cost, count_cost, count_parameters, fake_tensors, hollow
-from brixel_cli.engines.benchmarking.methods import Method, enlarged, in_precision, load_baseline, make_methods
+from brixel_cli.engines.baselines import load_baseline
+from brixel_cli.engines.benchmarking.methods import Method, enlarged, in_precision, make_methods
 from brixel_cli.engines.benchmarking.models import Candidate
 from brixel_cli.engines.benchmarking.results import BudgetRow, Row, Size
 from brixel_cli.engines.runtime import Runtime, map_every_tensor, return_free_memory

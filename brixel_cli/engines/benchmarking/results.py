@@ -156,8 +156,8 @@ class Row:
         kind: what it is.
         label: what it is called: its kind, or the baseline's own name.
         size: student input S (height, width) in pixels, the same for all rows that are compared.
-        input_size: image (height, width) that the row's network sees: S; for the teacher `factor` times that, for the
-            backbone at equal cost the largest at which it takes no longer than the student.
+        input_size: image (height, width) that the row sees: S; for the teacher `factor` times that, for the backbone
+            at equal cost the largest at which it takes no longer than the student, for a baseline its guide image.
         grid: of its map (height, width).
         frozen_parameters, adapter_parameters: numbers; a baseline's own are not known, and left at 0.
         gflop: of one image; a multiply-add is 2, attention counted. None where it cannot be counted.

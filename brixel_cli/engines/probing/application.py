@@ -166,6 +166,11 @@ def _model_spec(options: ApplyOptions, said: HeadDescription) -> tuple[ModelSpec
                 "new images: train the head on the source backbone, student or teacher."
             )
         size = described["res"]
+    elif source.baseline is not None:
+        raise BrixelError(
+            f"{options.head} was trained on the maps of the upsampler {source.baseline.function}, which --apply does "
+            "not load: train the head on the source backbone, student or teacher."
+        )
     else:
         checkpoint = checkpoint or source.checkpoint
     is_student = described["source"] == "student"

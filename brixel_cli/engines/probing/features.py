@@ -237,7 +237,7 @@ def _fill_maps(source_plan: SourcePlan, runtime: Runtime, reporter: Reporter) ->
         missing = {int(row) for row in store.missing}
         writer = MapWriter(store, layout)
         with reporter.bar(f"{source.label}, {split.split}", len(store), len(store) - len(missing), "crop") as bar:
-            for chunk, maps in _computed(model, split, missing):
+            for chunk, maps in _computed(source, model, split, missing):
                 for position, map_ in zip(chunk, maps, strict=True):
                     writer.write(position, {"features": map_})
                 bar.update(len(missing.intersection(chunk)))
@@ -245,21 +245,24 @@ def _fill_maps(source_plan: SourcePlan, runtime: Runtime, reporter: Reporter) ->
 
 
 def _computed(
-    model: FeatureExtractor, split: SplitPlan, missing: Collection[int]
+    source: ModelSource, model: FeatureExtractor, split: SplitPlan, missing: Collection[int]
 ) -> Iterator[tuple[Sequence[int], Array]]:
     """Maps of all batches in which a crop is missing; the same batches for any crops, so that the bits are the same."""
     if not missing:
         return
-    rows_of_size = rows_by_size(range(len(split.crops)), lambda at: model.spec.input_size(split.crops[at].size))
+    rows_of_size = rows_by_size(range(len(split.crops)), lambda at: source.seen(split.crops[at].size)[-1])
     counts = {size: len(rows) for size, rows in rows_of_size.items()}
     check_batch(model, counts, None)
     batch_sizes = model.batch_sizes(counts, None)
     chunks = [chunk for size, rows in rows_of_size.items() for chunk in in_batches(rows, batch_sizes[size])]
     chunks = [chunk for chunk in chunks if any(row in missing for row in chunk)]
     polite = model.runtime.device.type == "cpu"
-    load = image_loader(split.labelled, split.crops, model.spec.input_size)
+    load = image_loader(split.labelled, split.crops, source.seen)
     for chunk, pixels in read_ahead(chunks, load, num_workers(), polite):
-        maps = model.maps(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous())
+        batches = [
+            torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2).contiguous() for seen in zip(*pixels, strict=True)
+        ]
+        maps = model.maps(*batches)
         tensors, finite = encode(maps, "float16", None)
         if not all(finite):
             name = split.labelled.names[split.crops[chunk[finite.index(False)]].row]
@@ -268,16 +271,17 @@ def _computed(
 
 
 def image_loader(
-    labelled: LabelledSet, crops: Sequence[Crop], input_size: Callable[[Size], Size]
-) -> Callable[[int], Array]:
-    """What reads the pixels (H, W, 3), uint8, of a crop by its position, at the size of a model's input."""
+    labelled: LabelledSet, crops: Sequence[Crop], seen: Callable[[Size], Sequence[Size]]
+) -> Callable[[int], list[Array]]:
+    """What reads a crop by its position, at each size that a model sees of it, the finest last, (H, W, 3), uint8."""
 
-    def load(position: int) -> Array:
+    def load(position: int) -> list[Array]:
         crop = crops[position]
-        size = input_size(crop.size)
+        sizes = seen(crop.size)
+        size = sizes[-1]
         enough = math.ceil(crop.scaled[0] * size[0] / crop.size[0]), math.ceil(crop.scaled[1] * size[1] / crop.size[1])
         with decoded(labelled.root / labelled.names[crop.row], enough=enough, over=LARGE_PIXELS) as image:
-            return np.asarray(cut_image(image, crop, size))
+            return [np.asarray(cut_image(image, crop, size)) for size in sizes]
 
     return load
 

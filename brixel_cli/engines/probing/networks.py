@@ -128,8 +128,10 @@ def run_network(
 
 def _pictures(source: NetworkSource, split: SplitPlan) -> Pictures:
     mean, std = (source.spec.mean, source.spec.std) if source.spec else (MEAN, STD)
-    load = image_loader(split.labelled, split.crops, source.input_size)
-    return Pictures(split, load, [source.input_size(crop.size) for crop in split.crops], mean, std)
+    views = image_loader(split.labelled, split.crops, lambda size: [source.input_size(size)])
+    return Pictures(
+        split, lambda position: views(position)[0], [source.input_size(crop.size) for crop in split.crops], mean, std
+    )
 
 
 def _dtype(runtime: Runtime) -> torch.dtype:

@@ -12,6 +12,7 @@ from brixel_cli.core.files import locked
 from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.data.labelled import LabelledSet, all_errors
 from brixel_cli.data.predictions import prediction_file
+from brixel_cli.engines.probing.cost import measure_costs
 from brixel_cli.engines.probing.features import prepare
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.frozen import FrozenTask, groups_of
@@ -28,7 +29,7 @@ from brixel_cli.engines.probing.results import (
     summarise,
 )
 from brixel_cli.engines.probing.runs import describe, predictor, run_source, versions
-from brixel_cli.engines.probing.sources import PredictionSource, resolve_sources
+from brixel_cli.engines.probing.sources import ModelSource, PredictionSource, resolve_sources
 from brixel_cli.engines.probing.transfer import run_transfer, transfers
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
@@ -77,8 +78,8 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
         described[label] = replace(described[item.source.label], kind="transfer")  # type: ignore[arg-type]
     runs = folder.begin(settings, described, options.overwrite)
     done = {(run.source, run.seed) for run in runs}
-    if folder.results.exists():
-        earlier = folder.read()
+    earlier = folder.read() if folder.results.exists() else None
+    if earlier is not None:
         described = earlier.sources | described
         for run in earlier.runs:
             if (run.source, run.seed) not in done:
@@ -113,9 +114,12 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
         label, split = item.source.label, item.evaluate
         with reporter.bar(f"{label}, seed {seed}, predictions", len(split.labelled), unit="image") as bar:
             write_predictions(predictor(folder, plan, item, seed, runtime), folder.predictions(label, seed), split, bar)
+    costs = earlier.costs if earlier else {}
+    if any(isinstance(item.source, ModelSource) and item.source.label not in costs for item in plan.sources):
+        costs = costs | measure_costs(plan, runtime, reporter)
     order = {label: place for place, label in enumerate(described)}
     runs.sort(key=lambda run: (order[run.source], run.seed))
-    results = _results(options, settings, described, runs, folder)
+    results = replace(_results(options, settings, described, runs, folder), costs=costs)
     folder.write(results)
     return Probed(results, _files(folder, plan, results, redraw, runtime))
 

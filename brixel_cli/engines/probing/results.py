@@ -30,6 +30,15 @@ Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
+class BaselineDescription:
+    """An upsampler from elsewhere: name of the function, SHA-256 of its source file, and its `guide_size` in pixels."""
+
+    function: str
+    sha256: str
+    guide_size: int | None
+
+
+@dataclass(frozen=True)
 class ModelDescription:
     """A source that computed its features here.
 
@@ -43,9 +52,10 @@ class ModelDescription:
         input: number of evaluated crops of each input size, as `HEIGHTxWIDTH`.
         grid: the same by the size of the feature map.
         scale: of the backbone at equal cost: its input over the student's, as measured; else 1.
+        baseline: the upsampler on top of the plain backbone, if there is one; then `input` is the image that it sees.
     """
 
-    kind: Literal["backbone", "equal_cost", "student", "teacher", "transfer"]
+    kind: Literal["backbone", "equal_cost", "baseline", "student", "teacher", "transfer"]
     source: Literal["backbone", "student", "teacher"]
     backbone: str
     backbone_weights: str
@@ -59,6 +69,7 @@ class ModelDescription:
     input: dict[str, int]
     grid: dict[str, int]
     scale: float = 1.0
+    baseline: BaselineDescription | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +205,23 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class PassCost:
+    """What a source's whole pass over one image costs, from the pixels to the map; timed beside the other sources.
+
+    Attributes:
+        input: (height, width) in pixels of what it sees.
+        gflop: a multiply-add is 2, attention counted.
+        seconds, low, high: median, 10 % and 90 % quantile over interleaved rounds.
+    """
+
+    input: tuple[int, int]
+    gflop: float
+    seconds: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class ProbeResults:
     """All of a probe.
 
@@ -207,6 +235,7 @@ class ProbeResults:
         recovered_gap: of the mean of each metric, by label; see `core.metrics.gap_over_seeds`.
         gap_spread: its standard deviation; nan where it is not known.
         runs: a row for each source and seed.
+        costs: of the sources that compute here, by label; empty until all heads are there.
         format: of the file.
     """
 
@@ -221,6 +250,7 @@ class ProbeResults:
     ]
     runs: list[Run]
     gap_spread: dict[str, dict[str, Number]] = field(default_factory=dict)
+    costs: dict[str, PassCost] = field(default_factory=dict)
     format: str = FORMAT
 
     def to_json(self) -> str:
@@ -333,7 +363,7 @@ def stored_gaps(
 def gaps_of(
     sources: Mapping[str, SourceDescription], summary: Mapping[str, Summary], items: Mapping[str, Items] | None = None
 ) -> dict[str, dict[str, Gap]]:
-    """The recovered gap of each metric's mean, for every source besides backbone and teacher; empty without them.
+    """The recovered gap of each metric's mean, for every source between backbone and teacher; empty without them.
 
     Args:
         sources: by label.
@@ -361,7 +391,7 @@ def gaps_of(
             if not isinstance(value, list) and all(name in summary[end].mean for end in ends)
         }
         for label, entry in summary.items()
-        if sources[label].kind in ("equal_cost", "student", "transfer", "file")
+        if sources[label].kind in ("equal_cost", "baseline", "student", "transfer", "file")
     }
 
 

@@ -145,9 +145,10 @@ def describe(item: SourcePlan) -> SourceDescription:
     """What a source is, and what it sees of the evaluated images."""
     source, crops = item.source, item.evaluate.crops
     if isinstance(source, ModelSource):
-        inputs = Counter(human_size(source.spec.input_size(crop.size)) for crop in crops)
+        inputs = Counter(human_size(source.seen(crop.size)[-1]) for crop in crops)
         grids = Counter("x".join(map(str, source.grid(crop.size))) for crop in crops)
-        return ModelDescription(kind=source.kind, input=dict(inputs), grid=dict(grids), **source.identity())
+        identity = source.identity() | {"baseline": source.described_baseline}
+        return ModelDescription(kind=source.kind, input=dict(inputs), grid=dict(grids), **identity)
     if isinstance(source, NetworkSource):
         inputs = Counter(human_size(source.input_size(crop.size)) for crop in crops)
         grids = Counter("x".join(map(str, source.grid(crop.size))) for crop in crops)

@@ -23,11 +23,12 @@ from brixel_cli.data.feature_index import INDEX_NAME
 from brixel_cli.data.feature_layout import Grid
 from brixel_cli.data.predictions import find_predictions
 from brixel_cli.data.resizing import snap
+from brixel_cli.engines.baselines import Baseline, load_baseline
 from brixel_cli.engines.default_student import default_student
 from brixel_cli.engines.equal_cost import EQUAL_COST, equal_cost_size
 from brixel_cli.engines.models import DEFAULT_FACTOR, FeatureExtractor, ModelSpec, model_spec
 from brixel_cli.engines.probing.folder import ProbeFolder
-from brixel_cli.engines.probing.results import ModelDescription
+from brixel_cli.engines.probing.results import BaselineDescription, ModelDescription, as_dict
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.engines.runtime import Runtime
 from brixel_cli.errors import BrixelError, UsageError
@@ -39,7 +40,7 @@ MODELS: dict[str, ModelKind] = {
     "teacher": "teacher",
 }
 """The sources that compute here, in the order of the tables, and which model each is."""
-Kind = Literal["backbone", "equal_cost", "student", "teacher"]
+Kind = Literal["backbone", "equal_cost", "baseline", "student", "teacher"]
 FILE_PREFIX, UNET, FINETUNED = "file:", "unet:", "finetuned"
 AT_TEACHER = "@teacher"
 """End of the name of a network whose input is the teacher's."""
@@ -55,6 +56,7 @@ class ModelSource:
         spec: of the model before its weights are loaded.
         backbone_sha256: of the backbone's weights; empty where they were not to be read, and are not known.
         backbone_signature: of the same weights; see `Backbone.signature`.
+        baseline: upsampler from elsewhere, on top of the plain backbone.
     """
 
     label: str
@@ -62,6 +64,7 @@ class ModelSource:
     spec: ModelSpec
     backbone_sha256: str
     backbone_signature: list[float]
+    baseline: Baseline | None = None
 
     @property
     def patch_size(self) -> int:
@@ -70,7 +73,20 @@ class ModelSource:
 
     def grid(self, size: tuple[int, int]) -> Grid:
         """The grid of its map where the student's input has this size."""
-        return self.spec.grid(self.spec.input_size(size))
+        rows, columns = self.spec.grid(self.spec.input_size(size))
+        finer = self.spec.factor if self.baseline else 1
+        return rows * finer, columns * finer
+
+    def seen(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Sizes (height, width) in pixels of what it sees of an image, the network's input first, then a guide."""
+        own = self.spec.input_size(size)
+        return [own, self.baseline.guide_size(own)] if self.baseline else [own]
+
+    @property
+    def described_baseline(self) -> BaselineDescription | None:
+        """The upsampler, for the results."""
+        found = self.baseline
+        return BaselineDescription(found.name, found.sha256, found.guide_side) if found else None
 
     def identity(self) -> dict[str, Any]:
         """All that its features depend on, besides the images: model and weights."""
@@ -87,11 +103,12 @@ class ModelSource:
             "patch_size": self.spec.patch_size,
             "channels": self.spec.embed_dim,
             **({"scale": self.spec.scale} if self.kind == "equal_cost" else {}),
+            **({"baseline": as_dict(self.described_baseline)} if self.baseline else {}),
         }
 
     def load(self, runtime: Runtime, reporter: Reporter) -> FeatureExtractor:
         """The model itself; errors as `FeatureExtractor`."""
-        return FeatureExtractor(self.spec, runtime, reporter)
+        return FeatureExtractor(self.spec, runtime, reporter, baseline=self.baseline)
 
 
 @dataclass(frozen=True)
@@ -225,9 +242,10 @@ def resolve_sources(
         BrixelError: a checkpoint, weights, a feature file or predictions cannot be read.
     """
     names = list(options.sources) or ([] if options.predictions else list(MODELS))
+    baselines = [load_baseline(reference) for reference in options.baselines]
     checkpoints = list(options.checkpoints)
     adapted = {"student", "equal-cost"} & set(names)
-    computed = {*MODELS, FINETUNED, FINETUNED + AT_TEACHER} & set(names)
+    computed = {*MODELS, FINETUNED, FINETUNED + AT_TEACHER} & set(names) or set(options.baselines)
     if not checkpoints and (adapted or (computed and not options.backbone)):
         checkpoints = [default_student(options.backbone, reporter, min(height_width(options.size)))]
     identities: dict[tuple[str, str], tuple[str, list[float]]] = {}
@@ -249,6 +267,11 @@ def resolve_sources(
             sources.append(_network(name, checkpoints, options, identities, read_weights))
         else:
             sources.append(_file(name))
+    if baselines:
+        plain = _model("backbone", "", checkpoints[0] if checkpoints else None, options, identities, read_weights)
+        place = next((place for place, source in enumerate(sources) if source.kind in ("student", "teacher")), None)
+        rows = [replace(plain, label=baseline.name, kind="baseline", baseline=baseline) for baseline in baselines]
+        sources[len(sources) if place is None else place : place] = rows
     patch_size = next((source.patch_size for source in sources if source.patch_size > 1), 1)
     sources = [
         replace(source, patch_size=patch_size) if isinstance(source, NetworkSource) and not source.spec else source
