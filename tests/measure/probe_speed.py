@@ -27,8 +27,7 @@ from brixel_cli.data.images import load_image
 from brixel_cli.engines.probing.features import Maps, Targets, num_workers, open_maps, prepare
 from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
 from brixel_cli.engines.probing.probing import plan_probe
-from brixel_cli.engines.probing.training import head_spec
-from brixel_cli.engines.probing.training import batch_loss, batches
+from brixel_cli.engines.probing.training import batch_loss, batches, head_spec
 from brixel_cli.engines.runtime import Runtime, keep_freed_memory
 from brixel_cli.engines.streams import read_ahead
 

@@ -310,7 +310,8 @@ def _network(
     read_weights: bool,
 ) -> NetworkSource:
     """A network that is trained end to end; a U-Net's crops are those of the sources beside it."""
-    base, at_teacher, first = name.removesuffix(AT_TEACHER), name.endswith(AT_TEACHER), (checkpoints or [None])[0]
+    base, at_teacher = name.removesuffix(AT_TEACHER), name.endswith(AT_TEACHER)
+    first = checkpoints[0] if checkpoints else None
     if base == FINETUNED:
         found = _model("teacher" if at_teacher else "backbone", name, first, options, identities, read_weights)
         spec, sha256 = found.spec, found.backbone_sha256
