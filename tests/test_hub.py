@@ -54,6 +54,8 @@ def test_a_finished_run_is_sent_and_loaded_again(run: Path, on_hub: Hub) -> None
     assert yaml.safe_load(front)["library_name"] == "brixel"
     best = json.loads((run / "results.json").read_text())["best"]
     assert f"| cosine | {best['backbone']['cosine']:.3f} | {best['student']['cosine']:.3f} |" in card
+    example = card.partition("```python\n")[2].partition("```")[0]
+    assert example.startswith('import brixel_cli\n\nstudent = brixel_cli.load_student("hf-hub:someone/sharp")\n')
     weights = run.parent / "vit.safetensors"
     for name in ("hf-hub:someone/sharp", "hf-hub:someone/sharp@v2", f"hf-hub:someone/sharp@{SHA}"):
         loaded = brixel_cli.load_student(name, backbone_weights=weights)

@@ -247,6 +247,29 @@ def test_a_joined_file_from_anywhere_reads_its_own_folder_alone(
         brixel_cli.FeatureFile(folder / "tiny.h5")
 
 
+def test_a_link_of_a_part_to_another_file_is_not_followed(tmp_path: Path, listener: Listener) -> None:
+    folder = tmp_path / "below"
+    part = tiny_part(folder, 1, 1)
+    join(str(part), folder / "tiny.h5", False, False, listener)
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["features"] = np.full((2, 4, 2, 3), 7, np.float16)
+    with h5py.File(part, "r+") as file:
+        del file["features"]
+        file["features"] = h5py.ExternalLink("../secret.h5", "features")
+    with h5py.File(folder / "tiny.h5", "r+") as file:
+        file.attrs["parts"] = json.dumps({part.name: part.stat().st_size})
+    with pytest.raises(BrixelError, match="has no dataset features of its own"):
+        brixel_cli.FeatureFile(folder / "tiny.h5")[0]
+
+
+def test_a_part_is_never_replaced_by_the_joined_file(tmp_path: Path, listener: Listener) -> None:
+    paths = [tiny_part(tmp_path, number, 2) for number in (1, 2)]
+    before = paths[0].read_bytes()
+    with pytest.raises(UsageError, match="is one of the parts, which would be lost: give another --output"):
+        join(str(tmp_path / "tiny.*.h5"), paths[0], False, True, listener)
+    assert paths[0].read_bytes() == before
+
+
 def test_a_thousand_parts_open_at_once(tmp_path: Path, listener: Listener) -> None:
     count = 1000
     for number in range(1, count + 1):
@@ -265,6 +288,7 @@ def test_a_thousand_parts_open_at_once(tmp_path: Path, listener: Listener) -> No
         (["--join", "*.h5", "--output", "a.h5"], "names parts of several outputs: b.*-of-00002.h5, c.*-of-00001.h5"),
         (["--join", "c.*.h5"], "--join needs the name of the file to be made: --output FILE.h5"),
         (["--join", "c.*.h5", "--output", "a.h5", "--input", "x"], "leave out --input, --shard and --dry-run"),
+        (["--join", "c.*.h5", "--output", "a.h5", "--verify", "c.h5"], "--join, --verify and --export each are"),
         (["--copy", "--input", "x"], "--copy goes with --join"),
         (["--join", "c.*.h5", "--output", "there.h5"], "there.h5 is there already. Give --overwrite"),
         (["--join", "c.*.h5", "--output", "d/a.h5"], "does not lie below .*d, the folder of the output"),

@@ -18,6 +18,7 @@ from brixel_cli.config.shard import find_shard
 from brixel_cli.data import fetching, remote
 from brixel_cli.data.inputs import find_inputs
 from brixel_cli.data.references import default_output
+from brixel_cli.data.remote import without_secrets
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.errors import UnreachedError, UsageError
 
@@ -280,6 +281,35 @@ def test_urls_in_lists_are_fetched_only_where_the_user_says_so(store: ObjectStor
         "lists/ftp:/x/y.png": "not a URL that is read",
         "lists/etc/x.png": "not fetched: nothing of that name",
     }
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("https://host/a.png?X-Amz-Signature=secret", "https:/host/a.png"),
+        ("https://me:secret@host/a.png", "https:/host/a.png"),
+        ("ftp://me:secret@host/a.png?key=secret", "ftp:/host/a.png"),
+    ],
+)
+def test_a_refused_url_of_a_list_names_its_row_without_what_is_secret(tmp_path: Path, line: str, name: str):
+    (tmp_path / "list.txt").write_text(f"{line}\n")
+    (item,) = find_inputs([str(tmp_path / "list.txt")], 1).items
+    assert item.reason
+    assert str(item.path).endswith(name)
+    assert "secret" not in f"{item}"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:p@ss@host/a@b.tar?sig=1", "https://host/a@b.tar"),
+        ("s3://bucket/photo_?.png", "s3://bucket/photo_?.png"),
+        ("abfs://container@account/a.png", "abfs://container@account/a.png"),
+        ("photos/what?.png", "photos/what?.png"),
+    ],
+)
+def test_of_a_url_only_what_is_no_secret_is_shown(text: str, shown: str):
+    assert without_secrets(text) == shown
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ def run_extract(
         BrixelError: something the user can fix; also, at the end, that some images failed, or are damaged.
     """
     if join is not None:
+        if verify is not None or export is not None:
+            raise UsageError("--join, --verify and --export each are a command of their own: give one of them.")
         if options.inputs or options.shard is not None or dry_run:
             raise UsageError("--join reads the parts that are there: leave out --input, --shard and --dry-run.")
         _join(options, join, copy, as_json)

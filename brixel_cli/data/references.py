@@ -13,7 +13,18 @@ from pathlib import Path
 from brixel_cli.data.images import EXTENSIONS, file_stat, files_below, is_folder, name_below
 from brixel_cli.data.members import safe_name
 from brixel_cli.data.parquet import PARQUET_EXTENSION
-from brixel_cli.data.remote import Place, Status, Url, fetch, is_folder_url, is_url, listed, status_of, to_url
+from brixel_cli.data.remote import (
+    Place,
+    Status,
+    Url,
+    fetch,
+    is_folder_url,
+    is_url,
+    listed,
+    status_of,
+    to_url,
+    without_secrets,
+)
 from brixel_cli.data.tars import COMPRESSED_TARS, TAR_EXTENSION
 from brixel_cli.data.video import VIDEO_EXTENSIONS
 from brixel_cli.errors import BrixelError, UnreachedError, UsageError
@@ -81,7 +92,7 @@ def with_braces(reference: str) -> list[str]:
         return [reference]
     first, last, texts = found.groups()
     if texts is None and abs(int(last) - int(first)) >= MOST_EXPANDED:
-        raise UsageError(f"--input {reference}: the braces stand for more than {MOST_EXPANDED:,} names.")
+        raise _too_many(reference)
     if texts is None:
         step = 1 if int(last) >= int(first) else -1
         width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
@@ -90,8 +101,12 @@ def with_braces(reference: str) -> list[str]:
         parts = texts.split(",")
     ends = with_braces(reference[found.end() :])
     if len(parts) * len(ends) > MOST_EXPANDED:
-        raise UsageError(f"--input {reference}: the braces stand for more than {MOST_EXPANDED:,} names.")
+        raise _too_many(reference)
     return [reference[: found.start()] + part + end for part in parts for end in ends]
+
+
+def _too_many(reference: str) -> UsageError:
+    return UsageError(f"--input {without_secrets(reference)}: the braces stand for more than {MOST_EXPANDED:,} names.")
 
 
 def default_output(references: Sequence[str], suffix: str) -> Path:
@@ -247,7 +262,8 @@ def _add_lines(source: Place, lines: Sequence[str], named: Named, allow_urls: bo
     if not entries:
         raise UsageError(f"{source} names no images: it wants one path a line, relative to its own folder.")
     for entry in entries:
-        beside = absolute(source.parent / _path(entry)) if isinstance(source, Path) else Url(source.folder + entry)
+        shown = without_secrets(entry)  # becomes the name of a row where the URL is refused
+        beside = absolute(source.parent / _path(shown)) if isinstance(source, Path) else Url(source.folder + shown)
         place, reason = beside, ""
         if is_url(entry):
             try:

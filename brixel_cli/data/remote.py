@@ -25,6 +25,8 @@ from brixel_cli.errors import UnreachedError, UsageError
 
 SCHEMES = ("s3", "s3a", "gs", "gcs", "http", "https", "hf", "az", "abfs", "abfss", "memory")
 """Of fsspec's those that read objects of a name; `::` and local ones are left out."""
+CONTAINERS = ("abfs", "abfss", "az")
+"""Of these, the schemes whose URLs may have the name of a container before `@`."""
 ATTEMPTS = 4
 FIRST_PAUSE = 0.5
 """Seconds before the second attempt, at the most; the pauses double."""
@@ -48,7 +50,7 @@ class Url:
     text: str = field(repr=False)
 
     def __str__(self) -> str:
-        return self.text.partition("?")[0] if self.scheme in ("http", "https") else self.text
+        return without_secrets(self.text)
 
     @property
     def scheme(self) -> str:
@@ -96,6 +98,22 @@ def is_url(text: str) -> bool:
     return "://" in text
 
 
+def without_secrets(text: str) -> str:
+    """A URL without user, password and what follows `?`, such as a signature; other texts as they are.
+
+    In the names of object stores `?` has no such meaning: it stands for any letter.
+    """
+    if not is_url(text):
+        return text
+    scheme, _, rest = text.partition("://")
+    if scheme.lower() not in SCHEMES or scheme.lower() in ("http", "https"):
+        rest = rest.partition("?")[0]
+    if scheme.lower() not in CONTAINERS:
+        host, slash, path = rest.partition("/")
+        rest = host.rpartition("@")[2] + slash + path
+    return f"{scheme}://{rest}"
+
+
 def to_url(text: str) -> Url:
     """A reference as a URL.
 
@@ -106,7 +124,7 @@ def to_url(text: str) -> Url:
     if scheme.lower() not in SCHEMES or "::" in text or not rest.strip("/"):
         shown = scheme.rpartition("@")[2]
         raise UsageError(f"--input {shown}://...: brixel reads URLs of {', '.join(SCHEMES)}, each with a path.")
-    if "@" in rest.partition("/")[0] and scheme.lower() not in ("abfs", "abfss", "az"):
+    if "@" in rest.partition("/")[0] and scheme.lower() not in CONTAINERS:
         raise UsageError(
             f"--input {scheme}://...: credentials do not belong into a URL, which is stored and shown. "
             "Set them in the environment, as docs/INPUTS.md says."

@@ -141,8 +141,17 @@ class VirtualRows:
         if name != run.part:
             file = opened(self._paths[run.part])
             self._open = run.part, file  # rows come mostly in order; the one before is closed with its last user
-        dataset = file[run.dataset]
+        dataset = self._own_dataset(file, run)
         if dataset.is_virtual or dataset.external or (dataset.shape[1:], dataset.dtype) != (self.shape[1:], self.dtype):
             raise ValueError(f"the dataset {run.dataset} of its part {run.part} is another than was joined")
         values: npt.NDArray[Any] = dataset[run.source + row - run.start]
         return values
+
+    def _own_dataset(self, file: Any, run: Run) -> Any:
+        """The dataset of a run, from its part, found without links, which may lead to other files."""
+        found = file
+        for name in run.dataset.strip("/").split("/"):
+            if not isinstance(found.get(name, getlink=True), h5py.HardLink):
+                raise ValueError(f"its part {run.part} has no dataset {run.dataset} of its own")
+            found = found[name]
+        return found

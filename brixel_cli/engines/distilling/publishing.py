@@ -111,6 +111,7 @@ A BRIXEL student ([arXiv 2511.05168](https://arxiv.org/abs/2511.05168)) of `{car
 over a small image it predicts the feature map of the backbone at {card.factor} times the height and width.
 
 ```python
+import brixel_cli
 
 student = brixel_cli.load_student("{HUB}{repository}")
 feature_map = student.features("cat.jpg", res={min(height, width)})  # ({card.embed_dim}, h, w)

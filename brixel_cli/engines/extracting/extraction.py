@@ -174,7 +174,7 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
     if options.preview and runtime.is_first:
         from brixel_cli.engines.extracting.preview import write_previews
 
-        pictures = write_previews(features, plan, reporter)
+        pictures += write_previews(features, plan, reporter)
     if options.page is not None and runtime.is_first:
         from brixel_cli.engines.extracting.page import write_page
 

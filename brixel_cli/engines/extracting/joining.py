@@ -100,6 +100,8 @@ def join(pattern: str, output: Path, copy: bool, overwrite: bool, reporter: Repo
         raise UsageError(f"{output} is there already. Give --overwrite to replace it, or another --output.")
     if output.exists():
         FeatureFile(output)  # nothing else is replaced
+    if output.resolve() in [path.resolve() for path in paths]:
+        raise UsageError(f"{output} is one of the parts, which would be lost: give another --output.")
     folder = output.resolve().parent
     outside = [path for path in paths if not path.resolve().is_relative_to(folder)]
     if outside and not copy:

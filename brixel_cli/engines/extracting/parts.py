@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.shard import PART, UNFINISHED, Shard
 from brixel_cli.core.files import writing
+from brixel_cli.data.remote import is_url, without_secrets
 from brixel_cli.data.row_store import DONE, FAILED, MISSING, REASON, Store
 from brixel_cli.errors import UNREACHED, BrixelError, UsageError
 
@@ -75,17 +75,12 @@ def asked_words(options: ExtractOptions) -> list[str]:
             words.append(option)
         else:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += [option, _absolute(text) if os.path.exists(text) else _without_secrets(text)]
+            words += [option, _absolute(text) if os.path.exists(text) else without_secrets(text)]
     return words
 
 
 def _absolute(reference: str) -> str:
-    return _without_secrets(reference) if "://" in reference else os.path.abspath(os.path.expanduser(reference))
-
-
-def _without_secrets(text: str) -> str:
-    """A URL without user, password and signature; other texts as they are."""
-    return re.sub(r"://[^/@]*@", "://", text).partition("?")[0] if "://" in text else text
+    return without_secrets(reference) if is_url(reference) else os.path.abspath(os.path.expanduser(reference))
 
 
 def completed(options: ExtractOptions) -> Extracted | None:
