@@ -245,6 +245,17 @@ def test_figures_of_an_earlier_probe_whose_results_are_gone_are_not_taken(
     assert probe(options, listener).results.runs[0].figures["j_mean"] == 1
 
 
+def test_a_run_that_is_made_again_does_not_take_damaged_figures(
+    clips: Path, tmp_path: Path, listener: Listener
+) -> None:
+    source = write_features(tmp_path / "answers.h5", clips, answers, CLIPS)
+    options = options_of(PROPAGATION, clips, tmp_path / "out", source)
+    probe(options, listener)
+    file = ProbeFolder(tmp_path / "out").images("file answers.h5", 0)
+    file.write_text(file.read_text().replace("1.0", "0.25"))
+    assert probe(options, listener).results.runs[0].figures["j_mean"] == 1
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda root: save(root / "masks/two/0.png", np.zeros((HEIGHT, WIDTH), np.uint8)),
      "images/two/0.png: the mask of a sequence's first frame has no object, only background"),

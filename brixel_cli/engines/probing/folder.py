@@ -98,7 +98,11 @@ class ProbeFolder:
             for file in (self.path / "images").glob("*_seed*.csv"):  # of a probe whose results are gone
                 file.unlink()
             return []
-        return [run for run in earlier.runs if not any(check_files(self._checks(run, earlier)).values())]
+        whole = [run for run in earlier.runs if not any(check_files(self._checks(run, earlier)).values())]
+        for run in earlier.runs:
+            if run.items and run not in whole:  # else a run that is made again would go on from what is damaged
+                self.images(run.source, run.seed).unlink(missing_ok=True)
+        return whole
 
     def _checks(self, run: Run, results: ProbeResults) -> dict[Path, Callable[[Path], object]]:
         """What reads each file of a source and seed."""
