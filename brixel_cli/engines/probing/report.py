@@ -43,8 +43,10 @@ def write_pictures(folder: ProbeFolder, plan: ProbePlan, runtime: Runtime) -> li
     reference = reference_source(plan)
     ranking = folder.read_images(reference.source.label, 0)
     written, seen = [], []
-    predictors = {item.source.label: predictor(folder, plan, item, 0, runtime) for item in plan.sources}
-    for quantity in QUANTITIES[plan.options.recipe.task]:
+    quantities = QUANTITIES[plan.options.recipe.task]  # none where nothing is trained
+    drawn = plan.sources if quantities else []
+    predictors = {item.source.label: predictor(folder, plan, item, 0, runtime) for item in drawn}
+    for quantity in quantities:
         metric = LEADING[quantity]
         for place, number in ranked_images(ranking, metric).items():
             row = reference.evaluate.target_row(number)
