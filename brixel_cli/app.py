@@ -20,8 +20,9 @@ from brixel_cli.errors import UsageError
 
 # isort: off
 from brixel_cli.cli.options import ABLATION, COMPUTE, HEAD, INPUT, MEASURE, MODEL, OUTPUT, RECIPE, SHIPPED, STUDENT
-from brixel_cli.cli.options import Arithmetic, Backbone, Baselines, Copy, CopyRecipe, DryRun, Join, Json
-from brixel_cli.cli.options import ListRecipes, OfShard, OldRes, ProtocolName, Quiet, Set, Sources, Weights, Where
+from brixel_cli.cli.options import Arithmetic, Backbone, Baselines, Copy, CopyRecipe, DryRun, Join, Json, LabelFraction
+from brixel_cli.cli.options import ListRecipes, OfShard, OldRes, Predictions, ProtocolName, Quiet, SavePredictions, Set
+from brixel_cli.cli.options import Sources, Weights, Where
 from brixel_cli.cli.options import flag as _flag
 from brixel_cli.cli.options import option as _option
 # isort: on
@@ -212,11 +213,10 @@ def probe(
     checkpoint: Annotated[list[str] | None, _option(MODEL, f"Student; can be repeated: {STUDENT} {SHIPPED}")] = None,
     source: Sources = None,
     baseline: Baselines = None,
-    predictions: Annotated[
-        list[str] | None, _option(MODEL, "Predictions of any model, as files; can be repeated.", metavar="NAME=DIR")
-    ] = None,
+    predictions: Predictions = None,
     backbone: Backbone = None,
     backbone_weights: Weights = None,
+    label_fraction: LabelFraction = 1.0,
     apply: Annotated[
         Path | None, _option(HEAD, "A saved head: predict new images with it instead of training.", metavar="FILE")
     ] = None,
@@ -230,6 +230,7 @@ def probe(
         Path | None, _option(OUTPUT, "Folder of stored features. Default: runs/probe/features, or within --output.")
     ] = None,
     verify: Annotated[Path | None, _option(OUTPUT, "Check a probe's files; name damaged ones.", metavar="DIR")] = None,
+    save_predictions: SavePredictions = False,
     per_class: Annotated[bool, _flag(OUTPUT, "Also print the IoU of each class.", "--per-class")] = False,
     overwrite: Annotated[bool, _flag(OUTPUT, "Replace an existing probe.", "--overwrite")] = False,
     as_json: Json = False,
@@ -274,6 +275,7 @@ def probe(
             overrides=set_ or [], output=output, features=features, sources=source or [], predictions=predictions or [],
             checkpoints=checkpoint or [], backbone=backbone, backbone_weights=backbone_weights, seeds=seeds,
             device=device, precision=precision, overwrite=overwrite, transfer=transfer, baselines=baseline or [],
+            label_fraction=label_fraction, save_predictions=save_predictions,
         )  # fmt: skip
         run_probe(options, per_class, dry_run, as_json)
 

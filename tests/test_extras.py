@@ -19,7 +19,11 @@ from brixel_cli.core.extras import EXTRAS
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "segmentation_models_pytorch": "segmentation-models-pytorch",
+}
 """What is imported under another name."""
 
 

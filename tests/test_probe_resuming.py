@@ -18,7 +18,7 @@ from probe_sets import (
 from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.weights import load_tensors
 from brixel_cli.engines.equal_cost import EQUAL_COST
-from brixel_cli.engines.probing import probing, sources
+from brixel_cli.engines.probing import probing, runs, sources
 from brixel_cli.engines.probing import training as probe_training
 from brixel_cli.engines.probing.probing import plan_only, probe
 from brixel_cli.errors import BrixelError, UsageError
@@ -73,7 +73,7 @@ def test_an_interrupted_probe_goes_on_to_the_same_bits(
         trained.append(1)
         return train(*arguments, **named)
 
-    monkeypatch.setattr(probing, "train_head", stopping)
+    monkeypatch.setattr(runs, "train_head", stopping)
     with pytest.raises(KeyboardInterrupt):
         probe(options("cut"), listener)
     assert [row[:2] for row in rows(tmp_path / "cut")] == [["backbone", 0], ["backbone", 1], ["student", 0]]
@@ -136,8 +136,8 @@ def test_figures_keep_the_versions_that_they_were_made_with(
     root: Path, tmp_path: Path, answers: str, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe(make_options(root, tmp_path / "out", sources=[answers], overrides=FAST), listener)
-    now = probing._versions()
-    monkeypatch.setattr(probing, "_versions", lambda: {**now, "torch": "99"})
+    now = runs.versions()
+    monkeypatch.setattr(runs, "versions", lambda: {**now, "torch": "99"})
     probe(make_options(root, tmp_path / "out", sources=[answers], overrides=FAST, seeds=2), listener)
     assert [run["versions"]["torch"] for run in results(tmp_path / "out")["runs"]] == [now["torch"], "99"]
 

@@ -21,7 +21,7 @@ from probe_sets import (
     write_features,
 )
 
-from brixel_cli.engines.probing import probing
+from brixel_cli.engines.probing import runs
 from brixel_cli.engines.probing.probing import probe
 from brixel_cli.engines.probing.training import batches
 from brixel_cli.errors import BrixelError
@@ -88,7 +88,7 @@ def test_memory_that_runs_out_names_the_options_to_change(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(probing, name, full)
+    monkeypatch.setattr(runs, name, full)
     with pytest.raises(BrixelError, match=message):
         probe(make_options(root, tmp_path / "out", checkpoints=[model[0]], overrides=FAST), listener)
 

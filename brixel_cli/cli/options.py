@@ -49,7 +49,8 @@ Weights = Annotated[
 ]
 Sources = Annotated[
     list[str] | None, option(MODEL, "backbone, equal-cost (backbone at the largest input that takes no longer than "
-        "the student), student, teacher, or a feature file (.h5); can be repeated. Default: the first four."),
+        "the student), student, teacher, finetuned or unet:ENCODER (trained end to end; with @teacher at its input), "
+        "or a feature file (.h5); can be repeated. Default: the first four."),
 ]  # fmt: skip
 Baselines = Annotated[
     list[str] | None,
@@ -60,6 +61,13 @@ ProtocolName = Annotated[
     option(RECIPE, "quick, jafar, jafar-published, brixel, dinov3-ade, dinov3-nyu, brixel-nyu or normals. Default: by "
         "the recipe.", "--protocol"),
 ]  # fmt: skip
+Predictions = Annotated[
+    list[str] | None, option(MODEL, "Predictions of any model, as files; can be repeated.", metavar="NAME=DIR")
+]
+LabelFraction = Annotated[float, option(INPUT, "Share of the training images whose labels are used, such as 0.1.")]
+SavePredictions = Annotated[
+    bool, flag(OUTPUT, "Write all predictions of the evaluated images to files.", "--save-predictions")
+]
 Set = Annotated[
     list[str] | None, option(RECIPE, "Override a value of the recipe; can be repeated.", "--set", metavar="KEY=VALUE")
 ]

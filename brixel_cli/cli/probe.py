@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, median
 from typing import TYPE_CHECKING, get_args
 
 from brixel_cli.cli.console import (
@@ -20,19 +21,20 @@ from brixel_cli.cli.console import (
 from brixel_cli.config.base import Device, Precision, did_you_mean, parse_size
 from brixel_cli.config.files import load_recipe, shipped_recipes, with_overrides
 from brixel_cli.config.labelled import LABEL_FREE, ProbeRecipe, Task
-from brixel_cli.config.probe import OUTPUT, ApplyOptions, PredictionsConfig, ProbeOptions
+from brixel_cli.config.probe import OUTPUT, ApplyOptions, PredictionsConfig, ProbeOptions, num_labelled
 from brixel_cli.config.protocols import PROTOCOLS, AnyProtocol, published
 from brixel_cli.config.section import Side
-from brixel_cli.core.formatting import human_bytes, human_percent, human_seconds, human_size
+from brixel_cli.config.supervised import SupervisedConfig
+from brixel_cli.core.formatting import human_bytes, human_count, human_percent, human_seconds, human_size
 from brixel_cli.core.metric_titles import figure_text, figure_title, gap_text
 from brixel_cli.errors import BrixelError, UsageError
 
 if TYPE_CHECKING:
     from brixel_cli.engines.probing.plan import ProbePlan
     from brixel_cli.engines.probing.probing import Probed
-    from brixel_cli.engines.probing.results import PassCost, SourceDescription, Summary
+    from brixel_cli.engines.probing.results import PassCost, ProbeResults, SourceDescription, Summary
 
-PREFIXES = PROTOCOL, PREDICTED = "protocol.", "predictions."
+PREFIXES = PROTOCOL, PREDICTED, SUPERVISED = "protocol.", "predictions.", "supervised."
 """Of values of --set that do not belong to the recipe."""
 TABLES = (
     ("miou", "boundary_iou"),
@@ -81,6 +83,8 @@ def probe_options(
     precision: Precision = "auto",
     overwrite: bool = False,
     baselines: Sequence[str] = (),
+    label_fraction: float = 1.0,
+    save_predictions: bool = False,
     transfer: bool = False,
 ) -> ProbeOptions:
     """A probe from what the user gave; see `app.probe` for what the options mean.
@@ -106,7 +110,7 @@ def probe_options(
     loaded = load_recipe(recipe, changes, ProbeRecipe)
     named = loaded.task if loaded.task in LABEL_FREE else loaded.protocol  # which has one protocol, of its name
     rules = _protocol("quick" if quick else protocol or named, loaded.name, overrides)
-    folder = output or OUTPUT / loaded.name
+    folder = output or OUTPUT / (loaded.name if label_fraction == 1 else f"{loaded.name}_labels_{label_fraction:g}")
     stored = features or (OUTPUT / "features" if output is None else output / "features")
     return ProbeOptions(
         recipe=loaded, protocol=rules, output=folder, features=stored, sources=tuple(sources),
@@ -115,6 +119,8 @@ def probe_options(
         baselines=tuple(baselines),
         predictions=_named_folders(predictions),
         predicted=with_overrides(PredictionsConfig(), _of(PREDICTED, overrides), "predictions"),
+        supervised=with_overrides(SupervisedConfig(), _of(SUPERVISED, overrides), "supervised"),
+        label_fraction=label_fraction, save_predictions=save_predictions,
     )  # fmt: skip
 
 
@@ -278,6 +284,9 @@ def _show_results(done: Probed, per_class: bool) -> None:
             f"Trained on {settings.data['train'].images:,} images, evaluated on {evaluated:,}. "
             f"Mean and standard deviation over seeds {seeds}."
         ]
+        if settings.label_fraction < 1:
+            count = num_labelled(settings.data["train"].images, settings.label_fraction)
+            notes.append(f"Labels of {count:,} training images were used: others for each seed, the same for all rows.")
     else:
         count = max(run.items for run in results.runs)
         notes = [
@@ -313,9 +322,28 @@ def _show_results(done: Probed, per_class: bool) -> None:
             rows.append([RECOVERED_TITLE if only else f"{RECOVERED_TITLE}, {label}", *([""] * (3 if leading else 1)),
                          *(gap_text(shares.get(name), spreads.get(name)) for name in names)])  # fmt: skip
         print_table(title, columns, rows)
+    _show_efforts(results)
     print_notes(notes)
     if (per_class or settings.task == "matching") and settings.classes:
         _show_classes(settings.task, settings.classes, summary)
+
+
+def _show_efforts(results: ProbeResults) -> None:
+    """What the networks cost that were trained end to end, mean over seeds."""
+    rows = []
+    for label in results.summary:
+        runs = [run for run in results.runs if run.source == label and run.effort]
+        efforts = [run.effort for run in runs if run.effort]
+        if efforts:
+            rows.append([
+                label, f"{efforts[0].labels:,}", human_count(efforts[0].parameters),
+                *(f"{mean(counts):,.0f}" for counts in zip(*((e.steps, e.best_step) for e in efforts), strict=True)),
+                human_seconds(mean(run.train_seconds for run in runs)), f"{efforts[0].gflop:,.1f}",
+                human_seconds(median(effort.forward_seconds for effort in efforts)),
+            ])  # fmt: skip
+    if rows:
+        columns = ["source", "labels", "trained", "steps", "best at", "training", "GFLOP", "pass"]
+        print_table("Networks trained end to end", columns, rows)
 
 
 def _show_classes(task: str, classes: Sequence[str], summary: Mapping[str, Summary]) -> None:

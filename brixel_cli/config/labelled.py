@@ -200,6 +200,11 @@ class ProbeRecipe(Section):
     """The student's input in pixels: the short side, or [height, width]."""
     data: DataSetConfig
 
+    @property
+    def num_classes(self) -> int:
+        """Classes of a segmentation; 0 of other tasks."""
+        return len(self.data.labels.classes) if self.task == "segmentation" and self.data.labels else 0
+
     @model_validator(mode="after")
     def _consistent(self) -> ProbeRecipe:
         data, task = self.data, self.task

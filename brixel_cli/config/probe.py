@@ -11,6 +11,7 @@ from brixel_cli.config.base import Device, Precision, check_counts, check_device
 from brixel_cli.config.labelled import LABEL_FREE, ProbeRecipe
 from brixel_cli.config.protocols import AnyProtocol, Protocol, printed_name
 from brixel_cli.config.section import Rate, Section, Side
+from brixel_cli.config.supervised import SupervisedConfig
 from brixel_cli.errors import UsageError
 
 OUTPUT = Path("runs/probe")
@@ -27,6 +28,11 @@ class PredictionsConfig(Section):
     that of the set for `values: set`."""
 
 
+def num_labelled(num_images: int, fraction: float) -> int:
+    """Images whose labels are used, of so many: at least one."""
+    return max(round(fraction * num_images), 1)
+
+
 @dataclass(frozen=True)
 class ProbeOptions:
     """A probe to be carried out, checked at construction; `app.probe` says what each option means to the user.
@@ -37,6 +43,9 @@ class ProbeOptions:
         transfer: whether the backbone's heads are also applied to the maps of the other models.
         predictions: name and folder of predictions that other models have made; folders of one name are its seeds.
         predicted: what the values in their files mean.
+        supervised: how networks are trained end to end.
+        label_fraction: share of the training images whose labels are used, drawn by the seed, for all sources alike.
+        save_predictions: whether the predictions of every source and seed are written to files.
 
     Raises:
         UsageError: the protocol is for other tasks, or a value is out of range.
@@ -58,6 +67,9 @@ class ProbeOptions:
     predictions: Sequence[tuple[str, Path]] = ()
     predicted: PredictionsConfig = field(default_factory=PredictionsConfig)
     baselines: Sequence[str] = ()
+    supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+    label_fraction: float = 1.0
+    save_predictions: bool = False
 
     def __post_init__(self) -> None:
         check_device(self.device)
@@ -73,6 +85,8 @@ class ProbeOptions:
                 "--transfer applies the heads of the backbone: it needs a task with heads, and that source."
             )
         check_counts({"--seeds": self.seeds})
+        if not 0 < self.label_fraction <= 1:
+            raise UsageError(f"--label-fraction must be above 0 and at most 1, not {self.label_fraction:g}.")
 
     @property
     def size(self) -> Side:

@@ -99,6 +99,13 @@ def count_cost(call: Callable[[], Any]) -> Cost:
     return Cost(counter.get_total_flops(), memory.peak, tuple(uncounted))
 
 
+def count_flop(call: Callable[[], Any]) -> int:
+    """Floating-point operations of a call, which is carried out; counted as `Cost.flop`."""
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
 def count_parameters(module: nn.Module) -> int:
     """Parameters of a module, trained or frozen."""
     return sum(parameter.numel() for parameter in module.parameters())

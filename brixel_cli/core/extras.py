@@ -14,6 +14,7 @@ EXTRAS = {
     "video": ("av",),
     "remote": ("fsspec", "s3fs", "gcsfs"),
     "parquet": ("pyarrow",),
+    "unet": ("segmentation_models_pytorch",),
     "demo": ("onnx", "skimage", "sklearn"),
 }
 """The packages that must be there, as they are imported, for each extra of pyproject.toml."""

@@ -23,6 +23,11 @@ DEPTH_UNITS = {1000: "millimetres", 100: "centimetres", 10: "decimetres", 1: "me
 """Of stored depth: how many make a metre."""
 
 
+def prediction_file(folder: Path, quantity: str, name: str) -> Path:
+    """Where brixel writes a prediction of an image of a labelled set; `find_predictions` finds it."""
+    return (folder / quantity / name).with_suffix(".png" if quantity == "segmentation" else ".npy")
+
+
 def find_predictions(folder: Path, quantity: str, names: Sequence[str]) -> list[Path]:
     """The file of each image: its path below the set, or the longest end of it that is there, with another suffix.
 

@@ -156,11 +156,11 @@ def interrupted(arguments: Sequence[str]) -> Callable[[], int | None]:
     def run() -> int | None:
         from brixel_cli.engines.distilling.trainer import Trainer
         from brixel_cli.engines.extracting import extraction
-        from brixel_cli.engines.probing import probing
+        from brixel_cli.engines.probing import runs
 
         Trainer.update = after(3, Trainer.update)  # type: ignore[method-assign]
         extraction.encode_parts = after(2, extraction.encode_parts)
-        probing.train_head = after(1, probing.train_head)
+        runs.train_head = after(1, runs.train_head)
         return sandbox.command(arguments)()
 
     return run

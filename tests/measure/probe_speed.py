@@ -26,8 +26,8 @@ from brixel_cli.data.crops import cut_image
 from brixel_cli.data.images import load_image
 from brixel_cli.engines.probing.features import Maps, Targets, num_workers, open_maps, prepare
 from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
-from brixel_cli.engines.probing.probing import head_spec, plan_probe
-from brixel_cli.engines.probing.training import batch_loss, batches
+from brixel_cli.engines.probing.probing import plan_probe
+from brixel_cli.engines.probing.training import batch_loss, batches, head_spec
 from brixel_cli.engines.runtime import Runtime, keep_freed_memory
 from brixel_cli.engines.streams import read_ahead
 
@@ -47,7 +47,7 @@ def seconds_per_step(plan: ProbePlan, item: SourcePlan, runtime: Runtime, model,
     """Of a training whose maps come from `model`, or from the store where that is None."""
     stored, targets = open_maps(item, item.train), Targets(item.train, plan.options.recipe.task)
     protocol = plan.options.protocol
-    head = build_head(head_spec(plan.options, stored), 0).to(runtime.device).train()
+    head = build_head(head_spec(plan.options, stored.channels), 0).to(runtime.device).train()
     optimiser = torch.optim.AdamW(head.parameters(), lr=protocol.lr)
     generator = torch.Generator().manual_seed(0)
     given = GivenMaps(stored)

@@ -20,8 +20,10 @@ from brixel_cli.app import app
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import recipe_summaries
 from brixel_cli.config.labelled import ProbeRecipe
+from brixel_cli.config.probe import PredictionsConfig
 from brixel_cli.config.protocols import MatchingProtocol, PropagationProtocol, Protocol
 from brixel_cli.config.section import Section
+from brixel_cli.config.supervised import SupervisedConfig
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "docs" / "reference"
 AGAIN = "<!-- Made by tests/measure/reference_pages.py; do not edit. -->\n"
@@ -92,6 +94,8 @@ def recipes_page() -> str:
         ("Options of a distillation", Recipe),
         ("Options of a labelled set", ProbeRecipe),
         ("Options of a protocol", Protocol),
+        ("Options of predictions (--set predictions.KEY)", PredictionsConfig),
+        ("Options of a network that is trained end to end (--set supervised.KEY)", SupervisedConfig),
         ("Options of the protocol matching", MatchingProtocol),
         ("Options of the protocol propagation", PropagationProtocol),
     ):

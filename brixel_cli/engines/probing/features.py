@@ -25,6 +25,7 @@ from brixel_cli.engines.memory import check_batch
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.probing.plan import (
     ProbePlan,
+    Size,
     SourcePlan,
     SplitPlan,
     StoredPart,
@@ -245,7 +246,7 @@ def _computed(
     chunks = [chunk for size, rows in rows_of_size.items() for chunk in in_batches(rows, batch_sizes[size])]
     chunks = [chunk for chunk in chunks if any(row in missing for row in chunk)]
     polite = model.runtime.device.type == "cpu"
-    load = _image_loader(split.labelled, split.crops, source)
+    load = image_loader(split.labelled, split.crops, source.seen)
     for chunk, pixels in read_ahead(chunks, load, num_workers(), polite):
         batches = [
             torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2).contiguous() for seen in zip(*pixels, strict=True)
@@ -258,12 +259,14 @@ def _computed(
         yield chunk, tensors["features"].cpu().numpy()
 
 
-def _image_loader(labelled: LabelledSet, crops: Sequence[Crop], source: ModelSource) -> Callable[[int], list[Array]]:
-    """What a source sees of a crop, as `ModelSource.seen` says."""
+def image_loader(
+    labelled: LabelledSet, crops: Sequence[Crop], seen: Callable[[Size], Sequence[Size]]
+) -> Callable[[int], list[Array]]:
+    """What reads a crop by its position, at each size that a model sees of it, the finest last, (H, W, 3), uint8."""
 
     def load(position: int) -> list[Array]:
         crop = crops[position]
-        sizes = source.seen(crop.size)
+        sizes = seen(crop.size)
         size = sizes[-1]
         enough = math.ceil(crop.scaled[0] * size[0] / crop.size[0]), math.ceil(crop.scaled[1] * size[1] / crop.size[1])
         with decoded(labelled.root / labelled.names[crop.row], enough=enough, over=LARGE_PIXELS) as image:

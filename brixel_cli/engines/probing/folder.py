@@ -3,6 +3,8 @@
 results.json           protocol, data, sources, every figure of every seed, and the summary
 results.csv            the same figures, a line for each source and seed
 heads/                 a .safetensors for each source and seed: what `brixel probe --apply` takes
+networks/              the same of networks that were trained end to end; *.training: where an unfinished one is
+predictions/           predictions of each source and seed, with --save-predictions
 images/                the metrics of each evaluated image, a .csv for each source and seed
 curves/, curves.png    the loss while training
 pictures/              image | truth | predictions | where they differ
@@ -21,11 +23,12 @@ from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_files, check_picture, make_folder, write_text
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.heads import load_head
+from brixel_cli.core.weights import load_tensors
 from brixel_cli.drawing.page import check_document
 from brixel_cli.engines.probing.results import Items, ProbeResults, Run, Settings, SourceDescription, as_dict
 from brixel_cli.errors import BrixelError, UsageError
 
-PLACES = ("checkpoint", "backbone_weights", "path", "description.backbone_weights", "folders")
+PLACES = ("checkpoint", "backbone_weights", "path", "description.backbone_weights", "folders", "supervised.weights")
 """Of a source, where its files are: another place makes no other source."""
 
 
@@ -43,6 +46,14 @@ class ProbeFolder:
     def head(self, label: str, seed: int) -> Path:
         """The head of a source and seed."""
         return self.path / "heads" / f"{file_name(label)}_seed{seed}.safetensors"
+
+    def network(self, label: str, seed: int) -> Path:
+        """The network of a source that is trained end to end, and seed."""
+        return self.path / "networks" / f"{file_name(label)}_seed{seed}.safetensors"
+
+    def predictions(self, label: str, seed: int) -> Path:
+        """The predictions of a source and seed."""
+        return self.path / "predictions" / f"{file_name(label)}_seed{seed}"
 
     def curve(self, label: str, seed: int) -> Path:
         """The loss curve of a source and seed."""
@@ -112,8 +123,11 @@ class ProbeFolder:
                 raise ValueError(f"it holds {found} images, not {expected}")
 
         checks: dict[Path, Callable[[Path], object]] = {self.images(label, seed): check_images}
-        if results.sources[label].kind not in ("predictions", "transfer"):  # for which nothing was trained
-            checks |= {self.head(label, seed): load_head, self.curve(label, seed): check_curve}
+        kind = results.sources[label].kind
+        if kind not in ("predictions", "transfer"):  # for which nothing was trained
+            checks[self.curve(label, seed)] = check_curve
+            network = kind in ("finetuned", "unet")
+            checks |= {self.network(label, seed): load_tensors} if network else {self.head(label, seed): load_head}
         return checks
 
     def _check_items(self, run: Run) -> None:
@@ -211,6 +225,7 @@ class ProbeFolder:
             file.unlink(missing_ok=True)
         for folder, pattern in (
             ("heads", "*_seed*.safetensors"),
+            ("networks", "*_seed*.*"),
             ("curves", "*_seed*.jsonl"),
             ("images", "*_seed*.csv"),
             ("pictures", "*.png"),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from brixel_cli.config.labelled import Split
-from brixel_cli.config.probe import ProbeOptions
+from brixel_cli.config.probe import ProbeOptions, num_labelled
 from brixel_cli.config.protocols import CropConfig
 from brixel_cli.config.section import Side
 from brixel_cli.core.files import check_disk, free_bytes
@@ -150,8 +150,9 @@ class ProbePlan:
 
     @property
     def num_steps(self) -> int:
-        """Steps of each training."""
-        return self.options.training.num_steps(len(self.sources[0].train.labelled))
+        """Steps of each training of a head."""
+        images = num_labelled(len(self.sources[0].train.labelled), self.options.label_fraction)
+        return self.options.training.num_steps(images)
 
     @property
     def notes(self) -> list[str]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from brixel_cli.config.labelled import ProbeRecipe
+from brixel_cli.core.files import make_folder, replacing, save_picture
 from brixel_cli.core.formatting import human_size
 from brixel_cli.data.crops import cut_target
 from brixel_cli.data.dataset_files import first_lines
-from brixel_cli.data.predictions import check_counted, depth_scale, read_prediction
+from brixel_cli.data.predictions import check_counted, depth_scale, prediction_file, read_prediction
 from brixel_cli.data.row_store import Array
+from brixel_cli.drawing.predictions import class_colours
 from brixel_cli.engines.probing.evaluation import Predict
 from brixel_cli.engines.probing.features import Targets
 from brixel_cli.engines.probing.plan import Size, SplitPlan
@@ -82,3 +87,29 @@ def check_predictions(recipe: ProbeRecipe, source: PredictionSource, split: Spli
                 f"{len(errors)} of the {len(split.labelled)} predictions in {folder} cannot be used:\n"
                 f"{first_lines(errors)}"
             )
+
+
+def write_predictions(predict: Predict, output: Path, split: SplitPlan, bar: Any) -> None:
+    """Write what a source predicts of the evaluated images, exactly, so that `reader` gives it back.
+
+    Args:
+        predict: makes the predictions.
+        output: folder for a folder of each quantity: masks as PNG, depth in metres and normals as float32 in .npy.
+        split: that is evaluated; the files have the size of what is evaluated of each image.
+        bar: hears of each image.
+
+    Raises:
+        BrixelError: a file cannot be written.
+    """
+    for image, name in enumerate(split.labelled.names):
+        for quantity, values in predict(image, split.target_sizes[split.target_row(image)]).items():
+            path = prediction_file(output, quantity, name)
+            make_folder(path.parent)
+            if quantity == "segmentation":
+                mask = Image.fromarray(values.numpy().astype(np.uint8))
+                mask.putpalette(class_colours().tobytes())
+                save_picture(mask, path)
+            else:
+                with replacing(path) as partial, partial.open("wb") as file:
+                    np.save(file, values.float().numpy())
+        bar.update(1)

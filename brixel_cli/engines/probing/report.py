@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from brixel_cli.core.files import save_picture, write_text
-from brixel_cli.core.heads import QUANTITIES, load_head
+from brixel_cli.core.heads import QUANTITIES
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, LEADING
 from brixel_cli.data.crops import cut_image
 from brixel_cli.data.images import load_image
@@ -18,12 +18,11 @@ from brixel_cli.drawing.curves import draw_curves
 from brixel_cli.drawing.feature_maps import panel
 from brixel_cli.drawing.feature_page import PageImage, feature_page
 from brixel_cli.drawing.predictions import comparison
-from brixel_cli.engines.probing.evaluation import predict
 from brixel_cli.engines.probing.features import Targets, open_maps
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
-from brixel_cli.engines.probing.predictions import reader
-from brixel_cli.engines.probing.sources import PredictionSource
+from brixel_cli.engines.probing.runs import predictor
+from brixel_cli.engines.probing.sources import FileSource, ModelSource
 from brixel_cli.engines.runtime import Runtime
 
 
@@ -44,15 +43,17 @@ def write_pictures(folder: ProbeFolder, plan: ProbePlan, runtime: Runtime) -> li
     reference = reference_source(plan)
     ranking = folder.read_images(reference.source.label, 0)
     written, seen = [], []
-    for quantity in QUANTITIES[plan.options.recipe.task]:
+    quantities = QUANTITIES[plan.options.recipe.task]  # none where nothing is trained
+    drawn = plan.sources if quantities else []
+    predictors = {item.source.label: predictor(folder, plan, item, 0, runtime) for item in drawn}
+    for quantity in quantities:
         metric = LEADING[quantity]
         for place, number in ranked_images(ranking, metric).items():
             row = reference.evaluate.target_row(number)
             targets = Targets(reference.evaluate, plan.options.recipe.task)
             truth = targets.read(row)[quantity]
             predictions = {
-                item.source.label: _prediction(folder, plan, item, number, targets.sizes[row], runtime)[quantity]
-                for item in plan.sources
+                label: predict(number, targets.sizes[row])[quantity] for label, predict in predictors.items()
             }
             titles, rows = comparison(quantity, _image(reference, row), truth, predictions)
             value = ranking[number][metric]
@@ -76,20 +77,9 @@ def _maps(plan: ProbePlan, number: int) -> dict[str, Tensor]:
     """The stored maps of an evaluated image that is seen as a whole, by source."""
     found = {}
     for item in plan.sources:
-        if isinstance(item.source, PredictionSource):
-            continue
-        found[item.source.label] = open_maps(item, item.evaluate).read(item.evaluate.positions[number][:1])[0]
+        if isinstance(item.source, ModelSource | FileSource):
+            found[item.source.label] = open_maps(item, item.evaluate).read(item.evaluate.positions[number][:1])[0]
     return found
-
-
-def _prediction(
-    folder: ProbeFolder, plan: ProbePlan, item: SourcePlan, number: int, size: tuple[int, int], runtime: Runtime
-) -> dict[str, Tensor]:
-    if isinstance(item.source, PredictionSource):
-        return reader(plan.options.recipe, item.source, 0, item.evaluate)(number, size)
-    head, _ = load_head(folder.head(item.source.label, 0))
-    maps, device = open_maps(item, item.evaluate), runtime.device
-    return predict(head.to(device), maps, item.evaluate, number, size, device=device)
 
 
 def _image(item: SourcePlan, row: int) -> Image.Image:

@@ -18,6 +18,7 @@ from brixel_cli.config.section import Side
 from brixel_cli.core.formatting import to_json
 from brixel_cli.core.metrics import Gap, Number, gap_over_items, gap_over_seeds
 from brixel_cli.core.probe_metrics import HIGHER_IS_BETTER, mean_and_spread
+from brixel_cli.engines.probing.network_results import Effort, NetworkDescription
 
 FORMAT = "brixel-probe-1"
 Value = Number | list[Number]
@@ -106,7 +107,7 @@ class PredictionsDescription:
 
 
 FeaturesDescription = ModelDescription | FileDescription
-SourceDescription = FeaturesDescription | PredictionsDescription
+SourceDescription = FeaturesDescription | PredictionsDescription | NetworkDescription
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Settings:
             matching, the sequences of propagation; else None.
         precision: arithmetic of the networks.
         device: type of the device.
+        label_fraction: share of the training images whose labels were used.
     """
 
     recipe: str
@@ -144,6 +146,7 @@ class Settings:
     classes: list[str] | None
     precision: str
     device: str
+    label_fraction: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ class Run:
         final_loss: mean over the last steps; nan where nothing was trained.
         train_seconds, evaluate_seconds, steps_per_second: the time it took.
         versions: of the libraries; a probe can be continued with others.
+        effort: of a network that was trained end to end.
         errors: standard errors of figures that are means over pairs of images or objects, over these.
         items: number of these pairs or objects.
     """
@@ -171,6 +175,7 @@ class Run:
     versions: Versions
     errors: dict[str, Number] = field(default_factory=dict)
     items: int = 0
+    effort: Effort | None = None
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,13 @@ from typing import Any, ClassVar, Literal
 from brixel_cli.config.base import height_width
 from brixel_cli.config.extract import Source as ModelKind
 from brixel_cli.config.probe import PredictionsConfig, ProbeOptions
+from brixel_cli.config.supervised import SupervisedConfig
 from brixel_cli.core.backbone import load_backbone
+from brixel_cli.core.extras import require
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.heads import QUANTITIES
-from brixel_cli.core.identity import files_sha256, json_digest, tensors_sha256
+from brixel_cli.core.identity import file_sha256, files_sha256, json_digest, tensors_sha256
+from brixel_cli.core.student import read_adapter
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_index import INDEX_NAME
 from brixel_cli.data.feature_layout import Grid
@@ -23,7 +26,7 @@ from brixel_cli.data.resizing import snap
 from brixel_cli.engines.baselines import Baseline, load_baseline
 from brixel_cli.engines.default_student import default_student
 from brixel_cli.engines.equal_cost import EQUAL_COST, equal_cost_size
-from brixel_cli.engines.models import FeatureExtractor, ModelSpec, model_spec
+from brixel_cli.engines.models import DEFAULT_FACTOR, FeatureExtractor, ModelSpec, model_spec
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.results import BaselineDescription, ModelDescription, as_dict
 from brixel_cli.engines.reporting import Reporter
@@ -38,7 +41,9 @@ MODELS: dict[str, ModelKind] = {
 }
 """The sources that compute here, in the order of the tables, and which model each is."""
 Kind = Literal["backbone", "equal_cost", "baseline", "student", "teacher"]
-FILE_PREFIX = "file:"
+FILE_PREFIX, UNET, FINETUNED = "file:", "unet:", "finetuned"
+AT_TEACHER = "@teacher"
+"""End of the name of a network whose input is the teacher's."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,55 @@ class PredictionSource:
         }
 
 
-Source = ModelSource | FileSource | PredictionSource
+@dataclass(frozen=True)
+class NetworkSource:
+    """A network that is trained end to end on the labels of the set.
+
+    Attributes:
+        label: names it in tables and files.
+        kind: `finetuned`, the backbone, or `unet`.
+        spec: of the backbone before its weights are loaded; None: a U-Net.
+        backbone_sha256: of its weights; empty where they were not to be read.
+        encoder: of a U-Net.
+        weights_sha256: of the file that a U-Net begins with.
+        enlarge: side of its input over the student's.
+        patch_size: by which crops are planned.
+        config: of the training.
+    """
+
+    label: str
+    kind: Literal["finetuned", "unet"]
+    spec: ModelSpec | None
+    backbone_sha256: str
+    encoder: str
+    weights_sha256: str
+    enlarge: int
+    patch_size: int
+    config: SupervisedConfig
+
+    def input_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Its input where the student's has this size."""
+        return size[0] * self.enlarge, size[1] * self.enlarge
+
+    def grid(self, size: tuple[int, int]) -> Grid:
+        """The grid of the map that its head stands on."""
+        return self.spec.grid(self.input_size(size)) if self.spec else self.input_size(size)
+
+    def identity(self) -> dict[str, Any]:
+        """All that its predictions depend on, besides images, labels and protocol."""
+        return {
+            "source": self.kind,
+            "backbone": self.spec.backbone if self.spec else "",
+            "backbone_weights": self.spec.weights if self.spec else "",
+            "backbone_sha256": self.backbone_sha256,
+            "encoder": self.encoder,
+            "weights_sha256": self.weights_sha256,
+            "enlarge": self.enlarge,
+            "supervised": self.config,
+        }
+
+
+Source = ModelSource | FileSource | PredictionSource | NetworkSource
 
 
 def resolve_sources(
@@ -191,7 +244,8 @@ def resolve_sources(
     names = list(options.sources) or ([] if options.predictions else list(MODELS))
     baselines = [load_baseline(reference) for reference in options.baselines]
     checkpoints = list(options.checkpoints)
-    adapted, computed = {"student", "equal-cost"} & set(names), set(MODELS) & set(names) or set(options.baselines)
+    adapted = {"student", "equal-cost"} & set(names)
+    computed = {*MODELS, FINETUNED, FINETUNED + AT_TEACHER} & set(names) or set(options.baselines)
     if not checkpoints and (adapted or (computed and not options.backbone)):
         checkpoints = [default_student(options.backbone, reporter, min(height_width(options.size)))]
     identities: dict[tuple[str, str], tuple[str, list[float]]] = {}
@@ -209,6 +263,8 @@ def resolve_sources(
             if first is not None and name == "equal-cost":
                 source = _at_equal_cost(source, first, options, runtime, reporter, read_weights)
             sources.append(source)
+        elif name.removesuffix(AT_TEACHER) == FINETUNED or name.startswith(UNET):
+            sources.append(_network(name, checkpoints, options, identities, read_weights))
         else:
             sources.append(_file(name))
     if baselines:
@@ -216,7 +272,12 @@ def resolve_sources(
         place = next((place for place, source in enumerate(sources) if source.kind in ("student", "teacher")), None)
         rows = [replace(plain, label=baseline.name, kind="baseline", baseline=baseline) for baseline in baselines]
         sources[len(sources) if place is None else place : place] = rows
-    sources += _predictions(options, evaluated, sources[0].patch_size if sources else 1)
+    patch_size = next((source.patch_size for source in sources if source.patch_size > 1), 1)
+    sources = [
+        replace(source, patch_size=patch_size) if isinstance(source, NetworkSource) and not source.spec else source
+        for source in sources
+    ]
+    sources += _predictions(options, evaluated, patch_size)
     labels = [source.label for source in sources]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice:
@@ -239,6 +300,30 @@ def _model(
         identities[key] = loaded.sha256, loaded.signature()
     sha256, signature = identities.get(key, (spec.chosen_by.card.backbone_sha256 if spec.chosen_by else "", []))
     return ModelSource(label, kind, spec, sha256, signature)
+
+
+def _network(
+    name: str,
+    checkpoints: Sequence[str],
+    options: ProbeOptions,
+    identities: dict[tuple[str, str], tuple[str, list[float]]],
+    read_weights: bool,
+) -> NetworkSource:
+    """A network that is trained end to end; a U-Net's crops are those of the sources beside it."""
+    base, at_teacher = name.removesuffix(AT_TEACHER), name.endswith(AT_TEACHER)
+    first = checkpoints[0] if checkpoints else None
+    if base == FINETUNED:
+        found = _model("teacher" if at_teacher else "backbone", name, first, options, identities, read_weights)
+        spec, sha256 = found.spec, found.backbone_sha256
+        return NetworkSource(name, "finetuned", spec, sha256, "", "", spec.enlarge, spec.patch_size, options.supervised)
+    encoder, weights = base.removeprefix(UNET), options.supervised.weights
+    if not encoder:
+        raise UsageError(f"--source {name}: name the encoder, such as unet:resnet18.")
+    require("unet", f"--source {name}")
+    sha256 = file_sha256(Path(weights).expanduser()) if weights else ""
+    card = read_adapter(first).card if at_teacher and first else None
+    factor = (card.factor if card else DEFAULT_FACTOR) if at_teacher else 1
+    return NetworkSource(name, "unet", None, "", encoder, sha256, factor, 1, options.supervised)
 
 
 def _at_equal_cost(
@@ -266,8 +351,8 @@ def _file(name: str) -> FileSource:
     path = Path(name.removeprefix(FILE_PREFIX)).expanduser()
     if not name.startswith(FILE_PREFIX) and path.suffix != ".h5" and not (path / INDEX_NAME).is_file():
         raise UsageError(
-            f"--source {name}: give backbone, equal-cost, student, teacher, or a feature file that brixel extract has "
-            "written (.h5, or file:PATH)."
+            f"--source {name}: give backbone, equal-cost, student, teacher, finetuned, unet:ENCODER, or a feature file "
+            "that brixel extract has written (.h5, or file:PATH)."
         )
     source = FileSource(f"file {path.name}", path)
     said = source.file.description

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brixel_cli.config.probe import ProbeOptions, num_labelled
 from brixel_cli.config.protocols import Protocol
 from brixel_cli.core.heads import Head, HeadSpec, build_head, channel_sums
 from brixel_cli.core.probe_losses import (
@@ -33,7 +34,7 @@ from brixel_cli.errors import BrixelError
 SIG_WARMUP = 100
 """First steps in which SigLoss looks at the mean alone, as in DINOv2's depth probes."""
 CURVE_POINTS = 200
-_BATCHES, _POINTS, _WEIGHTS = 1, 2, 3
+_BATCHES, _POINTS, _WEIGHTS, _LABELS = 1, 2, 3, 4
 """What a seed is used for: its draws do not depend on one another."""
 
 
@@ -50,6 +51,34 @@ class TrainedHead:
     head: Head
     curve: list[dict[str, float]]
     seconds: float
+
+
+def labelled_images(num_images: int, fraction: float, seed: int) -> list[int]:
+    """The training images whose labels are used: a function of the seed, those of a smaller share among them."""
+    order = np.random.default_rng(seed_of(seed, _LABELS)).permutation(num_images)
+    return sorted(int(image) for image in order[: num_labelled(num_images, fraction)])
+
+
+def fresh_head(spec: HeadSpec, seed: int) -> Head:
+    """The head that a training begins with; the same whatever it stands on."""
+    return build_head(spec, seed_of(seed, _WEIGHTS))
+
+
+def head_spec(options: ProbeOptions, channels: int) -> HeadSpec:
+    """The head that the protocol asks for, on maps of so many channels."""
+    data, task = options.recipe.data, options.recipe.task
+    assert task != "matching"
+    assert task != "propagation"
+    low, high = data.depth.range if data.depth else (0.001, 10.0)
+    return HeadSpec(
+        task=task,
+        channels=channels,
+        num_classes=options.recipe.num_classes,
+        kind=options.training.head,
+        batch_norm=options.training.batch_norm,
+        bins=options.training.bins,
+        depth_range=(low, high),
+    )
 
 
 def batches(
@@ -109,7 +138,7 @@ def train_head(
         BrixelError: the loss is no finite number.
     """
     keep_freed_memory(device)
-    head = build_head(spec, seed_of(seed, _WEIGHTS)).to(device).train()
+    head = fresh_head(spec, seed).to(device).train()
     optimiser = torch.optim.AdamW(head.parameters(), lr=protocol.lr, weight_decay=protocol.weight_decay, fused=True)
     total = protocol.num_steps(len(positions))
     points = torch.Generator().manual_seed(seed_of(seed, _POINTS))
@@ -161,6 +190,19 @@ def batch_loss(
         sums.update(zip(batch, channel_sums(read), strict=True))
     outputs = head(read, torch.stack([sums[at] for at in batch]) if head.needs_sums else None)
     points = sample_points(protocol.points, len(batch), generator) if protocol.points else None
+    return outputs_loss(outputs, protocol, targets, batch, points, step, device)
+
+
+def outputs_loss(
+    outputs: Mapping[str, Tensor],
+    protocol: Protocol,
+    targets: Targets,
+    batch: Sequence[int],
+    points: Tensor | None,
+    step: int,
+    device: torch.device,
+) -> Tensor:
+    """Loss of the outputs of a head on some crops; `points`: of `sample_points`, None for all pixels."""
     total = torch.zeros((), device=device)
     for quantity, output in outputs.items():
         sizes = [targets.sizes[at] for at in batch]
