@@ -240,7 +240,7 @@ def test_one_row_for_two_images_of_one_name_is_refused(root: Path, tmp_path: Pat
     names = [f"{number}.png" for number in range(6)]  # of images/train; images/val has such names too
     file = write_features(tmp_path / "train.h5", root / "images" / "train", noise(3), names)
     text = refused(root, tmp_path, listener, sources=[str(file)])
-    assert text.startswith(f"{file}: 0.png could be images/train/0.png and images/val/0.png. Extract the features of ")
+    assert text.startswith(f"{file}: 0.png could be images/val/0.png and images/train/0.png. Extract the features of ")
     assert text.endswith(f"brixel extract --input {root} --output {file}")
 
 
