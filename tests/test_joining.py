@@ -353,3 +353,17 @@ def test_only_feature_files_are_replaced(tmp_path: Path, listener: Listener) -> 
     assert (tmp_path / "mine.h5").read_text() == "precious"
     with pytest.raises(UsageError, match="is there already"):
         join(str(tmp_path / "tiny.*.h5"), tmp_path / "mine.h5", False, False, listener)
+
+
+@pytest.mark.parametrize("lacks", ["grid_row", "paths", "original_size"])
+def test_a_part_without_a_dataset_of_the_index_is_named(tmp_path: Path, listener: Listener, lacks: str) -> None:
+    whole, damaged = (tiny_part(tmp_path, number, 2) for number in (1, 2))
+    with h5py.File(damaged, "r+") as file:
+        del file[lacks]
+    with pytest.raises(BrixelError) as caught:
+        join(str(tmp_path / "tiny.*.h5"), tmp_path / "all.h5", False, False, listener)
+    assert str(caught.value).startswith(f"{damaged} cannot be joined: ")
+    assert lacks in str(caught.value)
+    assert str(caught.value).endswith("The command that wrote it computes it again.")
+    assert whole.exists()
+    assert not (tmp_path / "all.h5").exists()

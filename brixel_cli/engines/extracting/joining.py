@@ -20,6 +20,7 @@ from brixel_cli.core.formatting import human_size
 from brixel_cli.data.checksums import ROW_SUMS
 from brixel_cli.data.columns import Column
 from brixel_cli.data.feature_file import FeatureFile
+from brixel_cli.data.feature_index import check_description, check_index
 from brixel_cli.data.grouping import positions_within_size
 from brixel_cli.data.row_store import FAILED, MISSING, REASON, STATUS, Array, Store, create_store
 from brixel_cli.data.virtual_rows import PARTS, Run, VirtualColumn
@@ -199,6 +200,13 @@ def _read(path: Path) -> _Part:
             f"its datasets {', '.join(store.damaged)} are damaged" if store.damaged else "it is no part of a split"
         )
         raise BrixelError(f"{path} cannot be joined: {damaged}. The command that wrote it computes it again.")
+    try:
+        check_description(store.description)
+        check_index(store)
+    except (ValueError, BrixelError) as error:
+        raise BrixelError(
+            f"{path} cannot be joined: {str(error).removesuffix('.')}. The command that wrote it computes it again."
+        ) from error
     filled = {*store.fixed, STATUS, REASON, *ROW_SUMS} & set(store)
     fixed = {name for name in filled if name.startswith("pca_")}
     kinds = {name: store.kind(name) for name in set(store) - filled}
