@@ -101,13 +101,14 @@ def is_url(text: str) -> bool:
 def without_secrets(text: str) -> str:
     """A URL without user, password and what follows `?`, such as a signature; other texts as they are.
 
-    In the names of object stores `?` has no such meaning: it stands for any letter.
+    In the names of object stores `?` stands for any letter, unless what follows it has a `=`, as a signature.
     """
     if not is_url(text):
         return text
     scheme, _, rest = text.partition("://")
-    if scheme.lower() not in SCHEMES or scheme.lower() in ("http", "https"):
-        rest = rest.partition("?")[0]
+    plain, _, query = rest.partition("?")
+    if scheme.lower() not in SCHEMES or scheme.lower() in ("http", "https") or "=" in query:
+        rest = plain
     if scheme.lower() not in CONTAINERS:
         host, slash, path = rest.partition("/")
         rest = host.rpartition("@")[2] + slash + path
