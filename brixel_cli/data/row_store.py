@@ -349,7 +349,7 @@ class Store:
             dtype = self._place(name)[2]
             stored[name] = [np.asarray(array, dtype, order="C") for array in arrays]
             self.put(name, (places or {}).get(name, rows), stored[name])
-        self.settle(rows, zip(*stored.values(), strict=True))
+        self.settle(rows, [[arrays[at] for arrays in stored.values()] for at in range(len(rows))])
 
     def settle(self, rows: Sequence[int], values: Iterable[Iterable[Array]]) -> None:
         """Write the checksums of rows' values where the file has checksums, and mark them done; errors as `put`."""
