@@ -231,12 +231,18 @@ def test_an_interrupted_propagation_goes_on_with_the_next_sequence(
     assert seen == [5]
 
 
-def test_figures_of_an_earlier_probe_whose_results_are_gone_are_not_taken(
-    clips: Path, tmp_path: Path, listener: Listener
-) -> None:
+def propagated(clips: Path, tmp_path: Path, listener: Listener) -> ProbeOptions:
+    """A finished propagation of features that say the truth, in `out`; its options."""
     source = write_features(tmp_path / "answers.h5", clips, answers, CLIPS)
     options = options_of(PROPAGATION, clips, tmp_path / "out", source)
     probe(options, listener)
+    return options
+
+
+def test_figures_of_an_earlier_probe_whose_results_are_gone_are_not_taken(
+    clips: Path, tmp_path: Path, listener: Listener
+) -> None:
+    options = propagated(clips, tmp_path, listener)
     folder = ProbeFolder(tmp_path / "out")
     file = folder.images("file answers.h5", 0)
     file.write_text(file.read_text().replace("1.0", "0.25"))
@@ -248,9 +254,7 @@ def test_figures_of_an_earlier_probe_whose_results_are_gone_are_not_taken(
 def test_a_run_that_is_made_again_does_not_take_damaged_figures(
     clips: Path, tmp_path: Path, listener: Listener
 ) -> None:
-    source = write_features(tmp_path / "answers.h5", clips, answers, CLIPS)
-    options = options_of(PROPAGATION, clips, tmp_path / "out", source)
-    probe(options, listener)
+    options = propagated(clips, tmp_path, listener)
     file = ProbeFolder(tmp_path / "out").images("file answers.h5", 0)
     file.write_text(file.read_text().replace("1.0", "0.25"))
     assert probe(options, listener).results.runs[0].figures["j_mean"] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import math
 import os
 import re
@@ -275,6 +276,34 @@ def _lock(path: Path) -> int | None:
                 os.write(descriptor, who.encode())
                 return descriptor
         os.close(descriptor)
+
+
+class SizedFile(io.RawIOBase):
+    """A file to read from, of a size that is known: its position, for those that define `read`.
+
+    Args:
+        size: in bytes.
+    """
+
+    def __init__(self, size: int):
+        self._size, self._at = size, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """The position of the next byte to be read."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move the position, as `io.IOBase.seek`, and return it; it may lie beyond the end."""
+        self._at = max(offset + (0, self._at, self._size)[whence], 0)
+        return self._at
 
 
 def make_folder(path: Path) -> None:

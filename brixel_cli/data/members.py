@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
+from brixel_cli.core.files import SizedFile
 from brixel_cli.core.formatting import utf8
 from brixel_cli.core.identity import text_digest
 from brixel_cli.data.images import EXTENSIONS, Contents, read_size
@@ -39,7 +39,7 @@ class Member:
     reason: str = ""
 
 
-class Window(io.RawIOBase):
+class Window(SizedFile):
     """A part of a file as a file.
 
     Args:
@@ -49,20 +49,8 @@ class Window(io.RawIOBase):
     """
 
     def __init__(self, file: BinaryIO, start: int, size: int):
-        self._file, self._start, self._size, self._at = file, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(offset + (0, self._at, self._size)[whence], 0)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
+        super().__init__(size)
+        self._file, self._start = file, start
 
     def read(self, size: int | None = -1) -> bytes:
         left = max(self._size - self._at, 0)

@@ -7,7 +7,6 @@ has for each store; of a URL only what stands before `?` is ever shown or stored
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import random
 import re
@@ -20,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from brixel_cli.core.extras import require
+from brixel_cli.core.files import SizedFile
 from brixel_cli.core.identity import json_digest
 from brixel_cli.errors import UnreachedError, UsageError
 
@@ -179,7 +179,7 @@ def fetch(url: Url, start: int, end: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-class RemoteFile(io.RawIOBase):
+class RemoteFile(SizedFile):
     """A remote file to be read forwards, or here and there, by requests of a block each.
 
     Args:
@@ -190,24 +190,11 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, url: Url, num_bytes: int, block: int, ahead: bool = False):
-        self._url, self._size, self._block_size = url, num_bytes, block
-        self._at = self._start = 0
+        super().__init__(num_bytes)
+        self._url, self._block_size, self._start = url, block, 0
         self._block = b""
         self._next: tuple[int, Future[bytes]] | None = None
         self._pool = ThreadPoolExecutor(1) if ahead else None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(offset + (0, self._at, self._size)[whence], 0)
-        return self._at
 
     def read(self, size: int | None = -1) -> bytes:
         end = self._size if size is None or size < 0 else min(self._at + size, self._size)

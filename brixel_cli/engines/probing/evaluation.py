@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ from brixel_cli.core.probe_metrics import DepthMeter, Meter, NormalsMeter, Segme
 from brixel_cli.data.crops import Crop, stitch
 from brixel_cli.engines.probing.features import Maps, Targets
 from brixel_cli.engines.probing.plan import Size, SplitPlan
+from brixel_cli.engines.reporting import Reporter
+from brixel_cli.engines.runtime import memory_errors
 
 Predict = Callable[[int, Size], dict[str, Tensor]]
 """Predictions of an image of a split, by its number, at the (height, width) asked for; see `predict`."""
@@ -42,6 +45,23 @@ def meters(task: str, num_classes: int, align: bool) -> dict[str, Meter]:
         else:
             made[quantity] = DepthMeter(align) if quantity == "depth" else NormalsMeter()
     return made
+
+
+@contextmanager
+def evaluating(label: str, title: str, split: SplitPlan, reporter: Reporter) -> Iterator[Any]:
+    """A progress bar over the images of a split; too little memory becomes an error that says what to do.
+
+    Args:
+        label: of the row, for the error.
+        title: of the bar.
+        split: the images.
+        reporter: shows the bar.
+    """
+    with (
+        memory_errors(f"evaluating {label}, image by image", "Take a smaller --res, or another --device."),
+        reporter.bar(title, len(split.labelled), unit="image") as bar,
+    ):
+        yield bar
 
 
 def evaluate(

@@ -18,7 +18,7 @@ from brixel_cli.core.identity import json_digest
 from brixel_cli.core.networks import MEAN, STD, UNET_CHANNELS, Network, finetuned, unet
 from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.views import seed_of
-from brixel_cli.engines.probing.evaluation import Predict, evaluate, meters
+from brixel_cli.engines.probing.evaluation import Predict, evaluate, evaluating, meters
 from brixel_cli.engines.probing.features import Targets, image_loader
 from brixel_cli.engines.probing.folder import PLACES, ProbeFolder
 from brixel_cli.engines.probing.network_results import Effort
@@ -102,10 +102,7 @@ def run_network(
         )  # fmt: skip
     began = time.perf_counter()
     predict = predictor(item, source, trained.network, runtime)
-    with (
-        memory_errors(f"evaluating {label}, image by image", "Take a smaller --res, or another --device."),
-        reporter.bar(f"{label}, seed {seed}, evaluation", len(item.evaluate.labelled), unit="image") as bar,
-    ):
+    with evaluating(label, f"{label}, seed {seed}, evaluation", item.evaluate, reporter) as bar:
         evaluated = evaluate(predict, make(), targets["evaluate"], item.evaluate, bar)
     gflop, seconds = _cost(trained.network, _pictures(source, item.evaluate), runtime)
     parameters = count_parameters(trained.network)

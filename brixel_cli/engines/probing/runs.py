@@ -16,7 +16,7 @@ from brixel_cli.config.labelled import IGNORE, Split
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.heads import load_head, save_head
 from brixel_cli.engines.probing import networks
-from brixel_cli.engines.probing.evaluation import Predict, evaluate, evaluate_head, meters, predict
+from brixel_cli.engines.probing.evaluation import Predict, evaluate, evaluate_head, evaluating, meters, predict
 from brixel_cli.engines.probing.features import Targets, open_maps
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.network_results import NetworkDescription
@@ -109,10 +109,7 @@ def _run_head(
     ):
         trained = train_head(spec, protocol, maps["train"], targets["train"], positions, seed, runtime.device, bar)
     began = time.perf_counter()
-    with (
-        memory_errors(f"evaluating {label}, image by image", "Take a smaller --res, or another --device."),
-        reporter.bar(f"{label}, seed {seed}, evaluation", len(item.evaluate.labelled), unit="image") as bar,
-    ):
+    with evaluating(label, f"{label}, seed {seed}, evaluation", item.evaluate, reporter) as bar:
         evaluated = evaluate_head(
             trained.head, maps["evaluate"], targets["evaluate"], item.evaluate, protocol.align, runtime.device, bar
         )

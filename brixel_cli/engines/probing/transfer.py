@@ -10,14 +10,14 @@ import math
 import time
 
 from brixel_cli.core.heads import load_head
-from brixel_cli.engines.probing.evaluation import evaluate_head
+from brixel_cli.engines.probing.evaluation import evaluate_head, evaluating
 from brixel_cli.engines.probing.features import Targets, open_maps
 from brixel_cli.engines.probing.folder import ProbeFolder
 from brixel_cli.engines.probing.plan import ProbePlan, SourcePlan
 from brixel_cli.engines.probing.results import Run, Versions
 from brixel_cli.engines.probing.sources import ModelSource
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime, memory_errors
+from brixel_cli.engines.runtime import Runtime
 
 BACKBONE = "backbone"
 
@@ -48,10 +48,7 @@ def run_transfer(
     began, split, align = time.perf_counter(), item.evaluate, plan.options.training.align
     head, _ = load_head(folder.head(BACKBONE, seed))
     targets = Targets(split, plan.options.recipe.task)
-    with (
-        memory_errors(f"evaluating {label}, image by image", "Take a smaller --res, or another --device."),
-        reporter.bar(f"{label}, seed {seed}", len(split.labelled), unit="image") as bar,
-    ):
+    with evaluating(label, f"{label}, seed {seed}", split, reporter) as bar:
         evaluated = evaluate_head(
             head.to(runtime.device), open_maps(item, split), targets, split, align, runtime.device, bar
         )
