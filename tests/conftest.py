@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,27 @@ run: {device: cpu, workers: 0, validate_every: 2, checkpoint_every: 1, log_every
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@contextmanager
+def stopped_writing(monkeypatch: pytest.MonkeyPatch, writer: type, limit: int) -> Iterator[list[int]]:
+    """Within, Ctrl-C comes before the first `write` of a class after which more rows than a limit would be written.
+
+    Yields:
+        The rows that were written.
+    """
+    original, written = writer.write, []
+
+    def write(self: object, rows: Sequence[int], *values: object) -> None:
+        if len(written) + len(rows) > limit:
+            raise KeyboardInterrupt
+        written.extend(rows)
+        original(self, rows, *values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write", write)
+        yield written
+    assert written
 
 
 @pytest.fixture(autouse=True, scope="session")

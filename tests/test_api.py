@@ -131,4 +131,5 @@ def test_extract_takes_the_options_of_the_command() -> None:
     in_python = set(inspect.signature(brixel_cli.extract).parameters)
     assert in_python - names == {"inputs", "reporter"}
     of_the_command = {"input", "export", "verify", "page", "page_sources", "page_images", "dry_run", "as_json", "quiet"}
+    of_the_command |= {"join", "copy"}
     assert names - in_python == of_the_command

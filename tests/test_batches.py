@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Listener, make_photograph
+from conftest import Listener, make_photograph, stopped_writing
 
 from brixel_cli.config.distill import Recipe, ViewConfig
 from brixel_cli.config.files import load_recipe
@@ -224,11 +224,11 @@ def test_the_disk_need_is_announced_before_the_cache_is_filled(
 ) -> None:
     views = views_of(recipe, backbone)
     open_cache(recipe, tmp_path, backbone, [views], Runtime(recipe.run.device, recipe.run.precision), listener)
-    # A view: image 3*32*32, maps 4*64*2*2, target 64*8*8, two bytes each, 4 bytes for the photograph's number and one
-    # of status: 16,389; 16 of them are 262,224 bytes.
-    assert listener.said[0].startswith("cache: 16 views need 256.1 KiB on disk, at ")
+    # A view: image 3*32*32, maps 4*64*2*2, target 64*8*8, two bytes each, 4 bytes for the photograph's number, one of
+    # status and 8 of a checksum: 16,397; 16 of them are 262,352 bytes.
+    assert listener.said[0].startswith("cache: 16 views need 256.2 KiB on disk, at ")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 10))
-    with pytest.raises(BrixelError, match=r"h5 needs 256.1 KiB, but .* has 10 B free. Make room"):
+    with pytest.raises(BrixelError, match=r"h5 needs 256.2 KiB, but .* has 10 B free. Make room"):
         open_cache(
             recipe, tmp_path / "other", backbone, [views], Runtime(recipe.run.device, recipe.run.precision), listener
         )
@@ -238,24 +238,13 @@ def test_an_interrupted_filling_goes_on_where_it_stopped(
     recipe: Recipe, backbone: Backbone, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     views, runtime = views_of(recipe, backbone), Runtime(recipe.run.device, recipe.run.precision)
-    written: list[int] = []
-    original = Store.write
-
-    def write(self: Store, row: int, *values: Any) -> None:
-        if len(written) == 5:
-            raise KeyboardInterrupt
-        written.append(row)
-        original(self, row, *values)
-
-    monkeypatch.setattr(Store, "write", write)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_writing(monkeypatch, Store, 5) as written, pytest.raises(KeyboardInterrupt):
         open_cache(recipe, tmp_path, backbone, [views], runtime, listener)
     (path,) = (tmp_path / "cache").glob("*.h5")
-    assert list(Store(path).missing) == list(range(5, 16))
-    rows: list[int] = []
-    monkeypatch.setattr(Store, "write", lambda self, row, *values: (rows.append(row), original(self, row, *values))[0])
-    (source,) = open_cache(recipe, tmp_path, backbone, [views], runtime, listener)
-    assert rows == list(range(5, 16))
+    assert list(Store(path).missing) == list(range(len(written), 16))
+    with stopped_writing(monkeypatch, Store, 16) as rows:
+        (source,) = open_cache(recipe, tmp_path, backbone, [views], runtime, listener)
+    assert rows == list(range(len(written), 16))
     (computed,) = OnlineBatches(views, backbone, runtime, 0).iterate([[(0, 1), (0, 12)]])
     (stored,) = source.iterate([[(0, 1), (0, 12)]])
     torch.testing.assert_close(stored.targets.float(), computed.targets, atol=2e-3, rtol=2e-3)

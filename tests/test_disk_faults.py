@@ -94,8 +94,9 @@ def without_privileges(tmp_path: Path) -> Iterator[None]:
     if os.geteuid():
         yield
         return
-    for folder in (tmp_path, *list(tmp_path.parents)[:2], *(tmp_path.parent).iterdir()):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents, *tmp_path.parent.iterdir()):
+        if folder.stat().st_mode & 0o055 != 0o055:
+            folder.chmod(0o755)
     os.seteuid(65534)
     try:
         yield

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import every_row
+from conftest import every_row, stopped_writing
 from safetensors.torch import save_file
 
 import brixel_cli
@@ -87,21 +87,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 ) -> None:
     chosen = {"inputs": [str(mixed)], "storage": storage, "dtype": dtype, **ALL}
     whole = every_row(extract(extract_options(output=tmp_path / "whole", **chosen), listener).output)
-    kept, written = MapWriter.write, []
-
-    def stopped(self: MapWriter, row: int, values: dict[str, np.ndarray]) -> None:
-        if len(written) == 4:
-            raise KeyboardInterrupt
-        written.append(row)
-        kept(self, row, values)
-
     options = extract_options(output=tmp_path / "stopped", **chosen)
-    with monkeypatch.context() as patch:
-        patch.setattr(MapWriter, "write", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            extract(options, listener)
+    with stopped_writing(monkeypatch, MapWriter, 5) as written, pytest.raises(KeyboardInterrupt):
+        extract(options, listener)
     done = extract(options, listener)
-    assert (done.num_before, done.num_computed) == (4, 6)
+    assert (done.num_before, done.num_computed) == (len(written), 10 - len(written))
     assert every_row(done.output) == whole
     features = brixel_cli.FeatureFile(done.output)
     assert features.get("01.png", "layer_5").shape == (64, 4, 5)  # 96x128 px at --res 64: 64x85, rounded to 64x80

@@ -62,7 +62,7 @@ def test_masks_of_the_probed_images_are_those_of_the_probe(
     trained, _ = load_head(head(probed, source=source))
     for number, name in enumerate(item.evaluate.labelled.names):
         expected = predict(
-            trained, open_maps(item, item.evaluate), item.evaluate, number, (48, 64), torch.device("cpu")
+            trained, open_maps(item, item.evaluate), item.evaluate, number, (48, 64), device=torch.device("cpu")
         )
         mask = Image.open(tmp_path / "out" / "segmentation" / Path(name).name)
         assert mask.mode == "P"

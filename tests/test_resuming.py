@@ -13,7 +13,7 @@ from typing import Any
 
 import h5py
 import pytest
-from conftest import Listener, with_changes
+from conftest import Listener, stopped_writing, with_changes
 from distilled_runs import assert_same_run, assert_stop_changes_nothing, recipe_of, tensors_of
 from typer.testing import CliRunner
 
@@ -111,20 +111,9 @@ def test_a_run_interrupted_while_its_cache_is_filled_can_be_resumed(
 ) -> None:
     changes = ("views.kind=fixed", "views.per_image=2", "cache.enabled=true")
     recipe, folder = with_changes(tiny_recipe_file, *changes), RunFolder(tmp_path / "run")
-    written: list[int] = []
-    original = Store.write
-
-    def write(self: Store, row: int, *values: Any) -> None:
-        if len(written) == 3:
-            raise KeyboardInterrupt
-        written.append(row)
-        original(self, row, *values)
-
-    monkeypatch.setattr(Store, "write", write)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_writing(monkeypatch, Store, 7), pytest.raises(KeyboardInterrupt):
         distill(recipe, folder, listener)
     assert listener.said[-1] == f"continue this run with: brixel distill --resume --output {tmp_path / 'run'}"
-    monkeypatch.setattr(Store, "write", original)
     assert distill(recipe_of(tmp_path / "run"), folder, listener, resume=True).results.steps == 4
 
 

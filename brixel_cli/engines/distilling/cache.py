@@ -185,7 +185,8 @@ class CacheFile:
         if runtime.is_first:
             clear_partials(folder)
         if runtime.is_first and not self.path.exists():
-            needed = human_bytes(bytes_needed(self.num_rows, self.layout.columns))
+            sums = {CHECKSUM: np.zeros(self.num_rows, np.uint64)}
+            needed = human_bytes(bytes_needed(self.num_rows, self.layout.columns) + sums[CHECKSUM].nbytes)
             reporter.say(f"cache: {self.num_rows} views need {needed} on disk, at {self.path}")
             others = [file for file in folder.glob("*.h5") if file != self.path] if folder.is_dir() else []
             if others:
@@ -193,7 +194,6 @@ class CacheFile:
                 reporter.say(
                     f"cache: {len(others)} other files in {folder} take {taken}; delete those no longer needed"
                 )
-            sums = {CHECKSUM: np.zeros(self.num_rows, np.uint64)}
             create_store(self.path, self.num_rows, self.layout.columns, description, sums)
         runtime.wait()
 
