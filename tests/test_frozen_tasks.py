@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from brixel_cli.config.probe import ProbeOptions
 from brixel_cli.core.metrics import gap_over_items
 from brixel_cli.data.targets import read_pose
 from brixel_cli.engines.probing import propagation
-from brixel_cli.engines.probing.folder import ProbeFolder
+from brixel_cli.engines.probing.folder import EMPTY, ProbeFolder
 from brixel_cli.engines.probing.probing import plan_only, probe
-from brixel_cli.errors import BrixelError
+from brixel_cli.errors import BrixelError, UsageError
 
 MATCHING = """
 name: rail
@@ -239,7 +240,7 @@ def propagated(clips: Path, tmp_path: Path, listener: Listener) -> ProbeOptions:
     return options
 
 
-def test_figures_of_an_earlier_probe_whose_results_are_gone_are_not_taken(
+def test_figures_that_no_results_vouch_for_are_neither_taken_nor_deleted(
     clips: Path, tmp_path: Path, listener: Listener
 ) -> None:
     options = propagated(clips, tmp_path, listener)
@@ -247,7 +248,19 @@ def test_figures_of_an_earlier_probe_whose_results_are_gone_are_not_taken(
     file = folder.images("file answers.h5", 0)
     file.write_text(file.read_text().replace("1.0", "0.25"))
     assert "it does not hold the figures of results.json" in folder.verify()[file]
-    folder.results.unlink()
+    for name in (folder.results, folder.table):
+        name.unlink()
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    for overwrite in (False, True):
+        with pytest.raises(
+            UsageError, match=r"out holds images/file_answers.h5_seed0.csv, but no results.json of a pr"
+        ):
+            probe(replace(options, overwrite=overwrite), listener)
+    assert {path: path.read_bytes() for path in before} == before
+    folder.results.write_text('{"format": "brixel-benchmark-1"}')
+    with pytest.raises(UsageError, match=r"out holds results.json, but no results.json of a probe: brixel does not re"):
+        probe(replace(options, overwrite=True), listener)
+    folder.results.write_text(EMPTY)  # killed while an earlier probe was being deleted
     assert probe(options, listener).results.runs[0].figures["j_mean"] == 1
 
 

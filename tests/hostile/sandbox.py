@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py  # noqa: F401
+import psutil
 
 import brixel_cli.cli.ablation
 import brixel_cli.cli.distill
@@ -47,6 +48,8 @@ NOBODY = 65534
 TRACEBACK = 70
 """Exit code of an exception that no command has caught."""
 GIB, PIPE_BYTES = 2**30, 2**20
+LOOK = 10.0
+"""Seconds in which a child that is no hang computes something."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Limits:
     """What a child may use.
 
     Attributes:
-        seconds: until it is killed.
+        seconds: until it is killed, if it computes nothing by then, or of computing: on a busy machine they take longer.
         memory: address space in bytes, beyond what the parent has.
         file_size: bytes that a file may have; None: any number.
         nobody: whether it runs without the rights of root.
@@ -132,9 +135,15 @@ class Child:
             os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self) -> Ended:
-        """Wait until it has ended, or its time is over."""
+        """Wait until it has ended, or hangs."""
         pid, status, code, pause = 0, 0, None, 0.001
-        while pid == 0 and time.monotonic() < self.began + self.limits.seconds:
+        end, computed = self.began + self.limits.seconds, -1.0
+        while pid == 0:
+            if time.monotonic() > end:
+                before, computed = computed, self._computed()
+                if not before < computed < self.limits.seconds:
+                    break
+                end = time.monotonic() + LOOK
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self._read()
             if pid == 0:
@@ -150,6 +159,15 @@ class Child:
             os.close(reading)
         texts = [b"".join(parts).decode("utf-8", "surrogateescape") for parts in self._printed]
         return Ended(code, *texts, time.monotonic() - self.began)
+
+    def _computed(self) -> float:
+        """Seconds that it and all that it has started have computed."""
+        seconds = 0.0
+        with suppress(psutil.Error):
+            child = psutil.Process(self.pid)
+            for process in (child, *child.children(recursive=True)):
+                seconds += sum(process.cpu_times()[:2])
+        return seconds
 
     def _read(self) -> None:
         for (reading, _), parts in zip(self._pipes, self._printed, strict=True):

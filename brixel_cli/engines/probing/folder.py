@@ -25,9 +25,19 @@ from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.heads import load_head
 from brixel_cli.core.weights import load_tensors
 from brixel_cli.drawing.page import check_document
-from brixel_cli.engines.probing.results import Items, ProbeResults, Run, Settings, SourceDescription, as_dict
+from brixel_cli.engines.probing.results import FORMAT, Items, ProbeResults, Run, Settings, SourceDescription, as_dict
 from brixel_cli.errors import BrixelError, UsageError
 
+EMPTY = to_json({"format": FORMAT}) + "\n"
+"""results.json of a probe without results: while the files of an earlier one are being deleted."""
+OWN = (
+    ("heads", "*_seed*.safetensors"),
+    ("networks", "*_seed*.*"),
+    ("curves", "*_seed*.jsonl"),
+    ("images", "*_seed*.csv"),
+    ("pictures", "*.png"),
+)
+"""Folders and names of a probe's files."""
 PLACES = ("checkpoint", "backbone_weights", "path", "description.backbone_weights", "folders", "supervised.weights")
 """Of a source, where its files are: another place makes no other source."""
 
@@ -75,12 +85,15 @@ class ProbeFolder:
             The rows of earlier runs whose files are whole, a row for each source and seed.
 
         Raises:
-            UsageError: the folder holds a probe with other settings, or of another source of the same name.
+            UsageError: the folder holds a probe with other settings, or of another source of the same name; or files
+                that brixel may not delete, as no results.json says that they are a probe's.
             BrixelError: its results cannot be read, or the folder cannot be made.
         """
-        if overwrite:
+        if overwrite or not self.results.exists():
+            self._check_own()
+        if self._is_empty() or (overwrite and self.results.exists()):
             self._clear()
-        earlier = self.read() if self.results.exists() else None
+        earlier = self.earlier()
         if earlier is not None:
             changed = difference_lines(differences(as_dict(earlier.settings), as_dict(settings)))
             for label, source in sources.items():
@@ -95,8 +108,7 @@ class ProbeFolder:
         for folder in ("heads", "curves", "images", "pictures"):
             make_folder(self.path / folder)
         if earlier is None:
-            for file in (self.path / "images").glob("*_seed*.csv"):  # of a probe whose results are gone
-                file.unlink()
+            write_text(self.results, EMPTY)  # from now on, what stands here is this probe's
             return []
         whole = [run for run in earlier.runs if not any(check_files(self._checks(run, earlier)).values())]
         for run in earlier.runs:
@@ -172,6 +184,10 @@ class ProbeFolder:
         if path.read_text(encoding="utf-8") != _table(results):
             raise ValueError("it does not hold the figures of results.json")
 
+    def earlier(self) -> ProbeResults | None:
+        """The results as written, None where there are none yet; raises as `read`."""
+        return self.read() if self.results.exists() and not self._is_empty() else None
+
     def read(self) -> ProbeResults:
         """The results as written.
 
@@ -219,19 +235,38 @@ class ProbeFolder:
         except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error):
             return {}
 
+    def _is_empty(self) -> bool:
+        """Whether there is a results.json without results."""
+        try:
+            return self.results.read_bytes() == EMPTY.encode()
+        except OSError:
+            return False
+
+    def _check_own(self) -> None:
+        """Raise a UsageError where files that a probe would replace are not a probe's."""
+        if self.results.exists():
+            try:
+                content = json.loads(self.results.read_bytes())
+            except (OSError, ValueError, RecursionError):  # damaged: it may have been a probe's
+                return
+            theirs = [] if isinstance(content, dict) and content.get("format") == FORMAT else [self.results]
+        else:
+            theirs = [file for file in (self.table, self.curves, self.page, *self._own()) if file.exists()]
+        if theirs:
+            raise UsageError(
+                f"{self.path} holds {min(theirs).relative_to(self.path)}, but no results.json of a probe: brixel does "
+                "not replace files of others. Name another folder with --output, or delete them."
+            )
+
+    def _own(self) -> list[Path]:
+        """Files below the folder that have a name as those of a probe."""
+        return [file for folder, pattern in OWN for file in (self.path / folder).glob(pattern)]
+
     def _clear(self) -> None:
         # The results go first: without them, no kill can leave half of an old probe to be continued.
-        for file in (self.results, self.table, self.curves, self.page):
+        write_text(self.results, EMPTY)
+        for file in (self.table, self.curves, self.page, *self._own()):
             file.unlink(missing_ok=True)
-        for folder, pattern in (
-            ("heads", "*_seed*.safetensors"),
-            ("networks", "*_seed*.*"),
-            ("curves", "*_seed*.jsonl"),
-            ("images", "*_seed*.csv"),
-            ("pictures", "*.png"),
-        ):
-            for file in (self.path / folder).glob(pattern):
-                file.unlink()
 
 
 def _table(results: ProbeResults) -> str:

@@ -78,14 +78,14 @@ def _probe(plan: ProbePlan, runtime: Runtime, reporter: Reporter) -> Probed:
         described[label] = replace(described[item.source.label], kind="transfer")  # type: ignore[arg-type]
     runs = folder.begin(settings, described, options.overwrite)
     done = {(run.source, run.seed) for run in runs}
-    earlier = folder.read() if folder.results.exists() else None
+    earlier = folder.earlier()
     if earlier is not None:
         described = earlier.sources | described
         for run in earlier.runs:
             if (run.source, run.seed) not in done:
                 reporter.warn(f"{run.source}, seed {run.seed}: a file of it is missing or damaged; it is made again")
-    if not options.trains:
-        folder.write(_results(options, settings, described, runs, folder))  # what is kept by sequence belongs to it
+    if earlier is None or not options.trains:
+        folder.write(_results(options, settings, described, runs, folder))  # what is kept from now on belongs to it
     wanted = [(item, seed) for item in plan.sources for seed in range(item.seeds or options.seeds)]
     missing = [(item, seed) for item, seed in wanted if (item.source.label, seed) not in done]
     again = wanted if options.save_predictions else []

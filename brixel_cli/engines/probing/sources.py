@@ -334,7 +334,8 @@ def _at_equal_cost(
     Its map is not enlarged: a linear head and bilinear enlargement to the student's grid may change places.
     """
     spec, folder = backbone.spec, ProbeFolder(options.output)
-    earlier = folder.read().sources.get(EQUAL_COST) if folder.results.exists() and not options.overwrite else None
+    before = None if options.overwrite else folder.earlier()
+    earlier = before.sources.get(EQUAL_COST) if before is not None else None
     scale = earlier.scale if isinstance(earlier, ModelDescription) else 1.0
     if measure and earlier is None:
         height, width = (snap(side, spec.patch_size) for side in height_width(options.size))
