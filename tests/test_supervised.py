@@ -264,6 +264,7 @@ def test_a_curve_over_labels_is_put_together_from_probes(
     assert curve(folders).splitlines() == [
         "| mIoU (%), mine | 50 % | 100 % |", "| --- | ---: | ---: |", "| file answers.h5 | 100.00 | 100.00 |",
     ]  # fmt: skip
+    assert curve([*folders, folders[0]]) == curve(folders)
     probe(make_options(root, tmp_path / "other", sources=[answers], overrides=["protocol.steps=2"]), listener)
     with pytest.raises(SystemExit, match="protocol_settings.steps: 60 -> 2"):
         curve([folders[0], tmp_path / "other"])
