@@ -17,10 +17,10 @@ KILLS ?=
 
 .PHONY: demo docs test test-docs test-gpu hostile kills check release-check clean
 
-# Set up again whenever the requirements change.
+# Set up again whenever the requirements change. Bytecode is made of what is imported, not of all that is installed.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[demo,dev]"
 	touch $@
 
 demo: $(VENV)/.ready
@@ -55,7 +55,7 @@ check: $(VENV)/.ready
 	$(MAKE) test
 
 docs: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/python tests/measure/reference_pages.py
 	$(BIN)/python -m mkdocs build --strict --site-dir build/site
 
