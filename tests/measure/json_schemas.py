@@ -119,7 +119,7 @@ class Variant:
 
     group: str
     name: str
-    changes: str
+    changes: dict[str, Any]
     parameters: int
     training_bytes: int
 
