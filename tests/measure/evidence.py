@@ -1,6 +1,6 @@
 """One table of evidence from small records: who, what it sees, what a pass costs, fidelity and probes.
 
-    python tests/measure/evidence.py keep DIR RECORD.json --command "brixel probe ..."     # DIR: output of the command
+    python tests/measure/evidence.py keep DIR RECORD.json --command brixel probe ...     # DIR: output of the command
     python tests/measure/evidence.py table docs/results/records docs/EVIDENCE.md
 
 docs/results/make.sh calls both; `table` also draws docs/results/evidence.svg, cosine against the FLOP of a whole pass. A record is what the table needs of a results.json, with the digest of the protocol: all that
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -279,14 +280,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one = commands.add_parser("keep")
     one.add_argument("folder", type=Path)
     one.add_argument("record", type=Path)
-    one.add_argument("--command", required=True)
+    one.add_argument("--command", required=True, nargs=argparse.REMAINDER)
     table = commands.add_parser("table")
     table.add_argument("records", type=Path)
     table.add_argument("page", type=Path)
     given = parser.parse_args(arguments)
     with error_boundary():
         if given.what == "keep":
-            write_text(given.record, to_json(asdict(keep(given.folder, given.command)), indent=1) + "\n")
+            write_text(given.record, to_json(asdict(keep(given.folder, shlex.join(given.command))), indent=1) + "\n")
             print_files([given.record])
             return
         paths = sorted(given.records.glob("*.json"))
