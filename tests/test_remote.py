@@ -103,6 +103,21 @@ def test_a_web_server_gives_files_and_tars(store: ObjectStore, photographs: Path
     assert (item.name, item.reason) == ("none.png", "not fetched: nothing of that name")
 
 
+def test_a_web_server_cannot_send_brixel_to_a_host_that_was_not_named(store: ObjectStore, photographs: Path):
+    address = f"{store.endpoint}/bucket/moved"
+    assert fetched(f"{address}/-/photos/3.png") == (photographs / "3.png").read_bytes()
+    store.requests.clear()
+    reason = "not fetched: the server sends this request on to localhost, which --input does not name"
+    for name in ("photos/3.png", "sets/photos.tar"):
+        (item,) = find_inputs([f"{address}/localhost/{name}"], 1).items
+        assert item.reason == reason
+    with pytest.raises(UsageError, match=rf"cannot be read as a list of paths, one a line: {reason}\."):
+        find_inputs([f"{address}/localhost/list.txt"], 1)
+    with pytest.raises(UnreachedError, match=reason):
+        remote.fetch(remote.Url(f"{address}/localhost/photos/3.png"), 0, 9)
+    assert not store.requests
+
+
 @pytest.mark.parametrize("reference", ["photos", "sets/photos.tar", "sets/photos.parquet"])
 def test_a_run_over_a_bucket_gives_the_rows_of_a_folder(store: ObjectStore, extract_options, listener, reference: str):
     output = extract_options().output.with_name("remote.h5")
@@ -306,10 +321,38 @@ def test_a_refused_url_of_a_list_names_its_row_without_what_is_secret(tmp_path: 
         ("s3://bucket/photo_?.png", "s3://bucket/photo_?.png"),
         ("abfs://container@account/a.png", "abfs://container@account/a.png"),
         ("photos/what?.png", "photos/what?.png"),
+        ("https://host/what%3F.png", "https://host/what%3F.png"),
+        ("az://container/a.png?sv=2024&sig=Ab%2F", "az://container/a.png"),
+        ("az://container/a.png?sv%3D2024%26sig%3DAb", "az://container/a.png"),
+        ("az://container/a.png%3Fsv=2024&sig=Ab", "az://container/a.png"),
+        (
+            "abfss://container@account.dfs.core.windows.net/*.png?sig=Ab",
+            "abfss://container@account.dfs.core.windows.net/*.png",
+        ),
+        ("https:/account.blob.core.windows.net/a.png?sig=Ab", "https:/account.blob.core.windows.net/a.png"),
+        ("SharedAccessSignature=sig=Ab;BlobEndpoint=https://account/?sig=Ab", "https://account/"),
     ],
 )
 def test_of_a_url_only_what_is_no_secret_is_shown(text: str, shown: str):
     assert without_secrets(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("no blob at https://x/a.png?sv=1&sig=Ab%2F now", "no blob at https://x/a.png?... now"),
+        ("signed by sv=1&sig=Ab%2F&se=2", "signed by sv=1&sig=***&se=2"),
+        ("?sv=1&sig=fromsas", "?..."),
+        ("sv=1&spr=fromsas", "***"),
+        ("the key secretkey== of myself at https", "the key *** of myself at https"),
+        ("sig%3DAb", "sig%3D***"),
+        ("X-Amz-Signature=Ab X-Amz-Credential=Cd", "X-Amz-Signature=*** X-Amz-Credential=***"),
+    ],
+)
+def test_no_error_of_a_server_shows_what_signs_a_request(monkeypatch: pytest.MonkeyPatch, text: str, shown: str):
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "?sv=1&spr=fromsas")
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "Protocol=https;AccountName=myself;AccountKey=secretkey==")
+    assert remote._reason(OSError(text)) == f"OSError: {shown}"
 
 
 @pytest.mark.parametrize(
@@ -318,6 +361,9 @@ def test_of_a_url_only_what_is_no_secret_is_shown(text: str, shown: str):
         ("file:///etc/passwd", r"--input file://\.\.\.: brixel reads URLs of s3, s3a, gs, "),
         ("simplecache::s3://bucket/a.png", "brixel reads URLs of s3"),
         ("https://somebody:secret@host/a.png", "credentials do not belong into a URL"),
+        ("SharedAccessSignature=sig=secret;BlobEndpoint=https://host/", r"--input https://\.\.\.: brixel reads URLs"),
+        ("BlobEndpoint=https://host/a?sig=secret", r"--input https://\.\.\.: brixel reads URLs"),
+        ("https:/host/a.png?sig=secret", r"The pattern https:/host/a.png matches no file"),
         ("s3://", "each with a path"),
         ("s3://bucket/none/*.png", "The pattern s3://bucket/none/.*png matches no file"),
         ("s3://bucket/lists", r"No images below s3://bucket/lists\. Files are taken by extension"),
