@@ -14,7 +14,7 @@ from PIL import Image
 
 from brixel_cli import FeatureFile
 from brixel_cli.cli.extract import _advice
-from brixel_cli.config.shard import find_shard
+from brixel_cli.config.shard import Shard
 from brixel_cli.data import fetching, remote
 from brixel_cli.data.inputs import find_inputs
 from brixel_cli.data.references import default_output
@@ -190,7 +190,7 @@ def test_a_shard_with_rows_that_were_not_fetched_is_not_passed_over(
     store: ObjectStore, extract_options, listener: Listener
 ):
     store.faults["photos/3.png"] = "forbid>1"
-    options = extract_options(inputs=["s3://bucket/photos"], shard=find_shard("1/2"))
+    options = extract_options(inputs=["s3://bucket/photos"], shard=Shard(1, 2))
     assert list(extract(options, listener).failures) == ["3.png"]
     store.faults.clear()
     done = extract(options, listener)
