@@ -227,7 +227,7 @@ def extract(
         backbone_weights: `pretrained` or a file; default: as in training.
         output: the .h5 file, or folder of single files; default: beside the input.
         format: `h5`, one file; `npy` or `safetensors`, a folder with a file for each image; `parquet`, a
-            folder with a table of vectors.
+            folder with a table of vectors; `zarr`, a folder with arrays of Zarr.
         dtype: how features are stored.
         pca: number of principal components to store; default: the maps themselves.
         fields: what to store of the last block: some of `map`, `cls`, `registers` and `pooled`.

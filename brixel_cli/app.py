@@ -126,10 +126,11 @@ def extract(
     backbone: Backbone = None,
     backbone_weights: Weights = None,
     output: Annotated[
-        Path | None, _option(OUTPUT, "The .h5 file, or folder of single files. Default: beside the input.")
+        Path | None, _option(OUTPUT, "The .h5 file, or folder for other formats. Default: beside the input.")
     ] = None,
     format_: Annotated[
-        Storage, _option(OUTPUT, "h5: one file. npy, safetensors: one for each image. parquet: vectors.", "--format")
+        Storage,
+        _option(OUTPUT, "h5: one file. npy, safetensors: one for each image. zarr; parquet (vectors).", "--format"),
     ] = "h5",
     dtype: Annotated[Number, _option(OUTPUT, "Number format; int8 has a scale for each location.")] = "float16",
     pca: Annotated[

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from evidence import Record, RecordRow, keep, main, merged, page, read_record
+from evidence import Record, RecordRow, keep, main, merged, of_probe, page, read_record
 from probe_sets import options_of, probed, segmentation
 from test_benchmark_results import FIDELITY as MEASURED
 from test_benchmark_results import results as benchmark_results  # noqa: F401 (a fixture)
 from test_benchmark_results import row
 from test_documentation import parsed
 
+from brixel_cli.core.formatting import to_json
 from brixel_cli.engines.benchmarking.results import Results
 from brixel_cli.engines.probing.folder import ProbeFolder
+from brixel_cli.engines.probing.network_results import Effort
 from brixel_cli.engines.probing.results import PassCost
 from brixel_cli.errors import BrixelError
 
@@ -57,6 +59,21 @@ def test_a_record_of_a_probe_has_its_main_figure_gap_and_cost(tmp_path: Path) ->
     assert changed.digest != record.digest
 
 
+def test_a_record_of_a_task_without_heads_says_over_how_many_objects_it_is() -> None:
+    results = probed(options_of("davis2016"), {"student": [{"jf_mean": 0.741}]})
+    data = {"evaluate": results.settings.data["evaluate"]}
+    results = replace(results, settings=replace(results.settings, data=data), runs=[replace(results.runs[0], items=7)])
+    record = of_probe(results, "")
+    assert (record.metric, record.rows[0].value, record.detail) == ("jf_mean", 0.741, "233 images, 7 pairs or objects")
+
+
+def test_a_network_that_was_trained_end_to_end_has_gflop_but_no_time_beside_the_others() -> None:
+    results = probed(options_of("camvid"), {"finetuned": segmentation(0.4)})
+    effort = Effort(367, 22_000_000, 100, 80, 2.9, 0.1)
+    (row,) = of_probe(replace(results, runs=[replace(results.runs[0], effort=effort)]), "").rows
+    assert (row.gflop, row.seconds) == (2.9, None)
+
+
 def test_a_record_of_a_benchmark_has_the_cosine_of_each_row_and_the_gap(
     benchmark_results: Results,  # noqa: F811
     tmp_path: Path,
@@ -81,6 +98,10 @@ def test_rows_of_two_records_of_one_protocol_stand_together(tmp_path: Path) -> N
     second = keep(written(tmp_path / "b", student=[0.4, 0.4]), "b")
     (record,) = merged({Path("a.json"): first, Path("b.json"): second}).values()
     assert [row.label for row in record.rows] == ["backbone", "teacher", "student"]
+    assert record.detail == first.detail  # two seeds each
+    fewer = keep(written(tmp_path / "c", student=[0.3]), "c")
+    (record,) = merged({Path("a.json"): first, Path("c.json"): fewer}).values()
+    assert record.detail == "1367 and 233 images, 2 seeds (a), 1367 and 233 images, 1 seed (c)"
 
 
 def test_records_of_different_protocols_are_refused(tmp_path: Path) -> None:
@@ -110,10 +131,22 @@ def test_the_page_has_a_row_for_each_source_with_times_over_the_backbone() -> No
 def test_the_command_keeps_a_record_and_writes_the_page(tmp_path: Path) -> None:
     folder, records = written(tmp_path / "out", backbone=[0.3], teacher=[0.5]), tmp_path / "records"
     records.mkdir()
-    main(["keep", str(folder), str(records / "camvid.json"), "--command", "brixel probe B"])
-    assert read_record(records / "camvid.json") == keep(folder, "brixel probe B")
+    main(["keep", str(folder), str(records / "camvid.json"), "--command", "brixel", "probe", "--set", "data=*"])
+    assert read_record(records / "camvid.json") == keep(folder, "brixel probe --set 'data=*'")
     main(["table", str(records), str(tmp_path / "page.md")])
     assert "| backbone | 112x154 | 4.0 | 1.0x | 30.00 | - |" in (tmp_path / "page.md").read_text()
+
+
+def test_the_figure_has_a_point_for_each_row_whose_cosine_was_measured(tmp_path: Path) -> None:
+    records = tmp_path / "records"
+    records.mkdir()
+    (records / "fidelity.json").write_text(to_json(asdict(FIDELITY)))
+    main(["table", str(records), str(tmp_path / "page.md")])
+    assert "](results/evidence.svg)" in (tmp_path / "page.md").read_text()
+    svg = (tmp_path / "results" / "evidence.svg").read_text()
+    assert all(
+        f">{label}<" in svg for label in ("backbone", "jafar", "student", "teacher", "GFLOP, whole pass (log scale: x)")
+    )
 
 
 def test_a_file_that_is_no_record_is_named(tmp_path: Path) -> None:
@@ -134,7 +167,8 @@ def shipped_commands() -> dict[str, str]:
 def test_the_commands_of_the_script_parse() -> None:
     assert len(shipped_commands()) > 3
     for command in shipped_commands().values():
-        assert parsed(shlex.split(command)[1:])["baseline"]
+        given = parsed(shlex.split(command)[1:])
+        assert given["baseline"] or given["source"]
 
 
 def test_the_shipped_page_is_what_the_shipped_records_make() -> None:

@@ -130,13 +130,16 @@ def test_ray_starts_a_killed_worker_again_and_loses_nothing(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)]))
     folder = tmp_path / "batches"
     folder.mkdir()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("Ray has waited five minutes for its workers"))
+    signal.alarm(300)
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     try:
         rows = ray_data.from_items([{"path": path} for path in expected]).repartition(4)
         done = rows.map_batches(
             Dying, fn_constructor_kwargs={"folder": str(folder)} | settings, concurrency=2, batch_size=2
         ).take_all()
     finally:
+        signal.alarm(0)
         ray.shutdown()
     assert (folder / "killed").exists()
     assert sorted(row["path"] for row in done) == sorted(expected)

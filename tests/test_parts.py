@@ -13,7 +13,7 @@ from conftest import every_row, stopped_writing
 from safetensors.torch import save_file
 
 import brixel_cli
-from brixel_cli.config.extract import ExtractOptions, named_layers
+from brixel_cli.config.extract import ExtractOptions, Storage, named_layers
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_layout import Layout, MapWriter, encode_parts
@@ -130,7 +130,8 @@ def test_vectors_alone_are_small(extract_options, listener, tmp_path: Path) -> N
     assert features.get("2.png", "cls").shape == (64,)
 
 
-def test_registers_are_those_of_timm(photographs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["h5", "safetensors", "zarr"])
+def test_registers_are_those_of_timm(photographs: Path, tmp_path: Path, storage: Storage) -> None:
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit2", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
     backbone = load_backbone("test_vit2", str(tmp_path / "vit.safetensors"))
@@ -139,6 +140,7 @@ def test_registers_are_those_of_timm(photographs: Path, tmp_path: Path) -> None:
     features = brixel_cli.extract(
         photographs, res=64, source="backbone", backbone="test_vit2", backbone_weights=tmp_path / "vit.safetensors",
         fields=["registers"], device="cpu", precision="float32", dtype="float32", output=tmp_path / "out.h5",
+        format=storage,
     )  # fmt: skip
     pixels = Resizing(64, "short", 16).apply(load_image(photographs / "5.png"))
     with torch.inference_mode():

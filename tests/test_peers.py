@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from peer_costs import gflop
 from torch import Tensor, nn
 
 from brixel_cli.engines.baselines import load_baseline
@@ -99,6 +100,21 @@ def test_a_peer_gives_a_map_of_the_grid_that_is_asked_for(
         assert HUB["mwalmer-umd/UPLiFT"].iters == 2  # 2 rows to 8
     else:
         assert torch.allclose(output, features.repeat_interleave(4, -1).repeat_interleave(4, -2))
+
+
+def test_the_cost_of_a_peer_is_counted_on_its_own_code_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "hubconf.py").write_text(
+        "import torch\nimport torch.nn.functional as F\n\n\nclass Up(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.mix = torch.nn.Conv2d(3, 384, 1)\n\n"
+        "    def forward(self, image, features, output_size):\n        return F.adaptive_avg_pool2d(self.mix(image), output_size)\n\n\n"
+        "def anyup(pretrained=True):\n    assert not pretrained\n    return Up()\n"
+    )
+    hub = torch.hub.load
+    found = gflop("anyup", str(tmp_path))
+    assert torch.hub.load is hub
+    assert list(found) == ["anyup", "anyup_448"]
+    assert found["anyup"][0] == pytest.approx(2.9, abs=0.05)  # nearly all of it the backbone's
+    assert found["anyup_448"][0] - found["anyup"][0] == pytest.approx(2 * 3 * 384 * (448**2 - 112**2) / 1e9)
 
 
 def test_every_file_is_tested_and_named_in_the_page() -> None:

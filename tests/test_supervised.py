@@ -21,6 +21,7 @@ from brixel_cli.core.backbone import Backbone
 from brixel_cli.core.heads import HeadSpec, build_head
 from brixel_cli.core.networks import finetuned, unet
 from brixel_cli.engines.probing import supervised
+from brixel_cli.engines.probing.folder import EMPTY
 from brixel_cli.engines.probing.probing import probe
 from brixel_cli.engines.probing.supervised import set_aside
 from brixel_cli.engines.probing.training import labelled_images
@@ -132,6 +133,7 @@ def test_a_backbone_is_trained_and_an_interrupted_training_goes_on_to_the_same_b
 
 def test_a_damaged_state_begins_anew(root: Path, tmp_path: Path, model, listener: Listener) -> None:
     (tmp_path / "out" / "networks").mkdir(parents=True)
+    (tmp_path / "out" / "results.json").write_text(EMPTY)
     (tmp_path / "out" / "networks" / "finetuned_seed0.training").write_bytes(b"damaged")
     assert probe(options_of(root, tmp_path / "out", model), listener).results.runs[0].effort.steps == 4
     assert invoke("--verify", str(tmp_path / "out"))[0] == 0
@@ -264,6 +266,7 @@ def test_a_curve_over_labels_is_put_together_from_probes(
     assert curve(folders).splitlines() == [
         "| mIoU (%), mine | 50 % | 100 % |", "| --- | ---: | ---: |", "| file answers.h5 | 100.00 | 100.00 |",
     ]  # fmt: skip
+    assert curve([*folders, folders[0]]) == curve(folders)
     probe(make_options(root, tmp_path / "other", sources=[answers], overrides=["protocol.steps=2"]), listener)
     with pytest.raises(SystemExit, match="protocol_settings.steps: 60 -> 2"):
         curve([folders[0], tmp_path / "other"])

@@ -13,7 +13,7 @@ from brixel_cli.errors import UsageError
 
 Source = Literal["student", "backbone", "teacher"]
 Fit = Literal["short", "centre", "stretch"]
-Storage = Literal["h5", "npy", "safetensors", "parquet"]
+Storage = Literal["h5", "npy", "safetensors", "parquet", "zarr"]
 SINGLE_FILES: tuple[Storage, ...] = ("npy", "safetensors")
 """Formats with a file for each image."""
 Number = Literal["float16", "float32", "int8"]

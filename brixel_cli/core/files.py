@@ -318,6 +318,18 @@ def make_folder(path: Path) -> None:
         raise BrixelError(f"The folder {path} cannot be made: {error.strerror}. Choose another one.") from error
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file to be written or removed below a folder.
+
+    Raises:
+        BrixelError: a link on the way leads out of it.
+    """
+    path = folder / name
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise BrixelError(f"{path} lies behind a link that leads out of {folder}. Remove it, or name another --output.")
+    return path
+
+
 def free_bytes(folder: Path) -> int:
     """Bytes free on the disk of a folder, which need not exist yet."""
     return shutil.disk_usage(_existing(folder)).free

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brixel_cli.config.extract import SINGLE_FILES, Storage
+from brixel_cli.core.files import inside, writing
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.sampling import Points, covered_part, read_at
 from brixel_cli.data.feature_index import INDEX_NAME, REPAIR, check_description, check_index, check_names, read_single
@@ -19,14 +20,15 @@ from brixel_cli.data.feature_layout import (
     FORMAT,
     FORMAT_OF_PARTS,
     MAP,
+    PLAIN,
     Grid,
     Layout,
-    inside,
     is_map,
     scale_of,
     single_file_names,
+    zarr_arrays,
 )
-from brixel_cli.data.row_store import DONE, FAILED, MISSING, REASON, Array, Store, reading
+from brixel_cli.data.row_store import DONE, FAILED, MISSING, REASON, STATUS, Array, Store, reading
 from brixel_cli.errors import BrixelError
 
 
@@ -78,7 +80,9 @@ class FeatureFile:
             )
             self._grid_row = np.array(store.array("grid_row"))
             storage: Storage = self.description["storage"]
-            self._layout = None if found == FORMAT else self._described_layout(storage)
+            described = found != FORMAT or storage == "zarr"
+            self._layout = self._described_layout(storage) if described else None
+            self._arrays = zarr_arrays(self.path, self._layout) if self._layout else None
             if storage in SINGLE_FILES:
                 check_names(self.paths)
             elif self._layout is None:
@@ -89,8 +93,8 @@ class FeatureFile:
         self._single = single_file_names(self.paths, storage) if storage in SINGLE_FILES else None
 
     def _described_layout(self, storage: Storage) -> Layout:
-        """The datasets of a file of `FORMAT_OF_PARTS`."""
-        described = self.description
+        """The datasets of a file of `FORMAT_OF_PARTS`, or of arrays beside it."""
+        described = PLAIN | self.description
         channels, student = described["pca"] or described["embed_dim"], described["source"] == "student"
         return Layout(
             tuple(
@@ -102,7 +106,7 @@ class FeatureFile:
             tuple(described["fields"]),
             tuple(described["layers"]),
             described["embed_dim"],
-            self._store.kind("registers")[0][1] if "registers" in self._store else 0,
+            self._store.kind("registers")[0][1] if "registers" in self._store else described.get("num_registers", 0),
             described["factor"] if student else 1,
         )
 
@@ -184,6 +188,32 @@ class FeatureFile:
         """
         return [inside(self.path.parent, name) for name in self._single or []]
 
+    def clear(self) -> None:
+        """Remove the file, and the single files and arrays beside it, nothing else.
+
+        Raises:
+            BrixelError: the disk refuses it, or a single file lies behind a link.
+        """
+        for file in self.single_files:
+            with writing(file):
+                file.unlink(missing_ok=True)
+        if self._arrays is not None:
+            self._arrays.clear()
+        self.path.unlink()
+
+    def describe_arrays(self) -> Path:
+        """Write the index of a file with arrays beside it into their group, for readers of Zarr; returns the group.
+
+        Raises:
+            BrixelError: the disk refuses it.
+        """
+        assert self._arrays is not None
+        named = ("original_size", "grid_size", "grid_row", STATUS, "pca_components", "pca_mean")
+        index = {name: np.array(self._store.array(name)) for name in named if name in self._store}
+        reasons = [bytes(reason).decode(errors="replace") for reason in self._store.array(REASON)]
+        self._arrays.describe(index, {"paths": self.paths, REASON: reasons}, {"brixel": self.description})
+        return self._arrays.folder
+
     @property
     def has_checksums(self) -> bool:
         """Whether damage of its maps can be noticed; older files have no checksums."""
@@ -204,7 +234,8 @@ class FeatureFile:
         if status == MISSING:
             return "" if self._grid_row[row] >= 0 else "it is neither failed nor has a map"
         if not thorough and self._single is None and self._grid_row[row] >= 0:
-            return ""
+            places = (self._place(part, row) for part in self.parts) if self._arrays else ()
+            return next((damage for place in places if self._arrays and (damage := self._arrays.damage(*place))), "")
         try:
             values = self.stored(row, mapped=not thorough)
         except BrixelError as error:
@@ -253,6 +284,8 @@ class FeatureFile:
         if place < 0:
             raise BrixelError(f"{self.path}: {self.paths[row]} is done, but has no map. {REPAIR}")
         places = {name: self._place(name, row) for each in wanted for name in (each, scale_of(each))}
+        if self._arrays is not None:
+            return {name: self._arrays.read(at, n) for name, (at, n) in places.items() if at in self._arrays}
         return {name: self._store.read(at, [n])[0] for name, (at, n) in places.items() if at in self._store}
 
     def _place(self, part: str, row: int) -> tuple[str, int]:

@@ -29,7 +29,9 @@ _INDEX = {
 }
 _LATER = {"file_size": ("i", ()), "modified": ("i", ()), "sha256": ("S", ()), **dict.fromkeys(ROW_SUMS, ("u", ()))}
 """Kind of number and shape of a row of the datasets that have a row for each image; older files lack the second."""
-_COUNTS = dict.fromkeys(("res", "factor", "patch_size", "embed_dim", "pca"), 1 << 20) | {"threads": 1024}
+_COUNTS = dict.fromkeys(("res", "factor", "patch_size", "embed_dim", "pca", "num_registers"), 1 << 20) | {
+    "threads": 1024
+}
 """Counts of the description, with what none of them comes near."""
 
 

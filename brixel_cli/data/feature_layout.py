@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from brixel_cli.config.extract import SINGLE_FILES, Field, Number, Storage
-from brixel_cli.core.files import LONGEST_NAME, make_folder, replacing
+from brixel_cli.core.files import LONGEST_NAME, inside, make_folder, replacing
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.identity import text_digest
 from brixel_cli.core.losses import Basis
@@ -24,7 +24,7 @@ from brixel_cli.core.weights import save_tensors
 from brixel_cli.data.columns import Column
 from brixel_cli.data.grouping import positions_within_size
 from brixel_cli.data.row_store import Array, Store
-from brixel_cli.errors import BrixelError
+from brixel_cli.data.zarr_arrays import GROUP_NAME, ZarrArrays
 
 FORMAT, FORMAT_OF_PARTS = "brixel-features-1", "brixel-features-2"
 """The second has other datasets than the feature map, or besides it."""
@@ -91,7 +91,10 @@ class Layout:
     @property
     def described(self) -> dict[str, Any]:
         """What the description of a file of `FORMAT_OF_PARTS` says besides."""
-        return {} if self.format == FORMAT else {"fields": list(self.fields), "layers": list(self.layers)}
+        if self.format == FORMAT:
+            return {}
+        registers = {"num_registers": self.num_registers} if "registers" in self.fields else {}
+        return {"fields": list(self.fields), "layers": list(self.layers), **registers}
 
     @cached_property
     def rows_of_grid(self) -> dict[Grid, list[int]]:
@@ -147,9 +150,12 @@ class Layout:
     @property
     def columns(self) -> dict[str, Column]:
         """Datasets of the feature file that are filled row by row."""
+        return {} if self.storage in (*SINGLE_FILES, "zarr") else self.all_columns
+
+    @property
+    def all_columns(self) -> dict[str, Column]:
+        """All datasets that are filled row by row, in the feature file or beside it."""
         columns: dict[str, Column] = {}
-        if self.storage in SINGLE_FILES:
-            return columns
         rows_of_grid = self.rows_of_grid
         for grid, rows in rows_of_grid.items():
             for name, column in self.shapes(grid).items():
@@ -253,6 +259,13 @@ def encode_parts(
     return stored, [bool(value) for value in finite]
 
 
+def zarr_arrays(path: Path, layout: Layout) -> ZarrArrays | None:
+    """The arrays beside a feature file; None where its rows are stored otherwise."""
+    if layout.storage != "zarr":
+        return None
+    return ZarrArrays(path.with_name(GROUP_NAME), layout.all_columns, len(layout.grids))
+
+
 class MapWriter:
     """Writes images where a layout puts them: into the feature file, or into one file for each image, under its name.
 
@@ -263,6 +276,7 @@ class MapWriter:
 
     def __init__(self, store: Store, layout: Layout):
         self.store, self.layout = store, layout
+        self._arrays = zarr_arrays(store.path, layout)
         self._names = [bytes(name).decode() for name in store.array("paths")] if layout.storage in SINGLE_FILES else []
         self._files = single_file_names(self._names, layout.storage) if self._names else []
 
@@ -288,7 +302,17 @@ class MapWriter:
             found = [self.layout.dataset(part, row) for row in rows]
             (name,) = {name for name, _ in found}
             columns[name], places[name] = values[part], [place for _, place in found]
-        self.store.write(rows, columns, places)
+        if self._arrays is None:
+            self.store.write(rows, columns, places)
+            return
+        for name, of_rows in columns.items():
+            self._arrays.put(name, places[name], of_rows)
+        self.store.settle(rows, [[of_rows[at] for of_rows in columns.values()] for at in range(len(rows))])
+
+    def flush(self) -> None:
+        """Wait until what was written beside the feature file is on the disk; errors as `write`."""
+        if self._arrays is not None:
+            self._arrays.flush()
 
     def _write_file(self, row: int, values: Mapping[str, Array]) -> None:
         path = inside(self.store.path.parent, self._files[row])
@@ -301,15 +325,3 @@ class MapWriter:
             description = json.dumps(self.store.description, sort_keys=True)
             metadata = {"format": self.layout.format, "path": self._names[row], "description": description}
             save_tensors(path, tensors, metadata)
-
-
-def inside(folder: Path, name: str) -> Path:
-    """The path of a file to be written or removed below a folder.
-
-    Raises:
-        BrixelError: a link on the way leads out of it.
-    """
-    path = folder / name
-    if not path.parent.resolve().is_relative_to(folder.resolve()):
-        raise BrixelError(f"{path} lies behind a link that leads out of {folder}. Remove it, or name another --output.")
-    return path

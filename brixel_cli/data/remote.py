@@ -242,6 +242,8 @@ class RemoteFile(SizedFile):
 def _system(url: Url) -> tuple[Any, str]:
     """The file system of a URL, and what it calls the file."""
     require("remote", f"{url.scheme}://")
+    if url.scheme in ("gs", "gcs"):
+        require("gcs", f"{url.scheme}://")
     import fsspec
 
     settings = {"client_kwargs": {"trace_configs": [_watched()]}} if url.scheme in ("http", "https") else {}

@@ -33,8 +33,13 @@ CHOICES = [
     ("npy", ("map",), "float16", None),
     ("safetensors", ("map",), "float16", None),
     ("safetensors", ("map",), "int8", None),
+    ("zarr", ("map",), "float16", None),
+    ("zarr", ("map",), "int8", None),
+    ("zarr", ("map",), "float16", 64),
     ("h5", ("cls", "pooled"), "float16", None),
     ("h5", ("cls", "pooled"), "int8", None),
+    ("zarr", ("cls", "pooled"), "float16", None),
+    ("zarr", ("cls", "pooled"), "int8", None),
     ("parquet", ("cls", "pooled"), "float32", None),
     ("parquet", ("cls", "pooled"), "float16", None),
     ("parquet", ("cls", "pooled"), "int8", None),
@@ -71,6 +76,8 @@ def written(folder: Path, layout: Layout, channels: int, pca: int | None) -> int
     if layout.storage == "parquet":
         write_table(FeatureFile(path))
         return (folder / TABLE_NAME).stat().st_size
+    if layout.storage == "zarr":
+        FeatureFile(path).describe_arrays()
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 

@@ -1,29 +1,31 @@
 """One table of evidence from small records: who, what it sees, what a pass costs, fidelity and probes.
 
-    python tests/measure/evidence.py keep DIR RECORD.json --command "brixel probe ..."     # DIR: output of the command
+    python tests/measure/evidence.py keep DIR RECORD.json --command brixel probe ...     # DIR: output of the command
     python tests/measure/evidence.py table docs/results/records docs/EVIDENCE.md
 
-docs/results/make.sh calls both. A record is what the table needs of a results.json, with the digest of the protocol: all that
+docs/results/make.sh calls both; `table` also draws docs/results/evidence.svg, cosine against the FLOP of a whole pass. A record is what the table needs of a results.json, with the digest of the protocol: all that
 figures depend on besides the row. Records of one column whose digests differ are refused: their rows cannot be compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from brixel_cli.cli.console import error_boundary, print_files
-from brixel_cli.core.files import write_text
-from brixel_cli.core.formatting import human_size, to_json
-from brixel_cli.core.heads import QUANTITIES
+from brixel_cli.core.files import make_folder, write_text
+from brixel_cli.core.formatting import human_size, printable_lines, to_json
 from brixel_cli.core.identity import json_digest
 from brixel_cli.core.metric_titles import figure_text, figure_title, gap_text
 from brixel_cli.core.probe_metrics import LEADING
+from brixel_cli.drawing.charts import SERIES, Line, line_chart
 from brixel_cli.drawing.page import Table, markdown_block
 from brixel_cli.engines.benchmarking.results import FILE_NAME, Results, read_results
 from brixel_cli.engines.benchmarking.results import FORMAT as BENCHMARK
@@ -34,13 +36,18 @@ from brixel_cli.errors import BrixelError
 LEAD = (
     "# Evidence\n\n"
     "One table for each input of the student. Each row is on the same images, with the same heads, seeds and labels as the others of "
-    "its column. `sees` is the largest image that the row is given. GFLOP and time are of a whole pass, from pixels to feature map; "
-    "the time is over that of the backbone, timed in alternation. `gap`: (row - backbone) / (teacher - backbone). `+-`: standard error over "
-    "images (cosine), standard deviation over seeds (probes). Upsamplers of others: [PEERS.md](PEERS.md).\n\n"
+    "its column. `sees` is the largest image that the row is given. GFLOP and time are of a whole pass, from pixels to feature map (of "
+    "networks that are trained end to end, to the map of their head); the time is over that of the backbone, timed in alternation. `gap`: "
+    "(row - backbone) / (teacher - backbone). `+-`: standard error over images, pairs of images or objects (cosine, matching, propagation), "
+    "standard deviation over seeds (probes). Upsamplers of others: [PEERS.md](PEERS.md); networks that are trained end to end: "
+    "[SUPERVISED.md](SUPERVISED.md); matching and propagation: [LABEL_FREE.md](LABEL_FREE.md).\n\n"
     "The tables are made from `docs/results/records/` by `docs/results/make.sh`, which refuses to put records of different protocols "
     "into one column. `sh docs/results/make.sh measure` makes the records anew.\n"
 )
 COSINE = "cosine"
+FIGURE = Path("results", "evidence.svg")
+"""As seen from the page."""
+CAPTION = "Cosine similarity to the teacher's map against the cost of a whole pass, at each input of the student."
 
 
 @dataclass(frozen=True)
@@ -107,20 +114,27 @@ def keep(folder: Path, command: str) -> Record:
 def of_probe(results: ProbeResults, command: str) -> Record:
     """The record of a probe's main figure."""
     settings = results.settings
-    metric = LEADING[QUANTITIES[settings.task][0]]
+    metric = LEADING[settings.task.partition("_")[0]]
     depends = {key: value for key, value in as_dict(settings).items() if key != "device"}
     rows = []
     for label, entry in results.summary.items():
         cost, source = results.costs.get(label), results.sources[label]
         sees = human_size(cost.input) if cost else next(iter(source.input or {}), "-")
+        effort = next((run.effort for run in results.runs if run.source == label), None)
+        gflop = cost.gflop if cost else effort.gflop if effort else math.nan
         value, spread = entry.figure(metric)
         gap = results.recovered_gap.get(label, {}).get(metric, math.nan)
         known = results.gap_spread.get(label, {}).get(metric, math.nan)
-        numbers = (cost.gflop if cost else math.nan, cost.seconds if cost else math.nan, value, spread, gap, known)
+        numbers = (gflop, cost.seconds if cost else math.nan, value, spread, gap, known)
         rows.append(RecordRow(label, sees, *map(_known, numbers)))
     size = settings.size if isinstance(settings.size, int) else human_size((settings.size[0], settings.size[1]))
-    data = settings.data
-    detail = f"{data['train'].images} and {data['evaluate'].images} images, {len(results.seeds)} seeds"
+    detail = f"{' and '.join(str(split.images) for split in settings.data.values())} images"
+    items = max(run.items for run in results.runs)
+    detail += (
+        f", {items} pairs or objects"
+        if items
+        else f", {len(results.seeds)} seed{'s' if len(results.seeds) > 1 else ''}"
+    )
     return Record(
         settings.recipe, str(size), metric, settings.protocol, json_digest(depends), detail,
         f"{settings.device}, {settings.precision}", command, tuple(rows),
@@ -186,14 +200,17 @@ def merged(records: Mapping[Path, Record]) -> dict[tuple[str, str], Record]:
         for row in record.rows:
             if rows.setdefault(row.label, row).value != row.value:
                 raise BrixelError(f"{first.name} and {path.name} have different figures of {row.label}: remove one.")
-        found[key] = first, Record(**{**vars(earlier), "rows": tuple(rows.values())})
+        detail = earlier.detail
+        if record.detail != detail:
+            detail = f"{earlier.detail} ({first.stem}), {record.detail} ({path.stem})"
+        found[key] = first, replace(earlier, rows=tuple(rows.values()), detail=detail)
     return {key: record for key, (_, record) in found.items()}
 
 
 def page(records: Mapping[Path, Record]) -> str:
     """The page of all records: a table for each size, then the commands."""
     columns = merged(records)
-    text = [LEAD]
+    text = [LEAD, f"![{CAPTION}]({FIGURE.as_posix()})\n\n{CAPTION}\n"] if chart(records) else [LEAD]
     for size in sorted({size for size, _ in columns}, key=lambda size: int(size.split("x")[0])):
         mine = [record for (own, _), record in columns.items() if own == size]
         mine.sort(key=lambda record: record.metric != COSINE)
@@ -201,9 +218,22 @@ def page(records: Mapping[Path, Record]) -> str:
         text += markdown_block(_table(mine))
         text.append("")
         text += [f"- {_title(record)}: {record.protocol}; {record.detail}; {record.device}." for record in mine]
-    text.append("\n## Commands\n\n```")
+    text.append("\n## Commands\n\n<!-- needs: photographs, labelled sets, a clone of JAFAR, hours -->\n```")
     text += dict.fromkeys(record.command for record in records.values())
     return "\n".join([*text, "```"]) + "\n"
+
+
+def chart(records: Mapping[Path, Record]) -> str | None:
+    """Cosine against the GFLOP of a whole pass as SVG: a line for each row, over the student's inputs; None without any."""
+    fidelity = [record for record in records.values() if record.metric == COSINE]
+    lines: dict[str, dict[float, float]] = {}
+    for record in fidelity:
+        for row in record.rows:
+            if record.column == fidelity[0].column and row.gflop and row.value is not None:
+                lines.setdefault(row.label, {})[row.gflop] = row.value
+    colours = itertools.cycle(SERIES)
+    drawn = [Line(label, next(colours), tuple(sorted(points.items()))) for label, points in lines.items()]
+    return line_chart("Quality against cost", drawn, "GFLOP, whole pass", COSINE, log_x=True) if drawn else None
 
 
 def _table(records: Sequence[Record]) -> Table:
@@ -250,18 +280,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one = commands.add_parser("keep")
     one.add_argument("folder", type=Path)
     one.add_argument("record", type=Path)
-    one.add_argument("--command", required=True)
+    one.add_argument("--command", required=True, nargs=argparse.REMAINDER)
     table = commands.add_parser("table")
     table.add_argument("records", type=Path)
     table.add_argument("page", type=Path)
     given = parser.parse_args(arguments)
     with error_boundary():
         if given.what == "keep":
-            write_text(given.record, to_json(asdict(keep(given.folder, given.command)), indent=1) + "\n")
+            write_text(given.record, to_json(asdict(keep(given.folder, shlex.join(given.command))), indent=1) + "\n")
             print_files([given.record])
             return
         paths = sorted(given.records.glob("*.json"))
-        write_text(given.page, page({path: read_record(path) for path in paths}))
+        records = {path: read_record(path) for path in paths}
+        write_text(given.page, page(records))
+        if drawn := chart(records):
+            make_folder((given.page.parent / FIGURE).parent)
+            write_text(given.page.parent / FIGURE, printable_lines(drawn))
         print_files([given.page])
 
 

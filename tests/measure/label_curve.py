@@ -1,6 +1,8 @@
 """A table of probes with several shares of the labels: a row for each source, a column for each share.
 
 python tests/measure/label_curve.py runs/probe/camvid_labels_0.1 runs/probe/camvid
+
+Several folders of one share stand in one column: a source is taken from the first of them that has it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.metric_titles import figure_text, figure_title
 from brixel_cli.core.probe_metrics import LEADING
 from brixel_cli.engines.probing.folder import ProbeFolder
-from brixel_cli.engines.probing.results import as_dict
+from brixel_cli.engines.probing.results import Summary, as_dict
 
 
 def curve(folders: Sequence[Path]) -> str:
@@ -29,11 +31,16 @@ def curve(folders: Sequence[Path]) -> str:
             sys.exit("The probes differ in more than the share of the labels:\n  " + "\n  ".join(changed))
     metric = LEADING[probes[0].settings.task.partition("_")[0]]
     labels = dict.fromkeys(label for probe in probes for label in probe.summary)
-    rows = [[f"{figure_title(metric, False)}, {probes[0].settings.recipe}",
-             *(f"{probe.settings.label_fraction:.0%}".replace("%", " %") for probe in probes)]]  # fmt: skip
-    rows.append(["---", *("---:" for _ in probes)])
+    shares: dict[float, dict[str, Summary]] = {}
+    for probe in probes:
+        column = shares.setdefault(probe.settings.label_fraction, {})
+        column |= {label: entry for label, entry in probe.summary.items() if label not in column}
+    rows = [
+        [f"{figure_title(metric, False)}, {probes[0].settings.recipe}", *(f"{share * 100:.0f} %" for share in shares)]
+    ]
+    rows.append(["---", *("---:" for _ in shares)])
     for label in labels:
-        found = [probe.summary.get(label) for probe in probes]
+        found = [column.get(label) for column in shares.values()]
         rows.append([label, *(figure_text(metric, *entry.figure(metric)) if entry else "-" for entry in found)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

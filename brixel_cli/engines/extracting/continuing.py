@@ -1,4 +1,4 @@
-"""Whether an output that is there may be continued: it was begun with the same model, options and images."""
+"""Whether an output that is there may be continued: begun with the same model, options and images; or is replaced."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from brixel_cli.core.formatting import human_size
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_layout import FORMAT, FORMAT_OF_PARTS, PLAIN
 from brixel_cli.data.row_store import Store
-from brixel_cli.engines.extracting.plan import ExtractPlan
+from brixel_cli.engines.extracting.plan import CONTACT_SHEET, ExtractPlan, preview_folder
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
 
-ADVISORY = ("device", "versions", "backbone_weights", "tf32")
+ADVISORY = ("device", "versions", "backbone_weights", "tf32", "num_registers")
 """Differences here can change the last bits at most, or nothing: they are warned of, not refused."""
 OF_STUDENT = ("student.adapter", "student.step", "student.released")
 """The SHA-256 of the student covers these."""
@@ -80,6 +80,13 @@ def check_same(plan: ExtractPlan, model: FeatureExtractor, store: Store, reporte
         reporter.say(
             f"batches stay composed as the file was begun, {max(kept.values())} images at most, {asked} at once"
         )
+
+
+def clear_output(plan: ExtractPlan) -> None:
+    """Remove what `--overwrite` replaces: our own feature file, what belongs to it, and contact sheet, nothing else."""
+    if plan.store_path.exists():
+        FeatureFile(plan.store_path).clear()
+    (preview_folder(plan.output) / CONTACT_SHEET).unlink(missing_ok=True)
 
 
 def _kept_batch_sizes(plan: ExtractPlan, store: Store) -> dict[str, int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from brixel_cli.config.extract import ExtractOptions
-from brixel_cli.core.files import locked, writing
+from brixel_cli.core.files import locked
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.losses import Basis
 from brixel_cli.core.pca import RunningPca
@@ -26,7 +26,7 @@ from brixel_cli.data.grouping import in_batches
 from brixel_cli.data.inputs import reason_of
 from brixel_cli.data.row_store import DONE, FAILED, MISSING, REASON, Array, Store, create_store
 from brixel_cli.data.vector_table import write_table
-from brixel_cli.engines.extracting.continuing import check_same, describe
+from brixel_cli.engines.extracting.continuing import check_same, clear_output, describe
 from brixel_cli.engines.extracting.parts import (
     ASKED,
     ASKED_FILES,
@@ -37,10 +37,8 @@ from brixel_cli.engines.extracting.parts import (
     finish_part,
 )
 from brixel_cli.engines.extracting.plan import (
-    CONTACT_SHEET,
     ExtractPlan,
     make_plan,
-    preview_folder,
     reason_text,
 )
 from brixel_cli.engines.extracting.tiled_images import fill_by_tiles, larger_images, map_strips
@@ -183,6 +181,8 @@ def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extract
     pictures: list[Path] = []
     if options.storage == "parquet" and runtime.is_first:
         pictures.append(write_table(features))
+    if options.storage == "zarr" and runtime.is_first:
+        pictures.append(features.describe_arrays())
     if options.preview and runtime.is_first:
         from brixel_cli.engines.extracting.preview import write_previews
 
@@ -215,6 +215,8 @@ def _open_output(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter)
         restore_index(plan, reporter)
         check_same(plan, model, Store(plan.store_path), reporter)
         fetch_again(plan, reporter)
+    if plan.options.storage == "zarr":
+        FeatureFile(plan.store_path).describe_arrays()
 
 
 def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> None:
@@ -233,7 +235,7 @@ def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> N
     if plan.options.pca is not None:
         basis = _fit_pca(plan, model, reporter)
         filled |= {"pca_components": basis.components.numpy(), "pca_mean": basis.mean.numpy()}
-    _clear_output(plan)  # as late as can be: should the model or the images fail, what is there stays
+    clear_output(plan)  # as late as can be: should the model or the images fail, what is there stays
     create_store(
         plan.store_path,
         len(plan.reasons),
@@ -287,16 +289,7 @@ def _compute(
                             _fail(plan, store, row, plan.overflow)
                 behind.put(_Finished(rows, tensors))
             yield len(missing)
-
-
-def _clear_output(plan: ExtractPlan) -> None:
-    """Remove what `--overwrite` replaces: our own feature file, single files and contact sheet, nothing else."""
-    if plan.store_path.exists():
-        for file in FeatureFile(plan.store_path).single_files:
-            with writing(file):
-                file.unlink(missing_ok=True)
-        plan.store_path.unlink()
-    (preview_folder(plan.output) / CONTACT_SHEET).unlink(missing_ok=True)
+    writer.flush()
 
 
 def _read_batch(plan: ExtractPlan, rows: Sequence[int], model: FeatureExtractor) -> list[Tensor | str]:

@@ -51,6 +51,8 @@ def verify(path: Path, reporter: Reporter) -> Verified:
             for row in changed:
                 store.mark(row, MISSING)
             store.flush()
+            if features.description["storage"] == "zarr":
+                FeatureFile(features.path).describe_arrays()
         except BrixelError as error:
             reporter.warn(f"the damaged rows stay marked as done, and will not be computed again: {error}")
     return Verified(
