@@ -264,7 +264,9 @@ def probe(
             others = {"--recipe": recipe, "--task": task, "--data": data, "--source": source, "--res": res or size,
                       "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
                       "--baseline": baseline, "--dry-run": dry_run, "--transfer": transfer,
-                      "--predictions": predictions}  # fmt: skip
+                      "--predictions": predictions, "--label-fraction": label_fraction != 1,
+                      "--save-predictions": save_predictions, "--per-class": per_class, "--features": features,
+                      "--seeds": seeds != 3}  # fmt: skip
             check_apply(others, checkpoint or [])
             run_apply(ApplyOptions(apply, input_ or [], output, checkpoint[0] if checkpoint else None, backbone_weights,
                                    device, precision, overwrite), as_json)  # fmt: skip

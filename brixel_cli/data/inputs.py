@@ -19,7 +19,7 @@ from brixel_cli.data.fetching import Fetcher
 from brixel_cli.data.images import EXTENSIONS, LARGE_PIXELS, Contents, decoded, file_stat, read_size
 from brixel_cli.data.members import Member, measured
 from brixel_cli.data.parquet import PARQUET_EXTENSION, Parquet
-from brixel_cli.data.references import absolute, common_root, expand, is_compressed_tar, name_of
+from brixel_cli.data.references import Entry, absolute, common_root, expand, is_compressed_tar, name_of
 from brixel_cli.data.remote import PART, Place, RemoteFile, Status, Url, status_of
 from brixel_cli.data.tars import TAR_EXTENSION, tar_members
 from brixel_cli.data.video import VIDEO_EXTENSIONS, Video
@@ -160,15 +160,16 @@ def find_inputs(
         UnreachedError: a server did not answer.
     """
     named = expand(references, allow_urls)
-    banned = [absolute(folder) for folder in without]
-    places = [place for place in named.places if not _below(place, banned)]
-    if not places:
+    banned = tuple(f"{absolute(folder)}{os.sep}" for folder in without)
+    named.places = [place for place in named.places if isinstance(place, Url) or not place.startswith(banned)]
+    if not named.places:
         listed = ", ".join(sorted(EXTENSIONS))
         raise UsageError(f"No images in {', '.join(references)}. Files are taken by extension: {listed}.")
-    root, split = common_root(references, places), None
+    root, split, taken = common_root(references, named.places), None, set(named.places)
     if shard is not None:
-        split = split_of(root, places)
-        places = list(shard.take(places))
+        split = split_of(root, named.places)
+        named.places = list(shard.take(named.places))
+    places: list[Place] = [Path(place) if isinstance(place, str) else place for place in named.places]
     scan = _Scan(root, column, named.statuses, named.refused)
     videos: dict[Path, Video] = {}
     items: list[Item] = []
@@ -179,12 +180,11 @@ def find_inputs(
             items += found
             if tick:
                 tick(len(found))
-    taken = set(places)
-    passed_over = [path for path in named.passed_over if absolute(path) not in taken]
+    passed_over = [path for path in named.passed_over if str(absolute(path)) not in taken]
     return Inputs(scan.root, _named_once(items), videos, passed_over, named.unreadable, scan.fetcher, split)
 
 
-def split_of(root: Place, places: Sequence[Place]) -> Split:
+def split_of(root: Place, places: Sequence[Entry]) -> Split:
     """What is split into shards: the places below the root, each to be opened as a whole."""
     start = len(str(root))
     return Split(len(places), text_digest("\n".join(str(place)[start:] for place in places)))
@@ -204,10 +204,6 @@ def none_usable(failures: Mapping[str, str]) -> BrixelError:
 def reason_of(error: BrixelError, path: Place) -> str:
     """The reason alone, without the path that `load_image` adds."""
     return str(error).removesuffix(f": {path}")
-
-
-def _below(place: Place, folders: Sequence[Path]) -> bool:
-    return isinstance(place, Path) and str(place).startswith(tuple(f"{folder}{os.sep}" for folder in folders))
 
 
 def _named_once(items: list[Item]) -> list[Item]:
@@ -230,7 +226,7 @@ class _Scan:
         refused: places that are not looked into, with the reasons.
     """
 
-    def __init__(self, root: Place, column: str | None, statuses: Mapping[Url, Status], refused: Mapping[Place, str]):
+    def __init__(self, root: Place, column: str | None, statuses: Mapping[Url, Status], refused: Mapping[Entry, str]):
         self.root, self.fetcher = root, Fetcher()
         self._column, self._statuses, self._refused = column, statuses, refused
 
@@ -240,8 +236,8 @@ class _Scan:
         suffix = place.suffix.lower()
         if suffix in VIDEO_EXTENSIONS and isinstance(place, Url):
             reason = "a video has to be on this disk"
-        if reason or place in self._refused:
-            return [Item(place, name, 0, 0, reason or self._refused[place], 0, 0)]
+        if reason := reason or self._refused.get(str(place) if isinstance(place, Path) else place, ""):
+            return [Item(place, name, 0, 0, reason, 0, 0)]
         if suffix in VIDEO_EXTENSIONS:
             return None
         status = Status(0, 0, "")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from brixel_cli.data.images import EXTENSIONS, file_stat, files_below, is_folder, name_below
+from brixel_cli.data.images import EXTENSIONS, file_names_below, file_stat, is_folder, name_below
 from brixel_cli.data.members import safe_name
 from brixel_cli.data.parquet import PARQUET_EXTENSION
 from brixel_cli.data.remote import (
@@ -36,6 +36,10 @@ MOST_EXPANDED = 1_000_000
 """Names that braces may stand for."""
 MOST_LISTED = 1 << 28
 """Bytes of a remote list."""
+Entry = str | Url
+"""A file that is named: its absolute path, or its URL. There may be a million, and a text is the smallest object."""
+_ODD = re.compile(r"^~|//|(^|/)\.\.?(/|$)|/$" if os.sep == "/" else "")
+"""Whether a path may be written otherwise than `Path` has it."""
 KINDS = "a folder, an image, a video, a tar, a parquet file, a quoted glob, a .txt list of paths, or a URL of these"
 
 
@@ -51,9 +55,9 @@ class Named:
         unreadable: folders below those named that may not be looked into.
     """
 
-    places: list[Place] = field(default_factory=list)
+    places: list[Entry] = field(default_factory=list)
     statuses: dict[Url, Status] = field(default_factory=dict)
-    refused: dict[Place, str] = field(default_factory=dict)
+    refused: dict[Entry, str] = field(default_factory=dict)
     passed_over: list[Path] = field(default_factory=list)
     unreadable: list[Path] = field(default_factory=list)
 
@@ -131,7 +135,7 @@ def default_output(references: Sequence[str], suffix: str) -> Path:
     return first.with_name((first.name if os.path.isdir(first) else first.stem) + suffix)
 
 
-def common_root(references: Sequence[str], places: Sequence[Place]) -> Place:
+def common_root(references: Sequence[str], places: Sequence[Entry]) -> Place:
     """The folder that the names of all items start from.
 
     Raises:
@@ -140,10 +144,10 @@ def common_root(references: Sequence[str], places: Sequence[Place]) -> Place:
     only = _path(references[0])
     if len(references) == 1 and not is_url(references[0]) and os.path.isdir(only):
         return absolute(only)
-    paths = [place for place in places if isinstance(place, Path)]
     urls = [place for place in places if isinstance(place, Url)]
+    paths = places if not urls else [place for place in places if isinstance(place, str)]
     if not urls:
-        return Path(os.path.commonpath({os.path.dirname(path) for path in paths}))
+        return Path(os.path.commonpath({os.path.dirname(str(path)) for path in paths}))
     least, most = min(url.parts[:-1] for url in urls), max(url.parts[:-1] for url in urls)
     shared = [part for part, other in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(least, most))]  # noqa: B905
     if paths or not shared:
@@ -196,24 +200,24 @@ def _expand(reference: str, named: Named, allow_urls: bool, several: bool) -> No
         if path.suffix.lower() in LIST_EXTENSIONS:
             _add_lines(path, _lines(path), named, allow_urls)
         else:
-            named.places.append(absolute(path))
+            named.places.append(str(absolute(path)))
     elif glob.has_magic(reference):
         matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(reference), recursive=True))]
         found = [match for match in matches if os.path.isfile(match)]
         if not found:
-            raise UsageError(f"The pattern {reference} matches no file.")
-        named.places += [absolute(match) for match in found]
+            raise UsageError(f"The pattern {without_secrets(reference)} matches no file.")
+        named.places += [str(absolute(match)) for match in found]
     elif several:
-        named.places.append(absolute(path))  # one of a range: a row tells that it is missing
+        named.places.append(str(absolute(path)))  # one of a range: a row tells that it is missing
     else:
-        raise UsageError(f"Nothing at {path}. --input takes {KINDS}.")
+        raise UsageError(f"Nothing at {without_secrets(str(path))}. --input takes {KINDS}.")
 
 
 def _expand_folder(path: Path, named: Named) -> None:
     hidden: list[Path] = []
-    files = files_below(path, (*EXTENSIONS, *VIDEO_EXTENSIONS, *ARCHIVE_EXTENSIONS), hidden)
-    others = [file for file in files if file.suffix.lower() not in EXTENSIONS]
-    found = [file for file in files if file.suffix.lower() in EXTENSIONS]
+    files = file_names_below(path, (*EXTENSIONS, *VIDEO_EXTENSIONS, *ARCHIVE_EXTENSIONS), hidden)
+    found = [file for file in files if _extension(file) in EXTENSIONS]
+    others = [Path(file) for file in files if _extension(file) not in EXTENSIONS]
     named.unreadable += hidden
     named.passed_over += others
     if not found:
@@ -221,7 +225,12 @@ def _expand_folder(path: Path, named: Named) -> None:
         besides += f" Its folder {hidden[0]} cannot be read." if hidden else ""
         taken = ", ".join(sorted(EXTENSIONS))
         raise UsageError(f"No images in the folder {path}{besides} Files are taken by extension: {taken}.")
-    named.places += [absolute(file) for file in found]
+    start, base = len(str(path)), str(absolute(path))
+    named.places += [os.path.join(base, file[start:].lstrip(os.sep)) for file in found]
+
+
+def _extension(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
 
 
 def _expand_url(url: Url, named: Named, allow_urls: bool) -> None:
@@ -258,23 +267,38 @@ def _lines(path: Path) -> list[str]:
 
 def _add_lines(source: Place, lines: Sequence[str], named: Named, allow_urls: bool) -> None:
     """Add what the lines of a list name, relative to its folder; a URL elsewhere only where that is allowed."""
-    entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not entries:
-        raise UsageError(f"{source} names no images: it wants one path a line, relative to its own folder.")
-    for entry in entries:
-        shown = without_secrets(entry)  # becomes the name of a row where the URL is refused
-        beside = absolute(source.parent / _path(shown)) if isinstance(source, Path) else Url(source.folder + shown)
-        place, reason = beside, ""
-        if is_url(entry):
-            try:
-                place = url = to_url(entry)
-                if not allow_urls and not (isinstance(source, Url) and url.parts[:2] == source.parts[:2]):
-                    place, reason = beside, "a URL in a list, which is fetched only with --allow-urls"
-            except UsageError:
-                place, reason = beside, "not a URL that is read"
+    folder = absolute(source.parent) if isinstance(source, Path) else source.folder
+    some = False
+    for line in lines:
+        entry = line.strip()
+        if not entry or entry[0] == "#":
+            continue
+        some = True
+        if not is_url(entry):
+            named.places.append(_beside(folder, entry))
+            continue
+        place = beside = _beside(folder, without_secrets(entry))  # names the row where the URL is refused
+        reason = ""
+        try:
+            place = url = to_url(entry)
+            if not allow_urls and not (isinstance(source, Url) and url.parts[:2] == source.parts[:2]):
+                place, reason = beside, "a URL in a list, which is fetched only with --allow-urls"
+        except UsageError:
+            reason = "not a URL that is read"
         if reason:
             named.refused[place] = reason
         named.places.append(place)
+    if not some:
+        raise UsageError(f"{source} names no images: it wants one path a line, relative to its own folder.")
+
+
+def _beside(folder: Path | str, entry: str) -> Entry:
+    """What a line of a list names: relative to the folder of a list on the disk, or below the URL of a remote one."""
+    if isinstance(folder, str):
+        return Url(folder + entry)
+    if _ODD.search(entry):
+        return str(absolute(folder / _path(entry)))
+    return entry if entry[0] == "/" else f"{folder}/{entry}"
 
 
 def describe_passed_over(files: Sequence[Path]) -> str:

@@ -26,8 +26,8 @@ from brixel_cli.config.files import dump_recipe, load_recipe, missing_keys
 from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_files, check_picture, write_text, writing
 from brixel_cli.core.formatting import csv_text, to_json
-from brixel_cli.core.shipped import shipped_students
-from brixel_cli.core.student import FILE_NAME, read_adapter
+from brixel_cli.core.shipped import FILE_NAME, shipped_students
+from brixel_cli.core.student import read_adapter
 from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.images import Skipped
 from brixel_cli.data.row_store import Store
