@@ -110,10 +110,12 @@ def test_a_run_is_neither_overwritten_nor_mixed_by_accident(
 def test_files_that_are_not_a_runs_are_neither_replaced_nor_deleted(
     tiny_recipe: Recipe, tmp_path: Path, listener: Listener, overwrite: bool
 ) -> None:
-    (tmp_path / "results.json").write_text('{"format": "brixel-probe-1"}')
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "results.json").write_text('{"format": "brixel-probe-1"}')
     with pytest.raises(UsageError, match=r"holds results.json, but no recipe.yaml of a run: brixel does not replace"):
-        distill(tiny_recipe, RunFolder(tmp_path), listener, overwrite=overwrite)
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+        distill(tiny_recipe, RunFolder(mine), listener, overwrite=overwrite)
+    assert [path.name for path in mine.iterdir()] == ["results.json"]
 
 
 def test_a_run_interrupted_while_its_cache_is_filled_can_be_resumed(
