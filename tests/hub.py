@@ -101,6 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         state, path = self.state, self.path.partition("?")[0]
         state.asked.append((self.command, path))
+        if path.startswith("/api/models/"):  # earlier clients ask how large files are stored
+            self.reply(200, {"id": path.removeprefix("/api/models/").partition("/revision/")[0], "xetEnabled": False})
+            return
         name, _, rest = path.removeprefix("/").partition("/resolve/")
         revision, _, file = rest.partition("/")
         content = state.files.get(name, {}).get(file)
