@@ -18,7 +18,7 @@ from brixel_cli.errors import UNREACHED, BrixelError, UsageError
 
 ASKED = "asked"
 """Key of a part's description: the words of the command that computes it, without output and shard."""
-_NOT_ASKED = {"output", "shard", "device", "workers", "strict", "overwrite", "preview"}
+_NOT_ASKED = {"output", "upload", "shard", "device", "workers", "strict", "overwrite", "preview"}
 """Options that are a matter of the machine, or of one run; those of the page are others."""
 _WORDS = {"inputs": "--input", "storage": "--format"}
 
@@ -35,6 +35,7 @@ class Extracted:
         seconds: from the first image to the last.
         num_computed: images that this run computed, on all processes.
         pictures: what `preview` and `page` wrote.
+        uploaded: the URL that the output was copied to; empty: it was not.
     """
 
     output: Path
@@ -44,6 +45,7 @@ class Extracted:
     failures: dict[str, str]
     seconds: float
     pictures: list[Path]
+    uploaded: str = ""
 
 
 def unfinished(part: Path) -> Path:
