@@ -88,6 +88,7 @@ def check_installed(archive: Path, scratch: Path, arguments: list[str], lean: bo
         "pip",
         "install",
         "--quiet",
+        "--no-compile",
         *arguments,
         str(archive) if lean else f"{archive}[demo]",
         where=scratch,
@@ -105,11 +106,12 @@ def check_installed(archive: Path, scratch: Path, arguments: list[str], lean: bo
         assert not installed & {"tensorboard", "matplotlib", "torchmetrics"}
     else:
         run(brixel, "demo", where=scratch)
+        training = "--recipe demo --images demo/photos/training --backbone-weights demo/dinov2_vits14.safetensors"
+        run(brixel, "distill", *training.split(), "--dry-run", where=scratch)
     run(python, "-c", USE, where=scratch)
     command = "--input demo/photos/held_out --res 112 --backbone-weights demo/dinov2_vits14.safetensors --overwrite"
     run(brixel, "extract", *command.split(), "--page", "features.html", where=scratch)
     assert (scratch / "features.html").is_file()
-    run(brixel, "distill", "--recipe", "vitl", "--dry-run", where=scratch)
 
 
 def main() -> None:

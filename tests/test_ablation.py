@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from printed_json import checked
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
@@ -331,6 +332,8 @@ def test_the_command_trains_prints_and_reports(tiny_recipe_file: Path, mine: Pat
     planned = CliRunner().invoke(app, [*line, "--dry-run"])
     assert planned.exit_code == 0
     assert "base: the recipe as it stands" in planned.stdout
+    plan = checked("benchmark-ablate-dry-run", CliRunner().invoke(app, [*line, "--dry-run", "--json"]).stdout)
+    assert [variant["name"] for variant in plan["variants"]] == ["base"]
     assert not (tmp_path / "out").exists()
     done = CliRunner().invoke(app, [*line, "--steps", "2", "--report", str(tmp_path / "report"), "--quiet"])
     assert done.exit_code == 0, done.output

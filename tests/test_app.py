@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import timm
+from printed_json import checked
 from typer.testing import CliRunner
 
 from brixel_cli import __version__
@@ -75,7 +76,7 @@ def test_json_is_one_line_on_stdout(tiny_recipe_file: Path, tmp_path: Path) -> N
     )
     assert code == 0
     assert out.count("\n") == 1
-    result = json.loads(out)
+    result = checked("distill", out)
     assert result["steps"] == 4
     assert set(result["best"]["student"]) == {"l1", "cosine", "edge", "spectral"}
     assert str(tmp_path / "run" / "student.safetensors") in result["files"]
@@ -126,9 +127,12 @@ def test_recipes_are_listed_and_copied(command: str, name: str, begins: str, tmp
     code, out, _ = invoke(command, "--list-recipes")
     assert code == 0
     assert re.search(rf"{name} +│ {begins}", out)
-    assert json.loads(invoke(command, "--list-recipes", "--json")[1])["recipes"][name].startswith(begins)
+    listed = checked("list-recipes", invoke(command, "--list-recipes", "--json")[1])
+    assert listed["recipes"][name].startswith(begins)
     target = tmp_path / "my.yaml"
     assert invoke(command, "--copy-recipe", name, str(target))[:2] == (0, f"wrote {target}\n")
+    copied = checked("copy-recipe", invoke(command, "--copy-recipe", name, str(tmp_path / "b.yaml"), "--json")[1])
+    assert copied["files"] == [str(tmp_path / "b.yaml")]
     code, _, err = invoke(command, "--copy-recipe", name, str(target))
     assert (code, err) == (2, f"error: {target} is there already, and is not overwritten: name another file.\n")
 
@@ -217,7 +221,9 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(
 def test_the_figures_of_a_dry_run(tiny_recipe_file: Path) -> None:
     changes = ["views.kind=fixed", "views.per_image=2", "cache.enabled=true"]
     arguments = [part for change in changes for part in ("--set", change)]
-    plan = json.loads(invoke("distill", "--recipe", str(tiny_recipe_file), "--dry-run", "--json", *arguments)[1])
+    plan = checked(
+        "distill-dry-run", invoke("distill", "--recipe", str(tiny_recipe_file), "--dry-run", "--json", *arguments)[1]
+    )
     # 6 of 8 photographs are trained on, two views each; a view is (3*32*32 + 4*64*2*2 + 64*8*8) * 2 + 4 + 1 bytes.
     assert (plan["num_views"], plan["num_steps"], plan["cache_bytes_per_view"]) == (12, 4, 16389)
     assert plan["step_seconds"] > 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 from benchmarks import BASELINE, options, row
 from conftest import Listener
+from printed_json import checked
 from test_feature_page import page_data
 from typer.testing import CliRunner
 
@@ -174,8 +175,7 @@ def test_the_command_prints_the_table_and_names_its_files(run: Path, tmp_path: P
 def test_the_command_as_json_is_one_line(run: Path, tmp_path: Path) -> None:
     code, out, _ = invoke(["--checkpoint", str(run), "--dry-run", "--json", "--quiet"])
     assert code == 0
-    (line,) = out.splitlines()
-    assert [row["label"] for row in json.loads(line)["rows"]] == ["backbone", "bilinear", "student"]
+    assert [row["label"] for row in checked("benchmark", out)["rows"]] == ["backbone", "bilinear", "student"]
 
 
 def test_wrong_options_are_exit_code_2() -> None:

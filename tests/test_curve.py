@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from benchmarks import options
 from conftest import Listener
+from printed_json import checked
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
@@ -54,6 +55,7 @@ def test_backbone_and_students_go_towards_one_teacher(curve: Curve, tmp_path: Pa
     assert all(row.latency.median > 0 and row.gflop > 0 for row in curve.rows)
     assert backbone[0].gflop < curve.lines["run"][0].gflop < curve.lines["run"][1].gflop
     stored = json.loads((tmp_path / "out" / "curve.json").read_text())
+    checked("benchmark-curve", json.dumps(stored | {"files": []}))
     assert len(stored["rows"]) == len(curve.rows)
     assert stored["num_images"] == 5
     assert (tmp_path / "out" / "curve.svg").read_text().count("cosine") == 2  # a panel for time, one for arithmetic

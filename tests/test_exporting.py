@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from conftest import Listener, without
+from printed_json import checked
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
@@ -31,7 +31,8 @@ def test_an_export_tells_programs_what_was_checked(monkeypatch: pytest.MonkeyPat
     done = exporting.Exported(Path("x.onnx"), "batch", {(1, 64, 96): 0.25})
     monkeypatch.setattr(exporting, "export", lambda *_: done)
     told = CliRunner().invoke(app, ["extract", "--export", "x.onnx", "--json"]).stdout
-    assert json.loads(told) == {"path": "x.onnx", "dynamic": "batch", "checked": {"1x64x96": 0.25}, "error": 0.25}
+    known = {"path": "x.onnx", "dynamic": "batch", "checked": {"1x64x96": 0.25}, "error": 0.25}
+    assert checked("extract-export", told) == known
 
 
 def test_missing_packages_of_the_export_are_named(extract_options, tmp_path: Path, listener: Listener, monkeypatch):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import TWO_RANKS, Listener, every_row, make_photograph
 from PIL import Image
+from printed_json import checked
 from test_inputs import make_video
 from torchvision.transforms.v2 import functional as tvf
 from typer.testing import CliRunner
@@ -224,7 +225,7 @@ def test_two_processes_fill_one_file(extract_options, mixed: Path, model, tmp_pa
     )  # fmt: skip
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert json.loads(out)["computed"] == 10
+    assert checked("extract", out)["computed"] == 10
     assert every_row(output) == expected
 
 
@@ -246,7 +247,7 @@ def test_the_command_says_what_it_did(model, mixed: Path, tmp_path: Path):
     arguments = ["extract", "--input", str(mixed), "--res", "64", "--checkpoint", model[0], "--device", "cpu"]
     planned = CliRunner().invoke(app, [*arguments, "--dry-run", "--json", "--quiet"])
     assert planned.exit_code == 0, planned.output
-    plan = json.loads(planned.stdout)
+    plan = checked("extract-dry-run", planned.stdout)
     assert plan["grids"] == {"16x16": 4, "16x20": 3, "28x16": 3}
     assert plan["output"] == str(tmp_path / "mixed.h5")
     assert plan["images_left"] == 10

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import Listener, every_row
+from printed_json import checked
 from test_feature_damage import flip, packed
 from typer.testing import CliRunner
 
@@ -40,7 +41,7 @@ def test_a_flipped_bit_is_found_and_that_row_alone_computed_again(
     found = CliRunner().invoke(app, ["extract", "--verify", str(done.output), "--json"])
     assert found.exit_code == 1
     damaged = dict.fromkeys(("2.png", "5.png"), "its map has changed since it was written")
-    assert json.loads(found.stdout)["damaged"] == damaged
+    assert checked("extract-verify", found.stdout)["damaged"] == damaged
     assert f"2 of 8 images in {done.output} are damaged. Give the command that wrote it again" in found.stderr
     seen = []
     maps = FeatureExtractor.maps
@@ -108,7 +109,7 @@ def test_single_files_that_are_gone_cut_or_changed_are_made_again(
     shutil.copy(output / f"6.{storage}", output / f"5.{storage}")
     found = CliRunner().invoke(app, ["extract", "--verify", str(output), "--json"])
     assert found.exit_code == 1
-    assert set(json.loads(found.stdout)["damaged"]) == {f"{number}.png" for number in range(1, 6)}
+    assert set(checked("extract-verify", found.stdout)["damaged"]) == {f"{number}.png" for number in range(1, 6)}
     assert extract(extract_options(output=output, storage=storage), listener).num_computed == 5
     assert {path.name: path.read_bytes() for path in output.iterdir()} == expected
     assert CliRunner().invoke(app, ["extract", "--verify", str(output)]).exit_code == 0
@@ -141,7 +142,9 @@ def test_a_file_of_an_earlier_version_is_checked_and_continued_with_its_checksum
     if storage == "h5":
         flip(index, "features", 77)
         found = CliRunner().invoke(app, ["extract", "--verify", str(index), "--json"])
-        assert json.loads(found.stdout)["damaged"] == {"0.png": "its map has changed since it was written"}
+        assert checked("extract-verify", found.stdout)["damaged"] == {
+            "0.png": "its map has changed since it was written"
+        }
     Store(index, writable=True).mark(5, 0)
     with h5py.File(index, "r+") as file:
         file["model_size"][1] = 7
@@ -161,7 +164,7 @@ def test_a_file_without_checksums_is_checked_as_far_as_can_be(extract_options, t
         del file[CHECKSUM], file.attrs[CHECKSUMS]
         file["features"][4, 0, 0, 0] = np.nan
     found = CliRunner().invoke(app, ["extract", "--verify", str(done.output), "--json"])
-    assert json.loads(found.stdout)["damaged"] == {"4.png": "its map is not finite"}
+    assert checked("extract-verify", found.stdout)["damaged"] == {"4.png": "its map is not finite"}
     shown = CliRunner().invoke(app, ["extract", "--verify", str(done.output)])
     assert "Without checksums" in shown.stdout
     assert extract(extract_options(), listener).num_computed == 1

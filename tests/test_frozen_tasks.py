@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import Listener, make_photograph
 from labelled_sets import save
+from printed_json import checked
 from probe_sets import HEIGHT, WIDTH, results, write_features
 from test_app import invoke
 
@@ -325,14 +325,15 @@ def test_the_table_and_the_json_of_a_task_without_training(clips: Path, tmp_path
     assert code == 2
     assert "task segmentation needs the section data.train" in err
     code, out, _ = invoke(*command, "--dry-run", "--json")
-    assert (code, json.loads(out)["train_images"], json.loads(out)["steps"]) == (0, 0, 0)
+    plan = checked("probe-dry-run", out)
+    assert (code, plan["train_images"], plan["steps"]) == (0, 0, 0)
     code, out, err = invoke(*command, "--per-class")
     assert code == 0, err
     assert "clips: propagation, protocol propagation (changed: grid=24), student's input 32 px" in out
     assert "Evaluated on 10 images; nothing was trained. Mean and standard error over 3 objects of sequences." in out
     assert "J&F by sequence" in out
     code, out, _ = invoke(*command, "--json")
-    assert json.loads(out)["summary"]["file answers.h5"]["mean"]["j_mean"] == 1
+    assert checked("probe", out)["summary"]["file answers.h5"]["mean"]["j_mean"] == 1
     assert invoke("probe", "--verify", str(tmp_path / "out"))[0] == 0
 
 

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import Listener, every_row, make_photograph
+from printed_json import checked
 from test_feature_verifying import as_earlier
 from typer.testing import CliRunner
 
@@ -330,7 +331,7 @@ def test_the_command_joins(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0
     assert "The maps stay in the parts" in done.stdout
-    result = json.loads(CliRunner().invoke(app, [*command, "--overwrite", "--copy", "--json"]).stdout)
+    result = checked("extract-join", CliRunner().invoke(app, [*command, "--overwrite", "--copy", "--json"]).stdout)
     assert result["num_images"] == 4
     assert result["copied"] is True
 

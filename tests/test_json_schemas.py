@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from json_schemas import FOLDER, TYPES, schemas
+from printed_json import checked
 from probe_sets import options_of, probed, segmentation
 from test_benchmark_report import make_ablations
 from typer.testing import CliRunner
 
+from brixel_cli import demo
 from brixel_cli.app import app
 from brixel_cli.core.formatting import to_json
-
-jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema: pip install jsonschema")
-
-
-def check(name: str, printed: str) -> dict[str, Any]:
-    """Validate a line of JSON; what lacks any one of the required keys must not pass."""
-    value = json.loads(printed)
-    schema = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    validator = jsonschema.Draft202012Validator(schema)
-    validator.validate(value)
-    for key in schema["required"]:
-        assert not validator.is_valid({other: item for other, item in value.items() if other != key})
-    return value
 
 
 def printed(*arguments: str) -> str:
@@ -36,6 +25,7 @@ def printed(*arguments: str) -> str:
 
 
 def test_the_schemas_are_what_the_types_make() -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema: pip install jsonschema")
     made = schemas()
     assert {path.name for path in FOLDER.glob("*.json")} == set(made) == {f"{name}.json" for name in TYPES}
     for name, text in made.items():
@@ -44,37 +34,18 @@ def test_the_schemas_are_what_the_types_make() -> None:
         jsonschema.Draft202012Validator.check_schema(json.loads(text))
 
 
-def test_a_training(run: Path) -> None:
-    check("distill", printed("distill", "--resume", "--output", str(run)))
-    check("distill-verify", printed("distill", "--verify", str(run)))
+def test_every_schema_is_checked_by_a_test_and_is_in_the_documentation() -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    assert set(TYPES) == set(re.findall(r'checked\(\s*"([\w-]+)"', tests))
+    page = (FOLDER.parent / "reference" / "json.md").read_text(encoding="utf-8")
+    assert set(TYPES) == set(re.findall(r"\(\.\./schemas/([\w-]+)\.json\)", page))
 
 
-def test_a_training_that_is_only_planned(tiny_recipe_file: Path) -> None:
-    check("distill-dry-run", printed("distill", "--recipe", str(tiny_recipe_file), "--dry-run"))
-
-
-def test_an_extraction(model: tuple[str, str], photographs: Path, tmp_path: Path) -> None:
-    output = str(tmp_path / "x.h5")
-    command = [
-        "extract",
-        "--input",
-        str(photographs),
-        "--res",
-        "32",
-        "--checkpoint",
-        model[0],
-        "--device",
-        "cpu",
-        "--output",
-        output,
-    ]
-    value = check("extract", printed(*command))
-    assert (value["images"], value["output"]) == (8, output)
-
-
-def test_a_benchmark(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    check("benchmark", printed("benchmark", "--checkpoint", str(run), "--dry-run"))
+def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / "weights.safetensors", tmp_path / "training", tmp_path / "held_out"]
+    monkeypatch.setattr(demo, "prepare", lambda folder: files)
+    value = checked("demo", printed("demo", str(tmp_path)))
+    assert value["files"] == [value["weights"], value["training"], value["held_out"]]
 
 
 def test_a_probe() -> None:
@@ -86,8 +57,8 @@ def test_a_probe() -> None:
     )
     line = to_json({**json.loads(results.to_json()), "files": ["results.json"]})
     assert "null" in line
-    check("probe", line)
+    checked("probe", line)
 
 
 def test_an_ablation() -> None:
-    check("benchmark-ablate", to_json({**json.loads(make_ablations().to_json()), "files": []}))
+    checked("benchmark-ablate", to_json({**json.loads(make_ablations().to_json()), "files": []}))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import Listener
 from PIL import Image
+from printed_json import checked
 from probe_sets import FAST, HEIGHT, NAMES, WIDTH, figures, make_options, recipe_file, results
 from test_probe_command import invoke
 
@@ -159,7 +159,7 @@ def test_a_row_of_predictions_needs_neither_weights_nor_training(root: Path, tmp
         str(tmp_path / "out"),
     ]
     code, out, err = invoke(*command, "--dry-run", "--json")
-    assert (code, json.loads(out)["sources"]) == (0, ["theirs"])
+    assert (code, checked("probe-dry-run", out)["sources"]) == (0, ["theirs"])
     code, out, err = invoke(*command, "--per-class")
     assert code == 0, err
     assert "--apply" not in err  # there is no head

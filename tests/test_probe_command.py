@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from printed_json import checked
 from probe_sets import one_hot, recipe_file, write_features
 from test_feature_page import page_data
 from typer.testing import CliRunner
@@ -79,7 +79,7 @@ def test_the_table_has_a_row_for_each_source_and_the_recovered_gap(command: list
 def test_json_is_one_line_on_stdout(command: list[str]) -> None:
     code, out, err = invoke(*command, "--seeds", "1", "--json", "--quiet")
     assert (code, err, out.count("\n")) == (0, "", 1)
-    result = json.loads(out)
+    result = checked("probe", out)
     assert set(result["summary"]) == {"backbone", "student", "teacher"}
     assert set(result["recovered_gap"]["student"]) == {"miou", "pixel_accuracy", "boundary_iou"}
     assert any(file.endswith("results.json") for file in result["files"])
@@ -109,7 +109,7 @@ def test_a_dry_run_writes_nothing(command: list[str], tmp_path: Path, monkeypatc
     assert not (tmp_path / "out").exists()
     assert list((tmp_path / "empty").iterdir()) == []
     code, out, _ = invoke(*command, "--dry-run", "--json")
-    plan = json.loads(out)
+    plan = checked("probe-dry-run", out)
     assert (plan["train_images"], plan["evaluate_images"], plan["seeds"], plan["steps"]) == (6, 4, 3, 3)
     # Maps of 64 channels in float16: 2x3 of the backbone, 8x12 of student and teacher, for 10 views, and a byte each
     # for the status; labels of 48x64 bytes.
@@ -123,7 +123,7 @@ def test_a_dry_run_needs_no_weights(command: list[str], tmp_path: Path) -> None:
     assert f"The run needs the backbone's weights, and {absent} is not there." in out
     assert "The backbone's weights were not read: stored features count as missing here." in out
     assert "All images and labels were read: none has an error." in out
-    notes = json.loads(invoke(*command, "--dry-run", "--json")[1])["notes"]
+    notes = checked("probe-dry-run", invoke(*command, "--dry-run", "--json")[1])["notes"]
     assert notes == []  # the student's file says which weights these are
 
 
@@ -188,7 +188,7 @@ def test_apply_writes_masks(command: list[str], root: Path, tmp_path: Path) -> N
     (tmp_path / "bad/text.jpg").write_text("text")
     code, out, err = invoke("--apply", head, "--input", str(tmp_path / "bad"), "--json")
     assert code == 1
-    assert json.loads(out)["failed"] == 1
+    assert checked("probe-apply", out)["failed"] == 1
     assert "1 of 2 images failed; the predictions of the others are in" in err
 
 

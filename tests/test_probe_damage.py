@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import Listener
 from PIL import Image
+from printed_json import checked
 from probe_sets import make_options, make_set, noise, one_hot, results, write_features
 from typer.testing import CliRunner
 
@@ -43,7 +44,7 @@ def test_what_is_damaged_of_a_probe_is_named_and_made_again(
 
     def verified() -> tuple[int, dict[str, str], str]:
         result = CliRunner().invoke(app, ["probe", "--verify", str(out), "--json"])
-        return result.exit_code, json.loads(result.stdout)["damaged"], result.stderr
+        return result.exit_code, checked("distill-verify", result.stdout)["damaged"], result.stderr
 
     assert verified() == (0, {}, "")
     figures_before = figures_of(out)

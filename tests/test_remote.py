@@ -371,6 +371,12 @@ def test_urls_need_their_extra(monkeypatch: pytest.MonkeyPatch):
         find_inputs(["s3://bucket/a.png"], 1)
 
 
+def test_urls_of_google_need_theirs(monkeypatch: pytest.MonkeyPatch):
+    without(monkeypatch, "gcsfs")
+    with pytest.raises(UsageError, match=r"gs:// needs gcsfs, not installed: pip install 'brixel\[gcs\]'"):
+        find_inputs(["gs://bucket/a.png"], 1)
+
+
 def test_a_server_without_parts_of_files_is_named(monkeypatch: pytest.MonkeyPatch):
     fsspec = pytest.importorskip("fsspec", reason="needs the extra remote")
     system = fsspec.filesystem("memory")

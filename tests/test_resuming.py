@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import h5py
 import pytest
 from conftest import Listener, stopped_writing, with_changes
 from distilled_runs import assert_same_run, assert_stop_changes_nothing, recipe_of, tensors_of
+from printed_json import checked
 from typer.testing import CliRunner
 
 from brixel_cli.app import app
@@ -211,7 +211,7 @@ def test_damaged_lines_of_the_metrics_do_not_end_a_run(tiny_recipe: Recipe, tmp_
 
 def verified(folder: Path) -> tuple[int, dict[str, Any], str]:
     result = CliRunner().invoke(app, ["distill", "--verify", str(folder), "--json"])
-    return result.exit_code, json.loads(result.stdout), result.stderr
+    return result.exit_code, checked("distill-verify", result.stdout), result.stderr
 
 
 def test_verify_names_every_damaged_file_of_a_run(tiny_recipe_file: Path, tmp_path: Path, listener: Listener) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from test_documentation import PAGES, name
 from typer.testing import CliRunner
 
 import brixel_cli
@@ -22,11 +23,10 @@ from brixel_cli.app import app
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"
 WEIGHTS = DEMO / "dinov2_vits14.safetensors"
-PAGES = ("START", "CONCEPTS", "FAQ", "FIGURES", "PAPER", "TRAINING", "BENCHMARK", "PAGE")
-MARKED = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
-MARKED += [ROOT / "docs" / f"{name}.md" for name in PAGES]
+WITHOUT_WEIGHTS = ("--join", "--list-recipes", "--copy-recipe")
+"""Options with which a command takes no --backbone-weights."""
 BLOCK = re.compile(
-    r"^(?P<indent> *)(?:<!-- (?P<mark>.*?) -->\n *)?```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.M | re.S
+    r"^(?P<indent> *)(?:<!-- (?P<mark>(?:(?!-->).)*) -->\n *)?```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.M | re.S
 )
 
 
@@ -44,11 +44,7 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
-def name(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
-
-
-@pytest.mark.parametrize("page", MARKED, ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_block_is_run_or_says_what_it_needs(page: Path) -> None:
     for block in blocks(page):
         if block.language in ("yaml", "text"):
@@ -59,7 +55,7 @@ def test_every_block_is_run_or_says_what_it_needs(page: Path) -> None:
 def test_a_block_without_a_mark_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "a\n<!-- run -->\n```\none\n```\n\n1. b\n\n    <!-- needs: c -->\n    ```python\n    two\n    ```\n\n```\nthree\n```\n"
+        "<!-- x -->\na\n<!-- run -->\n```\none\n```\n\n1. b\n\n    <!-- needs: c -->\n    ```python\n    two\n    ```\n\n```\nthree\n```\n"
     )
     assert blocks(page) == [("run", "", "one\n"), ("needs: c", "python", "two\n"), ("", "", "three\n")]
 
@@ -71,7 +67,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.skip("needs the weights of the demo: python -m brixel_cli.demo demo")
     (tmp_path / "photos").mkdir()
     shutil.copyfile(DEMO / "photos" / "held_out" / "chelsea.png", tmp_path / "photos" / "cat.png")
-    shutil.copyfile(DEMO / "photos" / "held_out" / "flower.jpg", tmp_path / "photos" / "flower.jpg")
+    for image in ("flower.jpg", "coffee.png"):
+        shutil.copyfile(DEMO / "photos" / "held_out" / image, tmp_path / "photos" / image)
     (tmp_path / "demo").symlink_to(DEMO)
     monkeypatch.chdir(tmp_path)
     for function in ("load_student", "extract"):
@@ -80,7 +77,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-RUNNABLE = [page for page in MARKED if any(block.mark == "run" for block in blocks(page))]
+RUNNABLE = [page for page in PAGES if any(block.mark == "run" for block in blocks(page))]
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=name)
@@ -94,10 +91,11 @@ def test_the_blocks_of_a_page_run(page: Path, folder: Path) -> None:
             continue
         for line in block.text.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)[1:]
-            if words and "--backbone-weights" not in words:
+            if words and not {"--backbone-weights", *WITHOUT_WEIGHTS} & set(words):
                 words += ["--backbone-weights", str(WEIGHTS)]
             result = CliRunner().invoke(app, [*words, "--quiet", "--device", "cpu"])
             assert result.exit_code == 0, f"{name(page)}: {line}\n{result.stderr}\n{result.exception}"
-    for variable, shape in (("feature_map", (384, 32, 48)), ("similarity", (32, 48))):
+    grid = (32, 32 if "--fit centre" in page.read_text(encoding="utf-8") else 48)
+    for variable, shape in (("feature_map", (384, *grid)), ("similarity", grid)):
         if hasattr(variables.get(variable), "shape"):
             assert tuple(variables[variable].shape) == shape

@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import pytest
 from conftest import TWO_RANKS, Listener, every_row, make_photograph
+from printed_json import checked
 from typer.testing import CliRunner
 
 import brixel_cli
@@ -233,7 +234,7 @@ def test_every_process_of_torchrun_has_a_shard_and_waits_for_nobody(model, photo
 def test_a_dry_run_is_of_the_shard_alone(extract_options, model, photographs: Path, tmp_path: Path) -> None:
     command = ["extract", "--input", str(photographs), "--res", "64", "--checkpoint", model[0], "--device", "cpu",
                "--output", str(tmp_path / "out.h5"), "--shard", "2/4", "--dry-run", "--json"]  # fmt: skip
-    plan = json.loads(CliRunner().invoke(app, command).stdout)
+    plan = checked("extract-dry-run", CliRunner().invoke(app, command).stdout)
     assert plan["images"] == 2
     assert plan["shard"]["number"] == 2
     assert plan["shard"]["num_inputs"] == 8

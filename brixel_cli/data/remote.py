@@ -243,6 +243,8 @@ class RemoteFile(SizedFile):
 def _system(url: Url) -> tuple[Any, str]:
     """The file system of a URL, and what it calls the file."""
     require("remote", f"{url.scheme}://")
+    if url.scheme in ("gs", "gcs"):
+        require("gcs", f"{url.scheme}://")
     import fsspec
 
     try:

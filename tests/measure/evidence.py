@@ -218,7 +218,7 @@ def page(records: Mapping[Path, Record]) -> str:
         text += markdown_block(_table(mine))
         text.append("")
         text += [f"- {_title(record)}: {record.protocol}; {record.detail}; {record.device}." for record in mine]
-    text.append("\n## Commands\n\n```")
+    text.append("\n## Commands\n\n<!-- needs: photographs, labelled sets, a clone of JAFAR, hours -->\n```")
     text += dict.fromkeys(record.command for record in records.values())
     return "\n".join([*text, "```"]) + "\n"
 

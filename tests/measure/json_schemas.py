@@ -19,6 +19,8 @@ from brixel_cli.engines.benchmarking.curve import Curve
 from brixel_cli.engines.benchmarking.results import Results as Benchmark
 from brixel_cli.engines.distilling.distillation import Results as Distilled
 from brixel_cli.engines.distilling.plan import Plan
+from brixel_cli.engines.extracting.joining import Joined
+from brixel_cli.engines.extracting.verification import Verified
 from brixel_cli.engines.probing.results import ProbeResults
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "docs" / "schemas"
@@ -39,6 +41,97 @@ class Extraction:
 
 
 @dataclass
+class Shard:
+    """Which part of an extraction is meant: its number, of how many, and what all parts together are of."""
+
+    number: int
+    count: int
+    num_inputs: int
+    sha256: str
+
+
+@dataclass
+class ExtractionPlan:
+    """What `brixel extract` would compute and store. What has a default is there only where it is known."""
+
+    output: str
+    images: int
+    unusable: int
+    grids: dict[str, int]
+    channels: int
+    fields: list[str]
+    layers: list[int]
+    dtype: str
+    source: str
+    backbone: str
+    patch_size: int
+    snapped: int
+    most_snapped_px: float
+    bytes_needed: int
+    bytes_free: int
+    shard: Shard | None = None
+    images_left: int = 0
+    seconds: float | None = None
+    how_timed: str = ""
+
+
+@dataclass
+class Export:
+    """An ONNX graph: its free sides, the largest differences from PyTorch by input, and the largest of them all."""
+
+    path: str
+    dynamic: str
+    checked: dict[str, float]
+    error: float
+
+
+@dataclass
+class ProbePlan:
+    """What `brixel probe` would train and store."""
+
+    recipe: str
+    protocol: str
+    sources: list[str]
+    train_images: int
+    evaluate_images: int
+    seeds: int
+    steps: int
+    bytes_needed: int
+    bytes_free: int
+    notes: list[str]
+
+
+@dataclass
+class Application:
+    """What `brixel probe --apply` predicted."""
+
+    output: str
+    images: int
+    written: int
+    failed: int
+    failures: dict[str, str]
+    seconds: float
+
+
+@dataclass
+class Variant:
+    """A variant of a training."""
+
+    group: str
+    name: str
+    changes: dict[str, Any]
+    parameters: int
+    training_bytes: int
+
+
+@dataclass
+class AblationPlan:
+    """The variants that `brixel benchmark --ablate` would train."""
+
+    variants: list[Variant]
+
+
+@dataclass
 class Verification:
     """What `--verify` of `brixel distill` and `brixel probe` found."""
 
@@ -47,15 +140,46 @@ class Verification:
     damaged: dict[str, str]
 
 
+@dataclass
+class Recipes:
+    """The recipes that come with brixel: what each is for, by its name."""
+
+    recipes: dict[str, str]
+
+
+@dataclass
+class Copied:
+    """What `--copy-recipe` did."""
+
+
+@dataclass
+class Demo:
+    """What `brixel demo` wrote."""
+
+    weights: str
+    training: str
+    held_out: str
+
+
 TYPES: dict[str, tuple[Any, bool]] = {
     "distill": (Distilled, True),
     "distill-dry-run": (Plan, False),
     "distill-verify": (Verification, False),
     "extract": (Extraction, False),
+    "extract-dry-run": (ExtractionPlan, False),
+    "extract-verify": (Verified, False),
+    "extract-join": (Joined, False),
+    "extract-export": (Export, False),
     "probe": (ProbeResults, True),
+    "probe-dry-run": (ProbePlan, False),
+    "probe-apply": (Application, False),
     "benchmark": (Benchmark, True),
     "benchmark-curve": (Curve, True),
     "benchmark-ablate": (Ablations, True),
+    "benchmark-ablate-dry-run": (AblationPlan, False),
+    "list-recipes": (Recipes, False),
+    "copy-recipe": (Copied, True),
+    "demo": (Demo, True),
 }
 """The type of each result by the name of its schema, and whether `files`, the files that were written, stands beside it."""
 

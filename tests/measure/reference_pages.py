@@ -27,6 +27,7 @@ from brixel_cli.config.supervised import SupervisedConfig
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "docs" / "reference"
 AGAIN = "<!-- Made by tests/measure/reference_pages.py; do not edit. -->\n"
+NEEDS = "needs: images, runs and labelled sets of those names"
 Schema = Mapping[str, Any]
 
 
@@ -40,7 +41,11 @@ def commands_page() -> str:
     parts = [AGAIN, "# Commands\n", "`brixel COMMAND --help` shows the same in the terminal.\n"]
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         examples = [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
-        parts += [f"## brixel {name}\n", paragraphs(command.help), "```\n" + "\n".join(examples) + "\n```\n"]
+        parts += [
+            f"## brixel {name}\n",
+            paragraphs(command.help),
+            f"<!-- {NEEDS} -->\n```\n" + "\n".join(examples) + "\n```\n",
+        ]
         hints = typing.get_type_hints(command.callback)
         shown = [item for item in command.params if not getattr(item, "hidden", False)]
         for panel in dict.fromkeys(getattr(item, "rich_help_panel", None) for item in shown):

@@ -23,7 +23,7 @@ from brixel_cli.cli.console import error_boundary, print_files, warn
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe, missing_keys
 from brixel_cli.core.files import write_text
-from brixel_cli.drawing.page import Block, Chart, Photo, Section, markdown_block, write_figure
+from brixel_cli.drawing.page import Block, Chart, Commands, Photo, Section, markdown_block, write_figure
 from brixel_cli.engines.ablating.results import read_ablations
 from brixel_cli.engines.benchmarking.results import read_results
 from brixel_cli.engines.distilling.run_folder import RunFolder
@@ -36,6 +36,8 @@ LEAD = (
     "gap: (student - backbone) / (teacher - backbone). How each figure is measured: [BENCHMARK.md](BENCHMARK.md), "
     "[PROBE.md](PROBE.md)."
 )
+NEEDS = "<!-- needs: the images or labelled sets of this section, minutes to hours -->"
+"""Before each block of commands: what runs the documentation leaves these out."""
 SECTIONS = (
     "Training", "Cost", "Quality against cost", "Fidelity", "Generalisation over input sizes", "Probes", "Fine-tuning", "Ablations",
 )  # fmt: skip
@@ -57,7 +59,8 @@ def page(sections: Sequence[Section], notes: Mapping[str, str], figures: str) ->
         drawn = [block for block in section.blocks if isinstance(block, Chart | Photo)]
         lines += ["", f"## {section.title}"]
         for block in section.blocks:
-            lines += [] if block in drawn else ["", *markdown_block(block)]
+            mark = [NEEDS] if isinstance(block, Commands) else []
+            lines += [] if block in drawn else ["", *mark, *markdown_block(block)]
         lines += ["", notes[section.title]] if notes.get(section.title) else []
         for block in drawn:
             lines += ["", *markdown_block(block, figures)]
