@@ -17,7 +17,7 @@ import pytest
 from hostile.__main__ import KINDS, faults_of
 from hostile.sandbox import TRACEBACK, Ended
 
-CASES_OF_A_KIND = 16
+CASES_OF_A_KIND = 12
 KILLED = ("h5", "npy", "int8", "run", "probe")
 KILLS_OF_A_KIND = 2
 HERE = Path(__file__).parent
