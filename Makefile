@@ -35,8 +35,11 @@ test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-test-docs: $(VENV)/.ready
+# Weights and images of `brixel demo`, without a training.
+demo/dinov2_vits14.safetensors: | $(VENV)/.ready
 	$(BIN)/brixel demo
+
+test-docs: demo/dinov2_vits14.safetensors
 	$(BIN)/python -m pytest -rs tests/test_runnable_documentation.py tests/test_notebook.py
 
 test-gpu: $(VENV)/.ready

@@ -20,7 +20,7 @@ from torch import Tensor
 from brixel_cli.config.base import Precision
 from brixel_cli.config.extract import OVERLAP, ExtractOptions, Field, Fit, Number, Source, Storage
 from brixel_cli.config.extract_words import named_output
-from brixel_cli.config.shard import find_shard
+from brixel_cli.config.shard import in_shard
 from brixel_cli.core.sampling import Points, covered_part, read_at
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_file import FeatureFile
@@ -261,37 +261,38 @@ def extract(
     if upload is not None:
         raise UsageError("output is a file on this disk in Python; the command brixel extract copies it to a URL.")
     several = [inputs] if isinstance(inputs, str | Path) else inputs
-    done = extraction.extract(
-        ExtractOptions(
-            inputs=[str(reference) for reference in several],
-            res=res,
-            fit=fit,
-            source=source,
-            checkpoint=None if checkpoint is None else str(checkpoint),
-            backbone=backbone,
-            backbone_weights=None if backbone_weights is None else str(backbone_weights),
-            output=path,
-            storage=format,
-            dtype=dtype,
-            pca=pca,
-            fields=tuple(fields),
-            layers=tuple(layers),
-            tile=tile,
-            overlap=overlap,
-            device=device,
-            precision=precision,
-            batch_size=batch_size,
-            workers=workers,
-            every=every,
-            column=column,
-            allow_urls=allow_urls,
-            strict=strict,
-            overwrite=overwrite,
-            preview=preview,
-            shard=None if shard is None else find_shard(shard),
-        ),
-        reporter or Silent(),
-    )
+    with in_shard(shard) as own:
+        done = extraction.extract(
+            ExtractOptions(
+                inputs=[str(reference) for reference in several],
+                res=res,
+                fit=fit,
+                source=source,
+                checkpoint=None if checkpoint is None else str(checkpoint),
+                backbone=backbone,
+                backbone_weights=None if backbone_weights is None else str(backbone_weights),
+                output=path,
+                storage=format,
+                dtype=dtype,
+                pca=pca,
+                fields=tuple(fields),
+                layers=tuple(layers),
+                tile=tile,
+                overlap=overlap,
+                device=device,
+                precision=precision,
+                batch_size=batch_size,
+                workers=workers,
+                every=every,
+                column=column,
+                allow_urls=allow_urls,
+                strict=strict,
+                overwrite=overwrite,
+                preview=preview,
+                shard=own,
+            ),
+            reporter or Silent(),
+        )
     return FeatureFile(done.output)
 
 

@@ -127,12 +127,10 @@ def extract(
     backbone: Backbone = None,
     backbone_weights: Weights = None,
     output: Annotated[
-        str | None,
-        _option(OUTPUT, "The .h5 file (also s3://...), or folder. Default: beside the input.", metavar="PATH"),
+        str | None, _option(OUTPUT, "The .h5 file (or s3://...), or folder. Default: beside input.", metavar="PATH")
     ] = None,
     format_: Annotated[
-        Storage,
-        _option(OUTPUT, "h5: one file. npy, safetensors: one for each image. zarr; parquet (vectors).", "--format"),
+        Storage, _option(OUTPUT, "h5: one file. npy, safetensors: one an image. zarr. parquet: vectors.", "--format")
     ] = "h5",
     dtype: Annotated[Number, _option(OUTPUT, "Number format; int8 has a scale for each location.")] = "float16",
     pca: Annotated[
@@ -267,7 +265,9 @@ def probe(
             others = {"--recipe": recipe, "--task": task, "--data": data, "--source": source, "--res": res or size,
                       "--protocol": protocol, "--quick": quick, "--set": set_, "--backbone": backbone,
                       "--baseline": baseline, "--dry-run": dry_run, "--transfer": transfer,
-                      "--predictions": predictions}  # fmt: skip
+                      "--predictions": predictions, "--label-fraction": label_fraction != 1,
+                      "--save-predictions": save_predictions, "--per-class": per_class, "--features": features,
+                      "--seeds": seeds != 3}  # fmt: skip
             check_apply(others, checkpoint or [])
             run_apply(ApplyOptions(apply, input_ or [], output, checkpoint[0] if checkpoint else None, backbone_weights,
                                    device, precision, overwrite), as_json)  # fmt: skip

@@ -204,9 +204,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Path:
 
 @pytest.fixture
 def quick_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A process for each row takes seconds: only the test of just that starts one."""
+    """A process for each row takes seconds: only the test of just that starts one. Times are of few rounds."""
+    from brixel_cli.engines import latency
     from brixel_cli.engines.benchmarking import benchmarking, cost
 
+    monkeypatch.setattr(latency, "MOST_ROUNDS", latency.MIN_ROUNDS)
     monkeypatch.setattr(benchmarking, "peak_in_fresh_process", lambda *_: cost.PeakMemory(1000, 10))
     monkeypatch.setattr(cost, "LARGEST_SIDE", 512)
     monkeypatch.chdir(tmp_path)

@@ -57,6 +57,11 @@ def running() -> Iterator[ObjectStore]:
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         key = environ["PATH_INFO"].lstrip("/").partition("/")[2]
+        if key.startswith("moved/"):  # moved/HOST/KEY: sent on to that host, or, with -, to this one
+            host, _, there = key.removeprefix("moved/").partition("/")
+            address = "" if host == "-" else f"http://{host}:{environ['SERVER_PORT']}"
+            start_response("302 Found", [("Location", f"{address}/bucket/{there}"), ("Content-Length", "0")])
+            return []
         if environ["REQUEST_METHOD"] != "GET" or not key:
             return inner(environ, start_response)
         store.requests[key] += 1

@@ -258,7 +258,7 @@ def test_a_model_that_does_not_fit_is_counted_but_not_timed(
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_every_shipped_recipe_costs_and_trains_on_tiny_settings(name: str, photographs: Path, tmp_path: Path) -> None:
+def test_every_shipped_recipe_trains_on_tiny_settings(name: str, photographs: Path, tmp_path: Path) -> None:
     """With a small ViT in place of the recipe's own: the real ones are run by hand, the largest takes 14 GB."""
     factor_and_patch = [
         "views.teacher_size=128",
@@ -271,9 +271,6 @@ def test_every_shipped_recipe_costs_and_trains_on_tiny_settings(name: str, photo
     changes = [*factor_and_patch, "optim.steps=2", f"data.images={photographs}", "data.val_images=null", "data.min_side=100",
                "run.workers=0", "run.tensorboard=false"]  # fmt: skip
     arguments = [part for change in changes for part in ("--set", change)]
-    code, out, err = invoke("distill", "--recipe", f"recipes/{name}.yaml", *arguments, "--dry-run", "--json")
-    assert code == 0, err
-    assert json.loads(out)["num_steps"] == 2
     code, _, err = invoke("distill", "--recipe", f"recipes/{name}.yaml", *arguments, "--output", str(tmp_path / "run"))
     assert code == 0, err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -18,6 +19,8 @@ from brixel_cli.data.references import default_output, with_braces
 from brixel_cli.engines.extracting.extraction import extract
 from brixel_cli.engines.models import FeatureExtractor
 from brixel_cli.errors import BrixelError, UsageError
+
+POOLS: list[object] = []
 
 
 def reasons(*references: str, **options) -> dict[str, str]:
@@ -351,6 +354,33 @@ def test_damaged_parquet_is_named(parquet: Path, tmp_path: Path):
         f"damaged.parquet/{n}.png" for n in range(3, 8)
     ]
     assert any(reason for reason in by_name.values())
+
+
+def test_a_row_group_that_does_not_fit_into_memory_is_not_decoded(parquet: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("brixel_cli.data.parquet.main_memory", lambda: 1000)
+    found = reasons(str(parquet))
+    assert list(found) == [f"train.parquet/#row_group_{number}" for number in range(3)]
+    reason = r"Row group 2 needs about .* of memory, and 1000 B are free\. Write the file with smaller row groups\."
+    assert re.fullmatch(reason, found["train.parquet/#row_group_2"])
+
+
+def test_rows_that_share_one_image_are_decoded_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """24 rows name an image of 4 MiB, which the file holds once: it, a row and its copy are 3 times 4 MiB."""
+    pa = pytest.importorskip("pyarrow", reason="needs the extra parquet")
+    image = png() + bytes(4 << 20)
+    table = pa.table({"image": [{"bytes": image, "path": f"{number}.png"} for number in range(24)]})
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(table, tmp_path / "a.parquet", dictionary_pagesize_limit=1 << 24)
+    assert (tmp_path / "a.parquet").stat().st_size < 5 << 20
+    usual = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(pool)
+    try:
+        assert set(reasons(str(tmp_path / "a.parquet")).values()) == {""}
+    finally:
+        pa.set_memory_pool(usual)
+        POOLS.append(pool)  # what was taken from it may live on
+    assert 4 << 20 < pool.max_memory() < 16 << 20
 
 
 def test_parquet_needs_its_extra(parquet: Path, monkeypatch: pytest.MonkeyPatch):

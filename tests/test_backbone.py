@@ -376,6 +376,7 @@ def test_weights_that_cannot_be_downloaded_are_an_error_with_advice(monkeypatch:
     def offline(*_: object, **__: object) -> None:
         raise ConnectionError("no route to the hub\n\nand more\nlines\nof it\nand on")
 
+    monkeypatch.setattr("brixel_cli.core.backbone.check_hub", lambda *_: None)
     monkeypatch.setattr(timm, "create_model", offline)
     assert message(WeightsError, "test_vit", "pretrained") == (
         "The weights of test_vit could not be downloaded from the hub: "

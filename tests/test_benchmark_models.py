@@ -168,6 +168,7 @@ def test_precision_is_of_the_arithmetic_and_the_recipe_says_how_weights_are_held
 def test_a_student_on_the_hub_is_one_of_the_models(
     run: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("brixel_cli.core.hub.check_hub", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(run / "student.safetensors"))
     names = "hf-hub:someone/sharp@v2,dinov2_vits14"
     hub, shipped = find_candidates(options(tmp_path, models=names), listener)

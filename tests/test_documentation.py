@@ -12,6 +12,7 @@ import typer
 from reference_pages import pages
 
 from brixel_cli.app import app
+from brixel_cli.cli.probe import PREFIXES
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import load_recipe, shipped_recipes
 from brixel_cli.config.labelled import ProbeRecipe
@@ -60,7 +61,7 @@ def test_every_command_line_parses(page: str, words: list[str]) -> None:
     if words[0] == "distill" and stem in shipped_recipes():
         load_recipe(stem, settings, Recipe)  # an unknown key, or a value out of range, is an error
     if words[0] == "probe" and recipe and stem in shipped_recipes(ProbeRecipe):
-        load_recipe(stem, [item for item in settings if not item.startswith("protocol.")], ProbeRecipe)
+        load_recipe(stem, [item for item in settings if not item.startswith(PREFIXES)], ProbeRecipe)
 
 
 def test_commands_are_found_and_wrong_ones_are_noticed() -> None:

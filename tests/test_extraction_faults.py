@@ -199,8 +199,9 @@ def test_memory_that_runs_out_halves_the_batch(extract_options, listener: Listen
         ),
         (
             ["--export", "x.onnx", "--dry-run"],
-            "--export writes the model, not features: leave out --input and --dry-run",
+            "--export writes the model, not features: leave out --input, --shard and --dry-run",
         ),
+        (["--export", "x.onnx", "--shard", "1/2"], "--export writes the model, not features: leave out"),
         (["--export", "x.onnx", "--input", "x"], "--export writes the model, not features: leave out --input"),
         (["--export", "x.txt", "--source", "backbone", "--backbone", "test_vit"], "the file must end in .onnx"),
         (

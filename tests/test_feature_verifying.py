@@ -172,11 +172,13 @@ def test_a_file_without_checksums_is_checked_as_far_as_can_be(extract_options, t
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--input", "x"], ["--dry-run"], ["--export", "x.onnx"]], ids=lambda value: value[0]
+    "arguments",
+    [["--input", "x"], ["--dry-run"], ["--export", "x.onnx"], ["--shard", "1/2"]],
+    ids=lambda value: value[0],
 )
 def test_verify_stands_alone(tmp_path: Path, arguments: list[str]):
     found = CliRunner().invoke(app, ["extract", "--verify", str(tmp_path / "f.h5"), *arguments])
     assert found.exit_code == 2
-    assert "--verify reads a feature file: leave out --input, --export and --dry-run" in found.stderr
+    assert "--verify reads a feature file: leave out --input, --shard, --export and --dry-run" in found.stderr
     missing = CliRunner().invoke(app, ["extract", "--verify", str(tmp_path / "f.h5")])
     assert (missing.exit_code, "No feature file at" in missing.stderr) == (1, True)

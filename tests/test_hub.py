@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from typer.testing import CliRunner
 import brixel_cli
 from brixel_cli.app import app
 from brixel_cli.config.files import load_recipe
+from brixel_cli.core.backbone import load_backbone
+from brixel_cli.errors import WeightsError
 
 ROOT = Path(__file__).parent.parent
 
@@ -104,6 +108,23 @@ def test_a_refusal_of_the_hub_leaves_the_run_and_says_how_to_go_on(run: Path, on
     assert f"brixel distill --resume --output {run} --push-to-hub someone/sharp" in err
     assert on_hub.token not in err
     assert (run / "student.safetensors").is_file()
+
+
+@pytest.mark.parametrize("load", [
+    lambda: brixel_cli.load_student("hf-hub:someone/never-seen"),
+    lambda: load_backbone("test_vit3"),
+])  # fmt: skip
+def test_a_hub_that_does_not_answer_is_named_within_seconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, load: Callable[[], object]
+) -> None:
+    """Its client would try again for 23 seconds, for each file."""
+    nobody = "http://127.0.0.1:9"  # no server is there
+    for name, value in (("ENDPOINT", nobody), ("HF_HUB_OFFLINE", False), ("HF_HUB_CACHE", str(tmp_path))):
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    began = time.monotonic()
+    with pytest.raises(WeightsError, match=rf"could not be downloaded from the hub: .*{nobody} does not answer: "):
+        load()
+    assert time.monotonic() - began < 6
 
 
 def test_torch_hub_loads_a_student(model: tuple[str, str]) -> None:

@@ -206,6 +206,8 @@ def test_apply_writes_masks(command: list[str], root: Path, tmp_path: Path) -> N
     (["--recipe", "RECIPE", "--seeds", "0"], "--seeds must be at least 1, not 0."),
     (["--apply", "h"], "--apply needs --input: a folder, an image, a quoted glob, or a .txt list of paths."),
     (["--apply", "h", "--input", "x", "--recipe", "c", "--quick"], "--apply takes all from the head; leave out --recipe, --quick."),
+    (["--apply", "h", "--input", "x", "--label-fraction", "0.5", "--save-predictions", "--per-class", "--seeds", "2",
+      "--features", "f"], "leave out --label-fraction, --save-predictions, --per-class, --features, --seeds."),
     (["--apply", "h", "--input", "x", "--checkpoint", "a", "--checkpoint", "b"], "--apply takes one --checkpoint"),
 ])  # fmt: skip
 def test_a_wrong_command_exits_with_2_and_says_why(root: Path, arguments: list[str], message: str) -> None:

@@ -106,6 +106,18 @@ def test_a_run_is_neither_overwritten_nor_mixed_by_accident(
     assert distill(other, folder, listener, overwrite=True).results.steps == 4
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_that_are_not_a_runs_are_neither_replaced_nor_deleted(
+    tiny_recipe: Recipe, tmp_path: Path, listener: Listener, overwrite: bool
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "results.json").write_text('{"format": "brixel-probe-1"}')
+    with pytest.raises(UsageError, match=r"holds results.json, but no recipe.yaml of a run: brixel does not replace"):
+        distill(tiny_recipe, RunFolder(mine), listener, overwrite=overwrite)
+    assert [path.name for path in mine.iterdir()] == ["results.json"]
+
+
 def test_a_run_interrupted_while_its_cache_is_filled_can_be_resumed(
     tiny_recipe_file: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,10 +19,11 @@ from typer.testing import CliRunner
 import brixel_cli
 from brixel_cli.app import app
 from brixel_cli.config.shard import Shard, parse_shard
+from brixel_cli.core.student import read_adapter, save_student
 from brixel_cli.data.row_store import MISSING, STATUS, Store
-from brixel_cli.engines.extracting import extraction
+from brixel_cli.engines.extracting import extraction, parts
 from brixel_cli.engines.extracting.extraction import extract
-from brixel_cli.engines.extracting.parts import asked_words
+from brixel_cli.engines.extracting.parts import asked_words, completed
 from brixel_cli.errors import BrixelError, UsageError
 
 
@@ -69,6 +71,21 @@ def test_a_shard_is_known_from_its_numbers(text: str, environment: dict[str, str
 def test_a_shard_that_cannot_be_is_refused(text: str, environment: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         parse_shard(text, environment)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_python_caller_keeps_its_group(model, photographs: Path, tmp_path: Path, monkeypatch, failing: bool) -> None:
+    for name, value in torchrun(1, 2).items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    chosen = {"res": 64, "checkpoint": model[0], "device": "cpu", "output": tmp_path / "out.h5", "shard": "auto"}
+    if failing:
+        with pytest.raises(UsageError, match="Nothing at"):
+            brixel_cli.extract(tmp_path / "none", **chosen)
+    else:
+        features = brixel_cli.extract(photographs, **chosen)
+        assert features.paths == ["4.png", "5.png", "6.png", "7.png"]
+    assert {name: os.environ.get(name) for name in before} == before
 
 
 def test_all_shards_together_are_everything_in_order() -> None:
@@ -148,6 +165,27 @@ def test_a_complete_part_is_passed_over_without_torch(model, photographs: Path, 
     assert "torch" not in loaded
     assert "timm" not in loaded
     assert done.stderr.startswith(f"{tmp_path / 'out.00001-of-00002.h5'} is complete\n")
+
+
+def test_a_complete_part_of_another_student_or_version_is_looked_at(
+    extract_options, listener: Listener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = extract_options(shard=Shard(1, 2))
+    folder = Path(shutil.copytree(options.checkpoint, tmp_path / "student"))
+    options = replace(options, checkpoint=str(folder))
+    extract(options, listener)
+    assert completed(options) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "library_versions", lambda: {"torch": "99"})
+        assert completed(options) is None
+    with monkeypatch.context() as patch:  # a later version of brixel comes with other students
+        patch.setattr(parts, "shipped_students", lambda: {"other": "0" * 64})
+        assert completed(options) is None
+    stored = read_adapter(str(folder))
+    changed = {key: tensor + 1 for key, tensor in stored.tensors.items()}
+    save_student(folder / "student.safetensors", changed, stored.card)
+    with pytest.raises(UsageError, match=r"00001-of-00002.h5 was begun with something else.*\n.*student.sha256: "):
+        extract(options, listener)
 
 
 def test_a_complete_part_keeps_telling_of_its_failures(model, tmp_path: Path) -> None:

@@ -241,6 +241,7 @@ def test_without_a_hub_the_command_says_what_to_do(
             raise OSError("no route to host")
         return create(name, **options)
 
+    monkeypatch.setattr("brixel_cli.core.backbone.check_hub", lambda *_: None)
     monkeypatch.setattr(timm, "create_model", offline)
     done = CliRunner().invoke(app, ["extract", "--input", str(photographs), "--device", "cpu"])
     assert done.exit_code == 1

@@ -111,6 +111,7 @@ def test_a_student_on_the_hub_is_named_as_in_timm(student_file: Path, monkeypatc
         asked.append((repo, name, revision))
         return str(student_file)
 
+    monkeypatch.setattr("brixel_cli.core.hub.check_hub", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert load_student("hf-hub:someone/brixel-test").backbone.name == "test_vit"
     load_student("hf-hub:someone/brixel-test@v2")

@@ -12,6 +12,7 @@ import pytest
 
 STYLE = re.compile(r"\x1b\[([\d;]*)m")
 HELP, RECIPES = ["extract", "--help"], ["distill", "--list-recipes"]
+HELPS = [["--help"], HELP, *([command, "--help"] for command in ("distill", "probe", "benchmark", "demo"))]
 
 
 def run(command: list[str], where: Path, **variables: str) -> subprocess.CompletedProcess[bytes]:
@@ -29,7 +30,7 @@ def colours(text: str) -> list[str]:
     return [code for code in codes if 30 <= int(code) < 50 or 90 <= int(code) < 108]
 
 
-@pytest.mark.parametrize("command", [HELP, RECIPES], ids=["help", "recipes"])
+@pytest.mark.parametrize("command", [*HELPS, RECIPES], ids=" ".join)
 def test_sixty_columns_without_colours(command: list[str], tmp_path: Path) -> None:
     done = run(command, tmp_path, COLUMNS="60", FORCE_COLOR="1", NO_COLOR="1")
     text = done.stdout.decode()

@@ -59,7 +59,8 @@ def test_a_part_that_is_there_is_passed_over_on_another_machine(
     again = extract(part, listener)
     assert (again.num_images, again.num_before, again.num_computed, again.failures) == (4, 4, 0, {})
     with pytest.raises(
-        UsageError, match=r"photos.00002-of-00002.h5 was computed with other options: brixel extract --"
+        UsageError,
+        match=r"photos.00002-of-00002.h5 was computed with other options or another model: brixel extract --",
     ):
         extract(options(shard=Shard(2, 2), dtype="int8"), listener)
 

@@ -43,13 +43,13 @@ def run_extract(
     if copy:
         raise UsageError("--copy goes with --join 'OUT.*.h5'.")
     if verify is not None:
-        if options.inputs or dry_run or export is not None:
-            raise UsageError("--verify reads a feature file: leave out --input, --export and --dry-run.")
+        if options.inputs or dry_run or export is not None or options.shard is not None:
+            raise UsageError("--verify reads a feature file: leave out --input, --shard, --export and --dry-run.")
         _verify(verify, as_json)
         return
     if export is not None:
-        if options.inputs or dry_run:
-            raise UsageError("--export writes the model, not features: leave out --input and --dry-run.")
+        if options.inputs or dry_run or options.shard is not None:
+            raise UsageError("--export writes the model, not features: leave out --input, --shard and --dry-run.")
         _export(options, export, as_json)
         return
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,8 @@ MOST = 100_000
 PART = re.compile(r"(?P<stem>.+)\.(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.h5", re.DOTALL)
 UNFINISHED = ".unfinished"
 """Ends the name of a part that has rows to be computed; it is renamed when the last one is settled."""
+GROUP = ("RANK", "WORLD_SIZE")
+"""Variables of torchrun without which a process works on its own; LOCAL_RANK stays, as it chooses the GPU."""
 HELP = "--shard takes the number of the shard, from 1 up, and how many there are: 3/64. Or auto."
 
 
@@ -137,6 +140,20 @@ def find_shard(text: str) -> Shard:
     """
     shard = parse_shard(text, os.environ)
     if text == "auto":
-        for name in ("RANK", "WORLD_SIZE"):  # LOCAL_RANK stays: it chooses the GPU
+        for name in GROUP:
             os.environ.pop(name, None)
     return shard
+
+
+@contextmanager
+def in_shard(text: str | None) -> Iterator[Shard | None]:
+    """As `find_shard`, in a process that does other things too: afterwards it is in its group again.
+
+    Raises:
+        UsageError: see `parse_shard`.
+    """
+    before = {name: os.environ[name] for name in GROUP if name in os.environ}
+    try:
+        yield find_shard(text) if text is not None else None
+    finally:
+        os.environ.update(before)

@@ -18,11 +18,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from brixel_cli.core.hub import check_hub
 from brixel_cli.core.identity import tensors_sha256
 from brixel_cli.core.transformers_layout import from_transformers, is_transformers_layout
 from brixel_cli.core.weights import check_keys, check_pth
 from brixel_cli.errors import SizeError, UsageError, WeightsError
 
+FILES_OF_TIMM = ("model.safetensors", "pytorch_model.bin")
+"""Of weights on the hub, one of which is enough."""
 SIGNATURE_TOLERANCE = 0.02
 """Relative distance of two signatures; rounding all weights to bfloat16 makes less, other weights make far more."""
 
@@ -262,7 +265,10 @@ def _check_name(name: str) -> None:
 
 
 def _create_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
+    stored = timm.get_pretrained_cfg(name)
     try:
+        if stored is not None and stored.hf_hub_id and not stored.file:
+            check_hub(stored.hf_hub_id, [stored.hf_hub_filename] if stored.hf_hub_filename else FILES_OF_TIMM)
         vit: nn.Module = timm.create_model(name, pretrained=True, **options)
         return vit
     except TypeError:

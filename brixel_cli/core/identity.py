@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,11 @@ def earlier_checksum(*arrays: npt.NDArray[Any]) -> int:
 
 def _as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of all that the numbers of a model depend on."""
+    return {name: version(name) for name in ("brixel", "torch", "timm", "pillow")}
 
 
 def file_sha256(path: Path) -> str:

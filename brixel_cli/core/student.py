@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +21,7 @@ from brixel_cli.core.backbone import Backbone, Outputs, load_backbone, same_mode
 from brixel_cli.core.deformable import DeformableAdapter
 from brixel_cli.core.fusion import FusionAdapter
 from brixel_cli.core.lora import LayerShapes, LowRankUpdates, linear_layers, stored_layers
-from brixel_cli.core.shipped import shipped_student, shipped_students
+from brixel_cli.core.shipped import FILE_NAME, locate
 from brixel_cli.core.weights import (
     RELEASED_ADAPTER,
     RELEASED_FACTOR,
@@ -39,9 +38,6 @@ from brixel_cli.errors import BrixelError, WeightsError
 ADAPTERS: dict[str, type[Adapter]] = {"fusion": FusionAdapter, "deformable": DeformableAdapter}
 _Pixels = Annotated[int, Field(gt=0, le=2**20)]
 FORMAT = "brixel-student-1"
-FILE_NAME = "student.safetensors"
-HUB = "hf-hub:"
-"""Begins the name of a student on the hub, as in timm: `hf-hub:user/name`, or `hf-hub:user/name@revision`."""
 RELEASED_BACKBONES = {
     384: "vit_small_patch16_dinov3.lvd1689m",
     768: "vit_base_patch16_dinov3.lvd1689m",
@@ -251,7 +247,7 @@ def read_adapter(reference: str) -> StoredAdapter:
     Raises:
         WeightsError: nothing is there, it cannot be read, or a shipped file is not the one that was shipped.
     """
-    path = _locate(reference)
+    path = locate(reference)
     if path.suffix in (".pth", ".pt"):
         released = import_released(load_pth(path), str(path))
         name = RELEASED_BACKBONES.get(released.embed_dim, "")
@@ -273,45 +269,3 @@ def _card(metadata: dict[str, str], path: Path) -> StudentCard:
         with suppress(BrixelError):
             card = dataclasses.replace(card, trained_sides=load_recipe(str(recipe)).trained_sides)
     return card
-
-
-def _locate(reference: str) -> Path:
-    if reference.startswith(HUB):
-        return _download(reference)
-    path = Path(reference).expanduser()
-    if path.name == reference and reference in shipped_students():
-        return shipped_student(reference)
-    if path.is_dir():
-        if not (path / FILE_NAME).is_file():
-            raise WeightsError(f"{path} holds no {FILE_NAME}: no validation has taken place in that run yet.")
-        return path / FILE_NAME
-    if path.is_file():
-        return path
-    # Never a question to the hub: a mistyped path must not become a download.
-    raise WeightsError(
-        f"No file or folder at {reference}.{_nearest(path)} A student is a run folder, a .safetensors of brixel, a "
-        f"released .pth, {HUB}user/name, or one that comes with brixel: {', '.join(shipped_students())}."
-    )
-
-
-def _nearest(path: Path) -> str:
-    """The question whether a student of a similar name was meant; empty where there is none."""
-    beside = [
-        other
-        for other in (path.parent.iterdir() if path.parent.is_dir() else ())
-        if (other / FILE_NAME).is_file() or other.suffix in (".safetensors", ".pth", ".pt")
-    ]
-    known = {name: name for name in shipped_students()} | {other.name: str(other) for other in beside}
-    close = difflib.get_close_matches(path.name, known, n=1)
-    return f" Did you mean {known[close[0]]}?" if close else ""
-
-
-def _download(reference: str) -> Path:
-    import huggingface_hub
-
-    repository, _, revision = reference.removeprefix(HUB).partition("@")
-    try:
-        return Path(huggingface_hub.hf_hub_download(repository, FILE_NAME, revision=revision or None))
-    except Exception as error:  # the hub's client raises many kinds: network, rights, absence
-        reason = str(error).strip().splitlines()[0]
-        raise WeightsError(f"{FILE_NAME} of {reference} could not be downloaded from the hub: {reason}") from error

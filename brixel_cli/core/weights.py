@@ -129,7 +129,7 @@ def check_pth(path: Path) -> None:
             return
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip() if any(entry.CRC for entry in archive.infolist()) else None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise WeightsError(f"{path} is damaged: {error}. Put a copy that is whole in its place.") from error
     if damaged is not None:
         raise WeightsError(

@@ -10,12 +10,11 @@ from threading import Lock
 from typing import Any, BinaryIO
 
 from brixel_cli.core.extras import require
+from brixel_cli.core.memory import check_memory, main_memory
 from brixel_cli.data.members import Member, measured, named_once
 from brixel_cli.errors import BrixelError, UnreachedError, UsageError
 
 PARQUET_EXTENSION = ".parquet"
-BATCH = 16
-"""Rows that are decoded at once."""
 PREFERRED = ("image", "img", "jpg", "jpeg", "png", "webp")
 """Names of an image column where there are several, the first that is there; of plain bytes, the only ones taken."""
 LACKING = "the row has no bytes of an image; a path to another file is not followed"
@@ -95,13 +94,23 @@ class Parquet:
                 yield Member(f"#row_group_{group}", (group, 0), 0, 0, 0, str(error))
 
     def _images(self, group: int) -> Iterator[tuple[bytes | None, str | None]]:
-        """Bytes and path of each row of a group, a few rows decoded at a time."""
+        """Bytes and path of each row of a group; one at a time, as many rows may name one large image."""
+        self._check_memory(group)
         with self._opened(self._metadata) as file:
-            batches = iter(file.iter_batches(BATCH, row_groups=[group], columns=self._columns))
+            batches = iter(file.iter_batches(1, row_groups=[group], columns=self._columns))
             while (batch := _sound(lambda: next(batches, None))) is not None:
                 of_bytes, of_paths = _values(batch.column(0))
                 for data, path in zip(of_bytes, of_paths, strict=True):
                     yield data.as_py(), path.as_py() if path is not None else None
+
+    def _check_memory(self, group: int) -> None:
+        """Raise a BrixelError where what a row group says of its size does not fit into memory."""
+        found = _sound(lambda: self._metadata.row_group(group))
+        columns = [found.column(number) for number in range(found.num_columns)]
+        sizes = [(column.total_compressed_size, column.total_uncompressed_size) for column in columns
+                 if column.path_in_schema in self._columns]  # fmt: skip
+        advice = "Write the file with smaller row groups."
+        check_memory(sum(map(max, sizes)), main_memory(), f"Row group {group}", advice)
 
     @contextmanager
     def _opened(self, metadata: Any) -> Iterator[Any]:

@@ -205,12 +205,12 @@ def _expand(reference: str, named: Named, allow_urls: bool, several: bool) -> No
         matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(reference), recursive=True))]
         found = [match for match in matches if os.path.isfile(match)]
         if not found:
-            raise UsageError(f"The pattern {reference} matches no file.")
+            raise UsageError(f"The pattern {without_secrets(reference)} matches no file.")
         named.places += [str(absolute(match)) for match in found]
     elif several:
         named.places.append(str(absolute(path)))  # one of a range: a row tells that it is missing
     else:
-        raise UsageError(f"Nothing at {path}. --input takes {KINDS}.")
+        raise UsageError(f"Nothing at {without_secrets(str(path))}. --input takes {KINDS}.")
 
 
 def _expand_folder(path: Path, named: Named) -> None:

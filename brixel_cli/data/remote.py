@@ -1,7 +1,8 @@
 """Files of object stores and web servers, through fsspec (the extra `remote`): found, and read with patience.
 
-Nothing here is called for a place that the user did not name as an input. Credentials are those that the environment
-has for each store; of a URL only what stands before `?` is ever shown or stored.
+Nothing here is called for a place that the user did not name as an input, and no web server can send brixel on to
+another one. Credentials are those that the environment has for each store; of a URL only what stands before `?` is ever
+shown or stored.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -39,7 +41,11 @@ LIBRARIES = frozenset(
      "httpx", "httpcore", "requests", "urllib3")
 )  # fmt: skip
 """Whose errors are those of a network or a server; every other error is ours."""
-SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
+SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL|SAS|CONNECTION_STRING", re.IGNORECASE)
+"""In the names of environment variables."""
+SIGNED = re.compile(r"(\b(?:x-amz-|x-goog-)?(?:sig|signature|credential|security-token|accountkey|sharedaccesskey)"
+                    r"(?:=|%3d))[^&;\s'\"]+", re.IGNORECASE)  # fmt: skip
+"""What signs a request, wherever it stands in the text of an error."""
 Result = TypeVar("Result")
 
 
@@ -101,18 +107,26 @@ def is_url(text: str) -> bool:
 def without_secrets(text: str) -> str:
     """A URL without user, password and what follows `?`, such as a signature; other texts as they are.
 
-    In the names of object stores `?` stands for any letter, unless what follows it has a `=`, as a signature.
+    In the names of object stores `?` stands for any letter, unless what follows it has a `=`, as a signature. Where one
+    of the slashes of `://` is missing, the text is taken for a URL too.
     """
-    if not is_url(text):
+    found = re.match(r"([^/]*?)(:/{1,2})", text)
+    if found is None or not (is_url(text) or found[1].lower() in SCHEMES):
         return text
-    scheme, _, rest = text.partition("://")
+    scheme, slashes, rest = _scheme(found[1]), found[2], text[found.end() :]
+    rest = re.split(r"%3f(?=[^/]*(?:=|%3d))", rest, maxsplit=1, flags=re.IGNORECASE)[0]
     plain, _, query = rest.partition("?")
-    if scheme.lower() not in SCHEMES or scheme.lower() in ("http", "https") or "=" in query:
+    if scheme.lower() not in SCHEMES or scheme.lower() in ("http", "https") or re.search("=|%3d", query, re.IGNORECASE):
         rest = plain
     if scheme.lower() not in CONTAINERS:
         host, slash, path = rest.partition("/")
         rest = host.rpartition("@")[2] + slash + path
-    return f"{scheme}://{rest}"
+    return f"{scheme}{slashes}{rest}"
+
+
+def _scheme(text: str) -> str:
+    """What stands before `://` without anything that is no scheme, such as a key in a connection string."""
+    return re.split(r"[^A-Za-z0-9+.-]", text)[-1]
 
 
 def to_url(text: str, option: str = "--input") -> Url:
@@ -123,8 +137,9 @@ def to_url(text: str, option: str = "--input") -> Url:
     """
     scheme, _, rest = text.partition("://")
     if scheme.lower() not in SCHEMES or "::" in text or not rest.strip("/"):
-        shown = scheme.rpartition("@")[2]
-        raise UsageError(f"{option} {shown}://...: brixel reads URLs of {', '.join(SCHEMES)}, each with a path.")
+        raise UsageError(
+            f"{option} {_scheme(scheme)}://...: brixel reads URLs of {', '.join(SCHEMES)}, each with a path."
+        )
     if "@" in rest.partition("/")[0] and scheme.lower() not in CONTAINERS:
         raise UsageError(
             f"{option} {scheme}://...: credentials do not belong into a URL, which is stored and shown. "
@@ -247,13 +262,36 @@ def _system(url: Url) -> tuple[Any, str]:
         require("gcs", f"{url.scheme}://")
     import fsspec
 
+    settings = {"client_kwargs": {"trace_configs": [_watched()]}} if url.scheme in ("http", "https") else {}
     try:
-        system, path = fsspec.core.url_to_fs(url.text)
+        system, path = fsspec.core.url_to_fs(url.text, **settings)
     except ImportError as error:  # of stores that the extra does not cover
         raise UsageError(f"{url.scheme}:// cannot be read: {error}.") from error
     if isinstance(getattr(system, "retries", None), int):
         system.retries = 1  # trying again is done here, for all kinds of stores in one way
     return system, path
+
+
+class _SentOnError(OSError):
+    """A web server names another place for a file."""
+
+
+@cache
+def _watched() -> Any:
+    """What ends a request of aiohttp, the library of web servers, before it follows a server elsewhere."""
+    import aiohttp
+
+    async def check(_: object, __: object, request: Any) -> None:
+        answer = request.response
+        here = answer.url
+        there = here.join(type(here)(answer.headers.get("Location") or answer.headers.get("URI", "")))
+        if (here.host, here.explicit_port) != (there.host, there.explicit_port):
+            answer.close()
+            raise _SentOnError(f"the server sends this request on to {there.host}, which --input does not name")
+
+    config = aiohttp.TraceConfig()
+    config.on_request_redirect.append(check)
+    return config
 
 
 def _call(system: Any, name: str, path: str, time_out: float | None, *then: Any, **more: Any) -> Any:
@@ -298,6 +336,8 @@ def _patiently(call: Callable[[], Result]) -> Result:
 def _refusal(error: Exception) -> str:
     """What a server says for good; empty for errors that may pass."""
     status = getattr(error, "status", None)
+    if sent_on := next((cause for cause in (error, error.__cause__) if isinstance(cause, _SentOnError)), None):
+        return str(sent_on)
     if isinstance(error, PermissionError) or status in (401, 403):
         return "permission denied"
     if isinstance(error, FileNotFoundError) or status in (404, 410):
@@ -318,8 +358,12 @@ def _reason(error: Exception) -> str:
         return "timed out"
     text = re.sub(r"\s+", " ", re.sub(r"\?\S*", "?...", str(error))).strip()
     for name, value in os.environ.items():
-        if SECRET.search(name) and len(value) > 3:
-            text = text.replace(value, "***")
+        if SECRET.search(name):
+            pairs = [item.partition("=") for item in value.split(";")]  # of a connection string
+            signs = [part for key, _, part in pairs if re.search("key|signature", key, re.IGNORECASE)]
+            for part in (value, value.lstrip("?"), *signs):
+                text = text.replace(part, "***") if len(part) > 3 else text
+    text = SIGNED.sub(r"\1***", text)
     return f"{type(error).__name__}: {text}"[:120].removeprefix("_CutOffError: ").removesuffix(": ")
 
 

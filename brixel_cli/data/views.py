@@ -25,7 +25,7 @@ from brixel_cli.errors import BrixelError
 
 def seed_of(*parts: int) -> int:
     """One 63-bit seed from several numbers (run seed, step, process ...), the same on every machine."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
 def centre_view(image: Image.Image, size: tuple[int, int]) -> Image.Image:

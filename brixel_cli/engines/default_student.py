@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 from brixel_cli.core.backbone import same_model
-from brixel_cli.core.shipped import DEFAULT_STUDENT, shipped_student, shipped_students
-from brixel_cli.core.student import FILE_NAME, StudentCard, read_card
+from brixel_cli.core.shipped import DEFAULT_STUDENT, FILE_NAME, shipped_student, shipped_students
+from brixel_cli.core.student import StudentCard, read_card
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import UsageError, WeightsError
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from brixel_cli.config.distill import AdapterConfig
 from brixel_cli.config.extract import Field, Source
 from brixel_cli.core.backbone import Backbone, load_backbone
-from brixel_cli.core.identity import tensors_sha256
+from brixel_cli.core.identity import library_versions, tensors_sha256
 from brixel_cli.core.lora import linear_layers
 from brixel_cli.core.memory import is_out_of_memory
 from brixel_cli.core.student import (
@@ -34,7 +34,7 @@ from brixel_cli.data.resizing import snap
 from brixel_cli.data.views import normalise_pixels
 from brixel_cli.engines.baselines import Baseline
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime, library_versions, release_cached
+from brixel_cli.engines.runtime import Runtime, release_cached
 from brixel_cli.errors import BrixelError, UsageError
 
 DEFAULT_FACTOR = 4

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from importlib.metadata import version
 from typing import Any, TypeVar
 
 import psutil
@@ -231,11 +230,6 @@ def _automatic_precision(kind: str, training: bool) -> str:
         return "float32" if training else "float16"
     in_hardware = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bfloat16" if kind == "cpu" and in_hardware() else "float32"
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of all that the numbers of a model depend on."""
-    return {name: version(name) for name in ("brixel", "torch", "timm", "pillow")}
 
 
 def call_seconds(call: Callable[[], object], device: torch.device) -> float:

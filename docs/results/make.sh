@@ -30,8 +30,8 @@ if [ "$1" = measure ]; then
     record fidelity_224 brixel benchmark --compare-highres --checkpoint dinov2_vits14_x2 --images photos --max-images 20 --seconds 8 --baseline $jafar:jafar
     record fidelity_112_guided brixel benchmark --compare-highres --checkpoint dinov2_vits14 --images photos --max-images 10 --seconds 90 --baseline $jafar:jafar --baseline $jafar:jafar_448
     record dubai_aerial_112 brixel probe --recipe dubai_aerial --data data/dubai_aerial --res 112 --checkpoint dinov2_vits14 --quick --seeds 2 --baseline $jafar:jafar
-    record dubai_aerial_112_finetuned brixel probe --recipe dubai_aerial --data data/dubai_aerial --res 112 --checkpoint dinov2_vits14 --quick --seeds 2 --source finetuned --set supervised.steps=100 --set supervised.batch_size=4 --set supervised.validate_every=10
-    record dubai_aerial_112_unet brixel probe --recipe dubai_aerial --data data/dubai_aerial --res 112 --checkpoint dinov2_vits14 --quick --seeds 2 --source unet:resnet18 --set supervised.steps=600 --set supervised.batch_size=4 --set supervised.validate_every=50
+    record dubai_aerial_112_finetuned brixel probe --recipe dubai_aerial --data data/dubai_aerial --res 112 --checkpoint dinov2_vits14 --quick --seeds 2 --source finetuned --set supervised.steps=60 --set supervised.batch_size=4 --set supervised.validate_every=10
+    record dubai_aerial_112_unet brixel probe --recipe dubai_aerial --data data/dubai_aerial --res 112 --checkpoint dinov2_vits14 --quick --seeds 2 --source unet:resnet18 --set supervised.steps=300 --set supervised.batch_size=4 --set supervised.validate_every=30
     record chasedb1_112 brixel probe --recipe chasedb1 --data data/chasedb1 --res 112 --checkpoint dinov2_vits14 --quick --seeds 2 --baseline $jafar:jafar
     record camvid_112 brixel probe --recipe camvid --data data/camvid --res 112 --checkpoint dinov2_vits14 --quick --seeds 2 --source backbone --source student --source teacher --baseline $jafar:jafar
     record davis2016_112 brixel probe --task propagation --data data/davis2016 --res 112 --checkpoint dinov2_vits14 --set 'data.evaluate.only=JPEGImages/480p/[bc]*/0000?.jpg' --baseline $jafar:jafar

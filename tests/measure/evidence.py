@@ -245,7 +245,7 @@ def _table(records: Sequence[Record]) -> Table:
     cells = []
     for label in labels:
         rows = [next((row for row in record.rows if row.label == label), None) for record in records]
-        costs = next(((record, row) for record, row in zip(records, rows, strict=True) if row and row.seconds), None)
+        costs = next(((record, row) for record, row in zip(records, rows, strict=True) if row and row.gflop), None)
         line = [label, *(_cost(*costs) if costs else ["-", "-", "-"])]
         for record, row in zip(records, rows, strict=True):
             if row is None:

@@ -10,7 +10,8 @@ import psutil
 import torch
 
 from brixel_cli.core.formatting import Stored
-from brixel_cli.engines.runtime import Runtime, library_versions
+from brixel_cli.core.identity import library_versions
+from brixel_cli.engines.runtime import Runtime
 
 
 @dataclass(frozen=True)

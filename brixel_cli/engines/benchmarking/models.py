@@ -10,9 +10,10 @@ from brixel_cli.config.benchmark import BenchmarkOptions
 from brixel_cli.config.distill import Recipe, ViewConfig
 from brixel_cli.config.files import find_recipe, load_recipe
 from brixel_cli.core.backbone import Backbone, check_size
+from brixel_cli.core.hub import HUB
 from brixel_cli.core.identity import joint_digest, tensors_sha256
-from brixel_cli.core.shipped import shipped_students
-from brixel_cli.core.student import FILE_NAME, HUB, Student
+from brixel_cli.core.shipped import FILE_NAME, shipped_students
+from brixel_cli.core.student import Student
 from brixel_cli.data.images import ImageFile, scan_folder, share_out
 from brixel_cli.data.views import Views
 from brixel_cli.engines.benchmarking.results import Model, Size

@@ -101,8 +101,7 @@ def distill(
     )
     with ExitStack() as stack, out_of_memory, gone:
         runtime.first_only(lambda: stack.enter_context(locked(folder.path)))
-        if resume or not overwrite:
-            runtime.first_only(lambda: folder.check(recipe, resume))
+        runtime.first_only(lambda: folder.check(recipe, resume, overwrite))
         return _distill(recipe, folder, reporter, runtime, resume)
 
 

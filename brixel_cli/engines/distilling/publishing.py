@@ -15,10 +15,12 @@ from pathlib import Path
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import dump_recipe
 from brixel_cli.core.formatting import to_json
+from brixel_cli.core.hub import HUB
+from brixel_cli.core.identity import library_versions
 from brixel_cli.core.metric_titles import FIDELITY_TITLES
-from brixel_cli.core.student import FILE_NAME, HUB, StoredAdapter, StudentCard, read_adapter, save_student
+from brixel_cli.core.shipped import FILE_NAME
+from brixel_cli.core.student import StoredAdapter, StudentCard, read_adapter, save_student
 from brixel_cli.engines.distilling.validation import HeldOut
-from brixel_cli.engines.runtime import library_versions
 from brixel_cli.errors import BrixelError, UsageError
 
 TOKEN = "HF_TOKEN"  # noqa: S105 (the name of a variable)

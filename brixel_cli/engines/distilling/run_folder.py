@@ -26,8 +26,8 @@ from brixel_cli.config.files import dump_recipe, load_recipe, missing_keys
 from brixel_cli.config.section import difference_lines, differences
 from brixel_cli.core.files import check_files, check_picture, write_text, writing
 from brixel_cli.core.formatting import csv_text, to_json
-from brixel_cli.core.shipped import shipped_students
-from brixel_cli.core.student import FILE_NAME, read_adapter
+from brixel_cli.core.shipped import FILE_NAME, shipped_students
+from brixel_cli.core.student import read_adapter
 from brixel_cli.core.weights import load_tensors, save_tensors
 from brixel_cli.data.images import Skipped
 from brixel_cli.data.row_store import Store
@@ -79,16 +79,23 @@ class RunFolder:
         """The picture of the validation after `step`."""
         return self.pictures / f"step_{step:06d}.png"
 
-    def check(self, recipe: Recipe, resume: bool) -> None:
-        """Refuse to overwrite a run, and to resume one that was begun with another recipe.
+    def check(self, recipe: Recipe, resume: bool, overwrite: bool = False) -> None:
+        """Refuse to overwrite a run or files of others, and to resume a run that was begun with another recipe.
 
         The folders of the images may be others: what is in them is compared by `check_images`.
 
         Raises:
-            UsageError: the folder holds a run and `resume` is false, or it differs from the recipe, or holds none.
+            UsageError: the folder holds a run and neither `resume` nor `overwrite` is true, or it differs from the
+                recipe, or holds none; or it holds files that are not a run's, as no recipe.yaml is beside them.
         """
         if not resume:
-            if self.recipe.exists():
+            theirs = [] if self.recipe.exists() else [file for file in self._own() if file.exists()]
+            if theirs:
+                raise UsageError(
+                    f"{self.path} holds {theirs[0].relative_to(self.path)}, but no {self.recipe.name} of a run: brixel "
+                    "does not replace files of others. Name another folder with --output, or delete them."
+                )
+            if self.recipe.exists() and not overwrite:
                 raise UsageError(
                     f"{self.path} holds a run already. Continue it with --resume, "
                     "begin anew with --overwrite, or name another folder with --output."
@@ -137,13 +144,18 @@ class RunFolder:
             "folder that they are in now with --images DIR, or begin a run in another folder."
         )
 
+    def _own(self) -> list[Path]:
+        """Files that a run replaces, but for its recipe."""
+        named = [self.state, self.results, self.student, self.last, self.metrics, self.skipped]
+        return [*named, *self.pictures.glob("step_*.png"), *self.tensorboard.glob("events.*")]
+
     def begin(self, recipe: Recipe) -> None:
         """Make the folder and write the resolved recipe, removing what an earlier run left here."""
-        # The state goes first: without it, no kill can leave an old run's half to be resumed.
-        leftovers = [self.state, self.recipe, self.results, self.student, self.last, self.metrics, self.skipped]
+        # The state goes first: without it, no kill can leave an old run's half to be resumed. The recipe goes last: it
+        # says that the others are a run's.
         try:
             self.pictures.mkdir(parents=True, exist_ok=True)
-            for file in (*leftovers, *self.pictures.glob("step_*.png"), *self.tensorboard.glob("events.*")):
+            for file in (*self._own(), self.recipe):
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise UsageError(f"{self.path} cannot be made into a run folder: {error.strerror}.") from error

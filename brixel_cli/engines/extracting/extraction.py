@@ -27,7 +27,15 @@ from brixel_cli.data.inputs import reason_of
 from brixel_cli.data.row_store import DONE, FAILED, MISSING, REASON, Array, Store, create_store
 from brixel_cli.data.vector_table import write_table
 from brixel_cli.engines.extracting.continuing import check_same, clear_output, describe
-from brixel_cli.engines.extracting.parts import ASKED, Extracted, asked_words, completed, finish_part
+from brixel_cli.engines.extracting.parts import (
+    ASKED,
+    ASKED_FILES,
+    Extracted,
+    asked_files,
+    asked_words,
+    completed,
+    finish_part,
+)
 from brixel_cli.engines.extracting.plan import (
     ExtractPlan,
     make_plan,
@@ -216,11 +224,12 @@ def _open_output(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter)
 
 
 def _create(plan: ExtractPlan, model: FeatureExtractor, reporter: Reporter) -> None:
-    batch_sizes = model.batch_sizes(plan.num_of_size, plan.options.batch_size)
+    options = plan.options
+    batch_sizes = model.batch_sizes(plan.num_of_size, options.batch_size)
     description = describe(plan, model) | {
         "root": str(plan.inputs.root),
         "threads": torch.get_num_threads(),
-        **({ASKED: asked_words(plan.options)} if plan.options.shard else {}),
+        **({ASKED: asked_words(options), ASKED_FILES: asked_files(options)} if options.shard else {}),
         "batch_sizes": {
             human_size(size): 1 if plan.is_tiled(rows[0]) else batch_sizes[size]
             for size, rows in plan.rows_of_size.items()

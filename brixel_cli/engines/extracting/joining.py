@@ -24,11 +24,11 @@ from brixel_cli.data.feature_index import check_description, check_index
 from brixel_cli.data.grouping import positions_within_size
 from brixel_cli.data.row_store import FAILED, MISSING, REASON, STATUS, Array, Store, create_store
 from brixel_cli.data.virtual_rows import PARTS, Run, VirtualColumn
-from brixel_cli.engines.extracting.parts import ASKED, unfinished
+from brixel_cli.engines.extracting.parts import ASKED, ASKED_FILES, unfinished
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import BrixelError, UsageError
 
-OF_PART = ("shard.number", ASKED, "root", "threads", "device", "versions", "backbone_weights", "tf32")
+OF_PART = ("shard.number", ASKED, ASKED_FILES, "root", "threads", "device", "versions", "backbone_weights", "tf32")
 """Keys of a description in which parts of one output may differ."""
 MOST_NAMED = 8
 MAP_DIMENSIONS = 4
@@ -110,7 +110,9 @@ def join(pattern: str, output: Path, copy: bool, overwrite: bool, reporter: Repo
     index = {name: np.concatenate([part.index[name] for part in parts]) for name in parts[0].index}
     _check_names(parts, index["paths"])
     columns = _columns(parts, index)
-    description = {key: value for key, value in parts[0].description.items() if key not in ("shard", ASKED)}
+    description = {
+        key: value for key, value in parts[0].description.items() if key not in ("shard", ASKED, ASKED_FILES)
+    }
     description["batch_sizes"] = {
         size: count for part in reversed(parts) for size, count in part.description["batch_sizes"].items()
     }

@@ -12,12 +12,17 @@ import numpy as np
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.config.shard import PART, UNFINISHED, Shard
 from brixel_cli.core.files import writing
+from brixel_cli.core.hub import HUB
+from brixel_cli.core.identity import files_sha256, json_digest, library_versions
+from brixel_cli.core.shipped import locate, shipped_students
 from brixel_cli.data.remote import is_url, without_secrets
 from brixel_cli.data.row_store import DONE, FAILED, MISSING, REASON, Store
 from brixel_cli.errors import UNREACHED, BrixelError, UsageError
 
 ASKED = "asked"
 """Key of a part's description: the words of the command that computes it, without output and shard."""
+ASKED_FILES = "asked_files"
+"""Key of a part's description: digests of the files of the model that these words name."""
 _NOT_ASKED = {"output", "upload", "shard", "device", "workers", "strict", "overwrite", "preview"}
 """Options that are a matter of the machine, or of one run; those of the page are others."""
 _WORDS = {"inputs": "--input", "storage": "--format"}
@@ -85,10 +90,23 @@ def _absolute(reference: str) -> str:
     return without_secrets(reference) if is_url(reference) else os.path.abspath(os.path.expanduser(reference))
 
 
+def asked_files(options: ExtractOptions) -> list[str]:
+    """SHA-256 of the student and of the backbone's weights, where the options name files; none is downloaded.
+
+    Raises:
+        BrixelError: a file is not there.
+    """
+    student, weights = options.checkpoint, options.backbone_weights
+    files = [locate(student)] if student and not student.startswith(HUB) else []
+    files += [Path(weights).expanduser()] if weights not in (None, "pretrained", "random") else []
+    return [json_digest(shipped_students()), *files_sha256(files)]
+
+
 def completed(options: ExtractOptions) -> Extracted | None:
     """The part that these options ask for, where it is complete and the same command has written it; else None.
 
-    The images are not looked at again. Neither torch nor the model is loaded.
+    The images are not looked at again, only the files of the model and the versions of what computes. Neither torch nor
+    the model is loaded. A student on the hub is taken to be the same.
     """
     if options.shard is None or options.output is None or options.overwrite:
         return None
@@ -96,9 +114,11 @@ def completed(options: ExtractOptions) -> Extracted | None:
     if not path.is_file():
         return None
     try:
-        store = Store(path)
+        store, files = Store(path), asked_files(options)
     except BrixelError:
         return None  # what is to be done about it, the extraction says
+    if (store.description.get("versions"), store.description.get(ASKED_FILES)) != (library_versions(), files):
+        return None
     status = store.status
     if store.description.get(ASKED) != asked_words(options) or store.damaged or (status == MISSING).any():
         return None

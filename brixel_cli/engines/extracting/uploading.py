@@ -13,7 +13,7 @@ from pathlib import Path
 
 from brixel_cli.config.extract import ExtractOptions
 from brixel_cli.data.remote import Url, fetch, put, status_of, to_url
-from brixel_cli.engines.extracting.parts import Extracted, asked_words
+from brixel_cli.engines.extracting.parts import Extracted, asked_files, asked_words
 from brixel_cli.engines.reporting import Reporter
 from brixel_cli.errors import UNREACHED, BrixelError, UnreachedError, UsageError
 
@@ -33,16 +33,18 @@ def found_there(options: ExtractOptions) -> Extracted | None:
     done = Url(url.text + DONE_ENDING)
     try:
         found = json.loads(fetch(done, 0, status_of(done).num_bytes))
-        asked, images, computed, failures = (found[key] for key in ("asked", "images", "computed", "failures"))
+        asked, files, images, computed, failures = (
+            found[key] for key in ("asked", "files", "images", "computed", "failures")
+        )
     except UnreachedError as error:
         if error.missing:
             return None
         raise BrixelError(f"{done} cannot be read: {error}. Give the same command again.") from error
     except (ValueError, KeyError, TypeError):
         return None
-    if asked != asked_words(options):
+    if (asked, files) != (asked_words(options), asked_files(options)):
         raise UsageError(
-            f"{url} was computed with other options: brixel extract {shlex.join(map(str, asked))}. Give --overwrite to "
+            f"{url} was computed with other options or another model: brixel extract {shlex.join(map(str, asked))}. Give --overwrite to "
             "replace it, or another --output."
         )
     return Extracted(path, int(images), int(computed), 0, dict(failures), 0.0, [], str(url))
@@ -60,7 +62,8 @@ def send(options: ExtractOptions, done: Extracted, reporter: Reporter) -> Extrac
         return done
     reporter.say(f"copying {path} to {url}")
     num_done = done.num_before + done.num_computed
-    ended = {"asked": asked_words(options), "images": done.num_images, "computed": num_done, "failures": done.failures}
+    asked = {"asked": asked_words(options), "files": asked_files(options)}
+    ended = asked | {"images": done.num_images, "computed": num_done, "failures": done.failures}
     try:
         put(path, url)
         put(json.dumps(ended, indent=1).encode(), Url(url.text + DONE_ENDING))

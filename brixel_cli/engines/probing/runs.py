@@ -15,6 +15,7 @@ import torch
 from brixel_cli.config.labelled import IGNORE, Split
 from brixel_cli.core.formatting import human_size
 from brixel_cli.core.heads import load_head, save_head
+from brixel_cli.core.identity import library_versions
 from brixel_cli.engines.probing import networks
 from brixel_cli.engines.probing.evaluation import Predict, evaluate, evaluate_head, evaluating, meters, predict
 from brixel_cli.engines.probing.features import Targets, open_maps
@@ -37,7 +38,7 @@ from brixel_cli.engines.probing.results import (
 from brixel_cli.engines.probing.sources import ModelSource, NetworkSource, PredictionSource
 from brixel_cli.engines.probing.training import head_spec, labelled_images, train_head
 from brixel_cli.engines.reporting import Reporter
-from brixel_cli.engines.runtime import Runtime, library_versions, memory_errors
+from brixel_cli.engines.runtime import Runtime, memory_errors
 from brixel_cli.errors import BrixelError
 
 
