@@ -43,9 +43,10 @@ def found_there(options: ExtractOptions) -> Extracted | None:
     except (ValueError, KeyError, TypeError):
         return None
     if (asked, files) != (asked_words(options), asked_files(options)):
+        command = f"brixel extract {shlex.join(map(str, asked))}"
         raise UsageError(
-            f"{url} was computed with other options or another model: brixel extract {shlex.join(map(str, asked))}. Give --overwrite to "
-            "replace it, or another --output."
+            f"{url} was computed with other options or another model: {command}. Give --overwrite to replace it, or "
+            "another --output."
         )
     return Extracted(path, int(images), int(computed), 0, dict(failures), 0.0, [], str(url))
 
