@@ -26,7 +26,7 @@ import psutil
 from conftest import TWO_RANKS, make_photograph
 
 from hostile import sandbox
-from hostile.world import FORMATS, World, contents_of_features, contents_of_run
+from hostile.world import FORMATS, Inputs, contents_of_features, contents_of_run
 
 COUNTS = {"h5": 100, "npy": 100, "int8": 100, "run": 100, "probe": 100, "ablate": 20, "two ranks": 20}
 TITLES = {"h5": "extract, h5", "npy": "extract, npy", "int8": "extract, int8", "run": "distill", "probe": "probe",
@@ -37,12 +37,12 @@ PATIENCE = 300.0
 """Seconds after which a command that should have ended counts as one that hangs."""
 
 
-class Killed(World):
-    """A world with more images, so that there are more moments."""
+class Killed(Inputs):
+    """Inputs with more images, so that there are more moments."""
 
     def __init__(self, root: Path):
         super().__init__(root)
-        for number in range(len(self.alone), NUM_PHOTOS):
+        for number in range(len(list(self.photos.iterdir())), NUM_PHOTOS):
             make_photograph(self.photos / f"{number}.png", number, *[(144, 144), (192, 144)][number % 2])
         self.variants = self.root / "mine.yaml"
         self.variants.write_text("base: {}\nl1: {loss.l1.weight: 2.0}\n")

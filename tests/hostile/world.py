@@ -38,14 +38,11 @@ class Interruption(BaseException):
     """What cuts a command short here."""
 
 
-class World:
-    """Inputs and outputs of the four commands below one folder, which no case may change.
+class Inputs:
+    """Inputs of the four commands below one folder, which no case may change.
 
     Attributes:
         photos, set, model: images, a labelled set, a student of test_vit with weights of its own.
-        parts: a folder of two parts, `out.*.h5`, and of the file that joins them, `all.h5`.
-        whole, cut: by kind, an output that is finished, and one that was interrupted half-way.
-        expected: by kind, what the finished output holds.
     """
 
     def __init__(self, root: Path):
@@ -60,6 +57,55 @@ class World:
         self.probe_recipe = recipe_file(self.set)
         self.recipe = self.root / "tiny.yaml"
         self.recipe.write_text(TINY.replace("PHOTOS", str(self.photos)).replace("steps: 4", "steps: 6"))
+
+    def command(self, kind: str, output: Path) -> list[str]:
+        """The command that writes an output of a kind, or continues it."""
+        if kind in FORMATS:
+            return ["extract", "--input", str(self.photos), "--res", "64", "--checkpoint", str(self.model), "--device",
+                    "cpu", "--precision", "float32", "--batch-size", "2", "--output", str(output), *FORMATS[kind][1]]  # fmt: skip
+        if kind == "run":
+            began = (output / "recipe.yaml").exists() or (output / "state.safetensors").exists()
+            resume = ["--resume"] if began else ["--recipe", str(self.recipe)]
+            return ["distill", *resume, "--output", str(output)]
+        return ["probe", "--recipe", str(self.probe_recipe), "--checkpoint", str(self.model), "--output", str(output),
+                "--set", "protocol.steps=3", "--set", "protocol.points=64", "--device", "cpu", "--seeds", "1",
+                "--source", "backbone", "--source", "student"]  # fmt: skip
+
+    def holds(self, kind: str, output: Path) -> Any:
+        """What an output of a kind holds, as JSON: all that the same command must give again, and nothing else."""
+        return contents_of_features(output) if kind in FORMATS else HOLDS[kind](output)
+
+    def _make(self, name: str, function: Callable[[Path], None]) -> Path:
+        folder = self.root / name
+        folder.mkdir()
+        ended = sandbox.Child(lambda: function(folder), folder).wait()
+        assert ended.code == 0, ended
+        return folder
+
+    @staticmethod
+    def _student(folder: Path) -> None:
+        torch.manual_seed(0)
+        save_file(load_backbone("test_vit", "random").vit.state_dict(), folder / "vit.safetensors")
+        trained = load_backbone("test_vit", str(folder / "vit.safetensors"))
+        config = AdapterConfig(fusion=FusionConfig(width=16, fine_width=16, blocks=[1, 1, 1]))
+        adapter = build_adapter(trained.embed_dim, 4, config)
+        torch.nn.init.normal_(adapter.out[1].weight, std=0.1)
+        card = StudentCard("test_vit", str(folder / "vit.safetensors"), trained.sha256, trained.embed_dim, 4, config, 7,
+                           (64, 64), trained.signature())  # fmt: skip
+        save_student(folder / "student.safetensors", adapter.state_dict(), card)
+
+
+class World(Inputs):
+    """Inputs and outputs of the four commands.
+
+    Attributes:
+        parts: a folder of two parts, `out.*.h5`, and of the file that joins them, `all.h5`.
+        whole, cut: by kind, an output that is finished, and one that was interrupted half-way.
+        expected: by kind, what the finished output holds.
+    """
+
+    def __init__(self, root: Path):
+        super().__init__(root)
         self.whole: dict[str, Path] = {}
         self.cut: dict[str, Path] = {}
         self.expected: dict[str, Any] = {}
@@ -96,23 +142,6 @@ class World:
             raise RuntimeError(f"{arguments}: {ended}")
         return self.root
 
-    def command(self, kind: str, output: Path) -> list[str]:
-        """The command that writes an output of a kind, or continues it."""
-        if kind in FORMATS:
-            return ["extract", "--input", str(self.photos), "--res", "64", "--checkpoint", str(self.model), "--device",
-                    "cpu", "--precision", "float32", "--batch-size", "2", "--output", str(output), *FORMATS[kind][1]]  # fmt: skip
-        if kind == "run":
-            began = (output / "recipe.yaml").exists() or (output / "state.safetensors").exists()
-            resume = ["--resume"] if began else ["--recipe", str(self.recipe)]
-            return ["distill", *resume, "--output", str(output)]
-        return ["probe", "--recipe", str(self.probe_recipe), "--checkpoint", str(self.model), "--output", str(output),
-                "--set", "protocol.steps=3", "--set", "protocol.points=64", "--device", "cpu", "--seeds", "1",
-                "--source", "backbone", "--source", "student"]  # fmt: skip
-
-    def holds(self, kind: str, output: Path) -> Any:
-        """What an output of a kind holds, as JSON: all that the same command must give again, and nothing else."""
-        return contents_of_features(output) if kind in FORMATS else HOLDS[kind](output)
-
     def _prepare(self, kind: str) -> None:
         name = FORMATS[kind][0] if kind in FORMATS else kind
         for state, function in (("whole", sandbox.command), ("cut", interrupted)):
@@ -125,25 +154,6 @@ class World:
             getattr(self, state)[kind] = output
         self.expected[kind] = self.holds(kind, self.whole[kind])
         assert unfinished(kind, self.cut[kind])
-
-    def _make(self, name: str, function: Callable[[Path], None]) -> Path:
-        folder = self.root / name
-        folder.mkdir()
-        ended = sandbox.Child(lambda: function(folder), folder).wait()
-        assert ended.code == 0, ended
-        return folder
-
-    @staticmethod
-    def _student(folder: Path) -> None:
-        torch.manual_seed(0)
-        save_file(load_backbone("test_vit", "random").vit.state_dict(), folder / "vit.safetensors")
-        trained = load_backbone("test_vit", str(folder / "vit.safetensors"))
-        config = AdapterConfig(fusion=FusionConfig(width=16, fine_width=16, blocks=[1, 1, 1]))
-        adapter = build_adapter(trained.embed_dim, 4, config)
-        torch.nn.init.normal_(adapter.out[1].weight, std=0.1)
-        card = StudentCard("test_vit", str(folder / "vit.safetensors"), trained.sha256, trained.embed_dim, 4, config, 7,
-                           (64, 64), trained.signature())  # fmt: skip
-        save_student(folder / "student.safetensors", adapter.state_dict(), card)
 
 
 def interrupted(arguments: Sequence[str]) -> Callable[[], int | None]:
