@@ -26,8 +26,8 @@ if [ "$1" = measure ]; then
     mkdir -p docs/results/records
     jafar=docs/peers/jafar.py
 
-    record fidelity_112 brixel benchmark --compare-highres --checkpoint dinov2_vits14 --images photos --max-images 20 --seconds 8 --baseline $jafar:jafar
-    record fidelity_224 brixel benchmark --compare-highres --checkpoint dinov2_vits14_x2 --images photos --max-images 20 --seconds 8 --baseline $jafar:jafar
+    record fidelity_112 brixel benchmark --compare-highres --checkpoint dinov2_vits14 --images photos --max-images 10 --seconds 8 --baseline $jafar:jafar
+    record fidelity_224 brixel benchmark --compare-highres --checkpoint dinov2_vits14_x2 --images photos --max-images 10 --seconds 8 --baseline $jafar:jafar
     record fidelity_112_guided brixel benchmark --compare-highres --checkpoint dinov2_vits14 --images photos --max-images 10 --seconds 90 --baseline $jafar:jafar --baseline $jafar:jafar_448
     record dubai_aerial_112 brixel probe --recipe dubai_aerial --data data/dubai_aerial --res 112 --checkpoint dinov2_vits14 --quick --seeds 2 --baseline $jafar:jafar
     record dubai_aerial_112_finetuned brixel probe --recipe dubai_aerial --data data/dubai_aerial --res 112 --checkpoint dinov2_vits14 --quick --seeds 2 --source finetuned --set supervised.steps=60 --set supervised.batch_size=4 --set supervised.validate_every=10
