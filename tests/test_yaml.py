@@ -101,10 +101,10 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
 def test_hostile_yaml_is_refused_at_once(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(UsageError, match=said):
         load_recipe(str(path))
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("text", ["1e400", "-1e400", "1" + "0" * 400 + ".0"])
