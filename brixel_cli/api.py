@@ -19,6 +19,7 @@ from torch import Tensor
 
 from brixel_cli.config.base import Precision
 from brixel_cli.config.extract import OVERLAP, ExtractOptions, Field, Fit, Number, Source, Storage
+from brixel_cli.config.extract_words import named_output
 from brixel_cli.config.shard import in_shard
 from brixel_cli.core.sampling import Points, covered_part, read_at
 from brixel_cli.core.student import Student
@@ -256,6 +257,9 @@ def extract(
     """
     from brixel_cli.engines.extracting import extraction
 
+    path, upload = named_output(None if output is None else str(output))
+    if upload is not None:
+        raise UsageError("output is a file on this disk in Python; the command brixel extract copies it to a URL.")
     several = [inputs] if isinstance(inputs, str | Path) else inputs
     with in_shard(shard) as own:
         done = extraction.extract(
@@ -267,7 +271,7 @@ def extract(
                 checkpoint=None if checkpoint is None else str(checkpoint),
                 backbone=backbone,
                 backbone_weights=None if backbone_weights is None else str(backbone_weights),
-                output=None if output is None else Path(output),
+                output=path,
                 storage=format,
                 dtype=dtype,
                 pca=pca,

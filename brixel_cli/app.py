@@ -14,7 +14,8 @@ from brixel_cli.cli import examples
 from brixel_cli.cli.console import error_boundary, set_quiet
 from brixel_cli.config.base import check_device
 from brixel_cli.config.benchmark import ABLATION_STEPS, AblationOptions, BenchmarkOptions
-from brixel_cli.config.extract import OVERLAP, ExtractOptions, Fit, Number, Source, Storage, named_fields, named_layers
+from brixel_cli.config.extract import OVERLAP, ExtractOptions, Fit, Number, Source, Storage
+from brixel_cli.config.extract_words import named_fields, named_layers, named_output
 from brixel_cli.config.shard import find_shard
 from brixel_cli.errors import UsageError
 
@@ -126,11 +127,10 @@ def extract(
     backbone: Backbone = None,
     backbone_weights: Weights = None,
     output: Annotated[
-        Path | None, _option(OUTPUT, "The .h5 file, or folder for other formats. Default: beside the input.")
+        str | None, _option(OUTPUT, "The .h5 file (or s3://...), or folder. Default: beside input.", metavar="PATH")
     ] = None,
     format_: Annotated[
-        Storage,
-        _option(OUTPUT, "h5: one file. npy, safetensors: one for each image. zarr; parquet (vectors).", "--format"),
+        Storage, _option(OUTPUT, "h5: one file. npy, safetensors: one an image. zarr. parquet: vectors.", "--format")
     ] = "h5",
     dtype: Annotated[Number, _option(OUTPUT, "Number format; int8 has a scale for each location.")] = "float16",
     pca: Annotated[
@@ -177,12 +177,13 @@ def extract(
         set_quiet(quiet)
         if batch_size != "auto" and not (batch_size.isdecimal() and len(batch_size) < 7 and int(batch_size)):
             raise UsageError(f"--batch-size must be auto or a number from 1 up, not {batch_size[:40]}.")
+        path, upload = named_output(output)
         options = ExtractOptions(
             inputs=input_ or [], res=res, fit=fit, source=source, checkpoint=checkpoint, backbone=backbone,
-            backbone_weights=backbone_weights, output=output, storage=format_, dtype=dtype, pca=pca, device=device,
-            precision=precision, fields=named_fields(fields), layers=named_layers(layers), tile=tile, overlap=overlap,
-            batch_size=None if batch_size == "auto" else int(batch_size), workers=workers, every=every, column=column,
-            allow_urls=allow_urls, strict=strict, overwrite=overwrite, preview=preview, page=page,
+            backbone_weights=backbone_weights, output=path, upload=upload, storage=format_, dtype=dtype, pca=pca,
+            device=device, precision=precision, fields=named_fields(fields), layers=named_layers(layers), tile=tile,
+            overlap=overlap, batch_size=None if batch_size == "auto" else int(batch_size), workers=workers, every=every,
+            column=column, allow_urls=allow_urls, strict=strict, overwrite=overwrite, preview=preview, page=page,
             page_sources=tuple(page_sources.split(",")) if page_sources else None, page_images=page_images,
             shard=find_shard(shard) if shard else None,
         )  # fmt: skip

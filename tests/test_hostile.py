@@ -20,7 +20,7 @@ from hostile.sandbox import TRACEBACK, Ended
 FEW, SOME = 2, 10
 """Cases of a kind: of those that compute features for seconds, and of the others."""
 LONG = ("feature files, continued", "run folders", "probe folders", "images", "labelled sets", "text lists", "file names",
-        "small disks")  # fmt: skip
+        "small disks", "tars, parquet files")  # fmt: skip
 KILLED = ("h5", "npy", "int8", "run", "probe")
 KILLS_OF_A_KIND = 1
 HERE = Path(__file__).parent

@@ -13,7 +13,8 @@ from conftest import every_row, stopped_writing
 from safetensors.torch import save_file
 
 import brixel_cli
-from brixel_cli.config.extract import ExtractOptions, Storage, named_layers
+from brixel_cli.config.extract import ExtractOptions, Storage
+from brixel_cli.config.extract_words import named_layers
 from brixel_cli.core.backbone import load_backbone
 from brixel_cli.core.student import Student
 from brixel_cli.data.feature_layout import Layout, MapWriter, encode_parts

@@ -130,6 +130,17 @@ def test_a_run_over_a_bucket_gives_the_rows_of_a_folder(store: ObjectStore, extr
     assert extract(options, listener).num_before == 8
 
 
+def test_an_output_is_copied_to_a_bucket(
+    store: ObjectStore, extract_options, listener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    options = extract_options(inputs=["s3://bucket/photos"], output=Path("a.h5"), upload="s3://bucket/out/a.h5")
+    assert extract(options, listener).uploaded == "s3://bucket/out/a.h5"
+    copied = store.client.get_object(Bucket="bucket", Key="out/a.h5")["Body"].read()
+    assert copied == Path("a.h5").read_bytes()
+    assert SECRET.encode() not in copied + store.client.get_object(Bucket="bucket", Key="out/a.h5.done")["Body"].read()
+
+
 def test_a_tar_is_streamed_by_a_few_large_requests(store: ObjectStore):
     found = find_inputs(["s3://bucket/sets/photos.tar"], 1)
     assert store.requests["sets/photos.tar"] == 1  # its 720 KB are less than a request

@@ -55,9 +55,11 @@ def run_extract(
 
     # numpy and h5py are slow to import, and torch takes seconds: only now, when there is work for it.
     from brixel_cli.engines.extracting.parts import completed
+    from brixel_cli.engines.extracting.uploading import found_there
 
-    if not dry_run and (passed := completed(options)) is not None:
-        say(f"{passed.output} is complete")
+    find = completed if options.upload is None else found_there
+    if not dry_run and (passed := find(options)) is not None:
+        say(f"{passed.uploaded or passed.output} is complete")
         _finish(passed, as_json)
         return
     from brixel_cli.engines.extracting.extraction import extract, plan_only, rehearse
@@ -76,7 +78,7 @@ def _finish(done: Extracted, as_json: bool) -> None:
     if as_json:
         print_json(
             {
-                "output": str(done.output),
+                "output": done.uploaded or str(done.output),
                 "images": done.num_images,
                 "computed": done.num_computed,
                 "before": done.num_before,
@@ -88,11 +90,12 @@ def _finish(done: Extracted, as_json: bool) -> None:
         )
     else:
         _show_result(done)
-    say(f'read it: brixel_cli.FeatureFile("{done.output}")')
+    if done.output.exists():
+        say(f'read it: brixel_cli.FeatureFile("{done.output}")')
     if done.failures and is_first_process():
         raise BrixelError(
-            f"{len(done.failures)} of {done.num_images} images failed; {done.output} holds the others, "
-            f"and the reasons in its dataset reason. {_advice(done.failures)}"
+            f"{len(done.failures)} of {done.num_images} images failed; {done.uploaded or done.output} holds the "
+            f"others, and the reasons in its dataset reason. {_advice(done.failures)}"
         )
 
 
@@ -105,6 +108,8 @@ def _advice(failures: dict[str, str]) -> str:
 
 
 def _join(options: ExtractOptions, pattern: str, copy: bool, as_json: bool) -> None:
+    if options.upload is not None:
+        raise UsageError("--join makes a file on this disk, beside the parts: give --output a path.")
     if options.output is None:
         raise UsageError("--join needs the name of the file to be made: --output FILE.h5.")
     from brixel_cli.engines.extracting.joining import join
@@ -169,9 +174,9 @@ def _show_result(done: Extracted) -> None:
         ["seconds", f"{done.seconds:,.1f}"],
         ["images per second", f"{rate:,.2f}" if done.num_computed else "-"],
     ]
-    print_table(str(done.output), ["", ""], rows)
+    print_table(done.uploaded or str(done.output), ["", ""], rows)
     show_failures(done.failures, "features")
-    print_files([done.output, *done.pictures])
+    print_files([path for path in (done.output, *done.pictures) if path.exists()])
 
 
 def _verify(path: Path, as_json: bool) -> None:

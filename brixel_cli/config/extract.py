@@ -22,23 +22,6 @@ OVERLAP = 64
 Field = Literal["map", "cls", "registers", "pooled"]
 
 
-def named_fields(text: str) -> tuple[Field, ...]:
-    """Fields, separated by commas; whether they are any, `ExtractOptions` checks."""
-    return cast(tuple[Field, ...], tuple(text.split(",")) if text else ())
-
-
-def named_layers(text: str | None) -> tuple[int, ...]:
-    """Numbers of blocks, separated by commas.
-
-    Raises:
-        UsageError: one is no number.
-    """
-    words = text.split(",") if text else []
-    if odd := [word for word in words if not (word.isdecimal() and len(word) < 7)]:
-        raise UsageError(f"--layers takes numbers of blocks from 0 up, by commas, such as 5,8,11; not {odd[0][:40]!r}.")
-    return tuple(map(int, words))
-
-
 @dataclass(frozen=True)
 class ExtractOptions:
     """The options of `brixel extract`, checked at construction; `app.extract` says what each means to the user.
@@ -55,6 +38,7 @@ class ExtractOptions:
     backbone: str | None = None
     backbone_weights: str | None = None
     output: Path | None = None
+    upload: str | None = None
     storage: Storage = "h5"
     dtype: Number = "float16"
     pca: int | None = None
@@ -100,6 +84,8 @@ class ExtractOptions:
             raise UsageError(f"{', '.join(given)} take the whole set, and --shard a part of it: leave them out.")
         if self.shard is not None and self.storage != "h5":
             raise UsageError(f"--shard writes a part as an .h5 file: leave out --format {self.storage}.")
+        if self.upload is not None and self.storage != "h5":
+            raise UsageError(f"--output of a URL is an .h5 file: leave out --format {self.storage}.")
         self._check_fields()
         if self.page is not None and self.page.suffix != ".html":
             raise UsageError(f"--page {self.page}: the file must end in .html.")

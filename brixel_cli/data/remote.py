@@ -129,8 +129,8 @@ def _scheme(text: str) -> str:
     return re.split(r"[^A-Za-z0-9+.-]", text)[-1]
 
 
-def to_url(text: str) -> Url:
-    """A reference as a URL.
+def to_url(text: str, option: str = "--input") -> Url:
+    """A reference, or the value of another option, as a URL.
 
     Raises:
         UsageError: it is of a kind that is not read, or holds credentials.
@@ -138,11 +138,11 @@ def to_url(text: str) -> Url:
     scheme, _, rest = text.partition("://")
     if scheme.lower() not in SCHEMES or "::" in text or not rest.strip("/"):
         raise UsageError(
-            f"--input {_scheme(scheme)}://...: brixel reads URLs of {', '.join(SCHEMES)}, each with a path."
+            f"{option} {_scheme(scheme)}://...: brixel reads URLs of {', '.join(SCHEMES)}, each with a path."
         )
     if "@" in rest.partition("/")[0] and scheme.lower() not in CONTAINERS:
         raise UsageError(
-            f"--input {scheme}://...: credentials do not belong into a URL, which is stored and shown. "
+            f"{option} {scheme}://...: credentials do not belong into a URL, which is stored and shown. "
             "Set them in the environment, as docs/INPUTS.md says."
         )
     return Url(text)
@@ -192,6 +192,22 @@ def fetch(url: Url, start: int, end: int) -> bytes:
     system, path = _system(url)
     parts = [_patiently(lambda at=at: _part(system, path, at, min(at + PART, end))) for at in range(start, end, PART)]  # type: ignore[misc]
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def put(source: Path | bytes, url: Url) -> None:
+    """Store a file, or bytes, under a URL; in object stores it appears as a whole, and replaces what is there.
+
+    Raises:
+        UnreachedError: the store did not take it, in several attempts where another one may help.
+    """
+    system, path = _system(url)
+    if isinstance(source, bytes):
+        _patiently(lambda: _call(system, "pipe_file", path, TIME_OUT, source))
+        return
+    _patiently(lambda: _call(system, "put_file", str(source), None, path))
+    stored, size = status_of(url).num_bytes, source.stat().st_size
+    if stored != size:
+        raise UnreachedError(f"cut off: {stored:,} of {size:,} bytes are there")
 
 
 class RemoteFile(SizedFile):
@@ -278,13 +294,13 @@ def _watched() -> Any:
     return config
 
 
-def _call(system: Any, name: str, path: str, time_out: float | None, **more: Any) -> Any:
+def _call(system: Any, name: str, path: str, time_out: float | None, *then: Any, **more: Any) -> Any:
     """A method of a file system; of the asynchronous ones, given up after so many seconds."""
     if not system.async_impl:
-        return getattr(system, name)(path, **more)
+        return getattr(system, name)(path, *then, **more)
     from fsspec.asyn import sync
 
-    return sync(system.loop, getattr(system, f"_{name}"), path, timeout=time_out, **more)
+    return sync(system.loop, getattr(system, f"_{name}"), path, *then, timeout=time_out, **more)
 
 
 def _part(system: Any, path: str, start: int, end: int) -> bytes:

@@ -27,7 +27,7 @@ from pathlib import Path
 from random import Random
 
 from brixel_cli.errors import BrixelError
-from hostile import input_cases, sandbox, stored_cases
+from hostile import archive_cases, input_cases, sandbox, stored_cases
 from hostile.cases import FORGED, Case, Maker
 from hostile.world import World
 
@@ -42,9 +42,11 @@ KINDS: Mapping[str, Maker] = {
     "saved heads": stored_cases.saved_head,
     "students, backbones": stored_cases.student_file,
     "released .pth": stored_cases.released_checkpoint,
+    "parts, joined": stored_cases.parts_of_a_file,
     "recipes": input_cases.recipe_file,
     "images": input_cases.image,
     "labelled sets": input_cases.labelled_set,
+    "tars, parquet files": archive_cases.archive,
     "text lists": input_cases.text_list,
     "file names": input_cases.file_name,
     "options": input_cases.option,

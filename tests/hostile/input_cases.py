@@ -98,7 +98,7 @@ def _predict_alone(world: World, folder: Path, output: Path) -> list[str]:
     return ["probe", "--apply", str(head), "--input", str(folder), "--output", str(output), "--device", "cpu"]
 
 
-def _extract_alone(world: World, reference: Path, output: Path, *more: str) -> list[str]:
+def extract_alone(world: World, reference: Path, output: Path, *more: str) -> list[str]:
     arguments = world.command("h5", output)
     arguments[arguments.index("--input") + 1] = str(reference)
     arguments[arguments.index("--batch-size") + 1] = "1"
@@ -117,7 +117,7 @@ def image(world: World, rng: Random, place: Path) -> Case:
         shutil.copy(world.photos / name, folder / name)
     did = [_bad_image(world, rng, folder, number) for number in range(3)]
     if rng.random() < 0.7:
-        arguments = _extract_alone(
+        arguments = extract_alone(
             world, folder, place / "work" / "out.h5", *(["--preview"] if rng.random() < 0.2 else [])
         )
         return Case("; ".join(did), arguments, always=_good(world, folder), output=("work/out.h5", "work/out_preview"))
@@ -220,7 +220,7 @@ def text_list(world: World, rng: Random, place: Path) -> Case:
     path.write_bytes(data)
     if rng.random() < 0.25:
         what += f", {damage.any_bytes(rng, path)}"
-    arguments = _extract_alone(world, path, place / "work" / "out.h5")
+    arguments = extract_alone(world, path, place / "work" / "out.h5")
     return Case(what, arguments, always=_good(world, place / "work" / "images"), output=("work/out.h5",))
 
 

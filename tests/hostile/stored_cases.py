@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,25 +51,60 @@ def feature_reader(world: World, rng: Random, place: Path) -> Case:
     what = f"{kind}, {damage.damage(rng, target)}"
     expected: Mapping[str, str] = world.expected[kind]["maps"]
 
-    def read() -> None:
-        features = FeatureFile(output)
-        _ = features.failures, features.pca, features.single_files, features.description, len(features)
-        for row in features.rows:
-            _ = features[row], features.paths[row] in features
+    return Case(what, lambda: _read(output), _noticed(output, output, expected, place), output=("verified",))
+
+
+def _read(output: Path) -> None:
+    features = FeatureFile(output)
+    _ = features.failures, features.pca, features.single_files, features.description, len(features)
+    for row in features.rows:
+        _ = features[row], features.paths[row] in features
+
+
+def _noticed(output: Path, whole: Path, expected: Mapping[str, str], place: Path) -> Check:
+    """Whether an output reads as the undamaged one, or --verify ends with 1, on a copy of all that belongs to it."""
 
     def check() -> str | None:
         found = contents_of_features(output)
-        if all(expected.get(name) == digest for name, digest in found["maps"].items()) and found["num_images"] == len(
-            expected
-        ):
+        same = all(expected.get(name) == digest for name, digest in found["maps"].items())
+        if same and found["num_images"] == len(expected):
             return None
-        looked_at = copy(output, place / "verified" / output.name)  # --verify marks what is damaged
+        looked_at = copy(whole, place / "verified" / whole.name)  # --verify marks what is damaged
+        if whole != output:
+            looked_at = looked_at / output.relative_to(whole)
         ended = sandbox.run(["extract", "--verify", str(looked_at)], place)
-        return (
-            None if ended.code == 1 else f"it reads other maps, and --verify ends with {ended.code}: {ended.err[-200:]}"
-        )
+        says = f"it reads other maps, and --verify ends with {ended.code}: {ended.err[-200:]}"
+        return None if ended.code == 1 else says
 
-    return Case(what, read, check, output=("verified",))
+    return check
+
+
+def parts_of_a_file(world: World, rng: Random, place: Path) -> Case:
+    """Parts to be joined, or that were joined, of which one is damaged, missing, or another."""
+    folder, expected = copy(world.parts, place / "work" / "parts"), world.expected["h5"]["maps"]
+    first, second = sorted(folder.glob("out.*.h5"))
+    target, joined = rng.choice((first, second)), folder / "all.h5"
+    how = rng.choice(("damage", "damage", "damage", "swapped", "twice", "unfinished", "other"))
+    if how == "damage":
+        how = damage.damage(rng, rng.choice((target, target, joined)))
+    elif how == "swapped":
+        data = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(data)
+    elif how == "twice":
+        copy(first, folder / "two.00001-of-00002.h5")
+    elif how == "unfinished":
+        target.rename(f"{target}.unfinished")
+    else:
+        shutil.copy(world.whole["int8"], target)
+    if rng.random() < 0.4:
+        what = f"joined before, {target.name}: {how}"
+        return Case(what, lambda: _read(joined), _noticed(joined, folder, expected, place), output=("verified",))
+    output = folder / "new.h5"
+    copied = ["--copy"] if rng.random() < 0.5 else []
+    arguments = ["extract", "--join", str(folder / "out.*.h5"), "--output", str(output), *copied]
+    check = _noticed(output, folder, expected, place)
+    return Case(f"{target.name}: {how} {copied}", arguments, check, output=("work/parts/new.h5", "verified"))
 
 
 # Runs, probes, heads

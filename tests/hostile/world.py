@@ -29,6 +29,7 @@ FORMATS = {
     "int8": ("out8.h5", ["--format", "h5", "--dtype", "int8"]),
     "npy": ("out_npy", ["--format", "npy"]),
     "safetensors": ("out_safetensors", ["--format", "safetensors", "--dtype", "int8"]),
+    "zarr": ("out_zarr", ["--format", "zarr"]),
 }
 NUM_PHOTOS = 6
 
@@ -98,6 +99,7 @@ class World(Inputs):
     """Inputs and outputs of the four commands.
 
     Attributes:
+        parts: a folder of two parts, `out.*.h5`, and of the file that joins them, `all.h5`.
         whole, cut: by kind, an output that is finished, and one that was interrupted half-way.
         expected: by kind, what the finished output holds.
     """
@@ -109,6 +111,10 @@ class World(Inputs):
         self.expected: dict[str, Any] = {}
         for kind in (*FORMATS, "run", "probe"):
             self._prepare(kind)
+        self.parts = self.root / "parts"
+        for shard in ("1/2", "2/2"):
+            self._extra(*self.command("h5", self.parts / "out.h5"), "--shard", shard)
+        self._extra("extract", "--join", str(self.parts / "out.*.h5"), "--output", str(self.parts / "all.h5"))
         head = next((self.whole["probe"] / "heads").glob("student*"))
         self.head = str(head.relative_to(self.whole["probe"]))
         # By image: the digest of its features where each is computed alone; and those of other commands.

@@ -32,14 +32,14 @@ RES, PATCH, WORKERS = 112, 14, 2
 TARS, BRACED = 4, "photos-{0..3}.tar"
 
 
-def make_images(folder: Path, count: int) -> None:
-    """JPEGs of 640x480 pixels with smooth colours and some grain, about 70 KB each."""
+def make_images(folder: Path, count: int, side: tuple[int, int] = (480, 640)) -> None:
+    """JPEGs of this height and width with smooth colours and some grain; about 70 KB each at 640x480 pixels."""
     folder.mkdir()
-    y, x = np.mgrid[0:480, 0:640] / 640
+    y, x = np.mgrid[0 : side[0], 0 : side[1]] / side[1]
     for number in range(count):
         rng = np.random.default_rng(number)
         waves = [np.sin(rng.uniform(3, 30) * x + rng.uniform(3, 30) * y + phase) for phase in range(3)]
-        pixels = 128 + 90 * np.stack(waves, axis=-1) + rng.normal(0, 8, (480, 640, 3))
+        pixels = 128 + 90 * np.stack(waves, axis=-1) + rng.normal(0, 8, (*side, 3))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:05}.jpg", quality=88)
 
 

@@ -42,6 +42,7 @@ from brixel_cli.engines.extracting.plan import (
     reason_text,
 )
 from brixel_cli.engines.extracting.tiled_images import fill_by_tiles, larger_images, map_strips
+from brixel_cli.engines.extracting.uploading import found_there, send
 from brixel_cli.engines.extracting.verification import discard_damaged, fetch_again, restore_index
 from brixel_cli.engines.memory import check_batch
 from brixel_cli.engines.models import FeatureExtractor
@@ -139,8 +140,10 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
     Raises:
         BrixelError: something the user can fix; an image that fails is none of it, unless `strict`.
     """
-    if (passed := completed(options)) is not None:
+    if options.upload is not None and (passed := found_there(options)) is not None:
         return passed
+    if (passed := completed(options)) is not None:
+        return passed if options.upload is None else send(options, passed, reporter)
     share_memory_pools()
     runtime = Runtime(options.device, options.precision)
     with _quiet_pillow(options):
@@ -149,7 +152,8 @@ def extract(options: ExtractOptions, reporter: Reporter) -> Extracted:
         again = "What was computed stays: give the same command again, with torchrun or alone."
         with ExitStack() as stack, runtime.losing_others(again):
             runtime.first_only(lambda: stack.enter_context(locked(plan.output)))
-            return _extract(plan, runtime, reporter)
+            done = _extract(plan, runtime, reporter)
+            return send(options, done, reporter) if options.upload and runtime.is_first else done
 
 
 def _extract(plan: ExtractPlan, runtime: Runtime, reporter: Reporter) -> Extracted:

@@ -23,7 +23,7 @@ ASKED = "asked"
 """Key of a part's description: the words of the command that computes it, without output and shard."""
 ASKED_FILES = "asked_files"
 """Key of a part's description: digests of the files of the model that these words name."""
-_NOT_ASKED = {"output", "shard", "device", "workers", "strict", "overwrite", "preview"}
+_NOT_ASKED = {"output", "upload", "shard", "device", "workers", "strict", "overwrite", "preview"}
 """Options that are a matter of the machine, or of one run; those of the page are others."""
 _WORDS = {"inputs": "--input", "storage": "--format"}
 
@@ -40,6 +40,7 @@ class Extracted:
         seconds: from the first image to the last.
         num_computed: images that this run computed, on all processes.
         pictures: what `preview` and `page` wrote.
+        uploaded: the URL that the output was copied to; empty: it was not.
     """
 
     output: Path
@@ -49,6 +50,7 @@ class Extracted:
     failures: dict[str, str]
     seconds: float
     pictures: list[Path]
+    uploaded: str = ""
 
 
 def unfinished(part: Path) -> Path:
