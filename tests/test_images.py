@@ -301,7 +301,11 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, kind: str) -> Non
         path.symlink_to(path)
     else:
         path = tmp_path / {"nul": "a\0.jpg", "long": "a" * 300 + ".jpg"}[kind]
-    reasons = {"nul": r"(\w+: )?embedded null (byte|character in path)", "long": "File name too long", "folder": "a folder"}
+    reasons = {
+        "nul": r"(\w+: )?embedded null (byte|character in path)",
+        "long": "File name too long",
+        "folder": "a folder",
+    }
     reason = {"loop": "Too many levels of symbolic links"} | reasons
     with pytest.raises(BrixelError, match=f"^{reason.get(kind, 'a pipe, socket or device, not a file')}: "):
         load_image(path)
