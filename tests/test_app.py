@@ -39,8 +39,8 @@ def test_help_comes_at_once() -> None:
         # Of the processor, not of the clock: what else the machine does counts little.
         times.append(sum(ended[2:4]) - sum(began[2:4]))
     assert "distill" in done.stdout
-    # 0.3 s is the aim on a quiet machine; a busy one gets some slack.
-    assert 0 < min(times) < 0.6
+    # 0.3 s is the aim on a quiet machine; a busy one gets some slack. With torch it would be seconds.
+    assert 0 < min(times) < 0.9
 
 
 def test_the_version() -> None:

@@ -273,7 +273,9 @@ def test_faulty_sources_are_refused(
     text = refused(root, tmp_path, listener, sources=[centre])
     assert "holds features of the middle of each image alone: extract them again with --fit short" in text
     text = refused(root, tmp_path, listener, sources=["teachers"])
-    assert text.startswith("--source teachers: give backbone, equal-cost, student, teacher, or a feature file")
+    assert text.startswith(
+        "--source teachers: give backbone, equal-cost, student, teacher, finetuned, unet:ENCODER, or a feature"
+    )
     text = refused(root, tmp_path, listener, sources=["teacher", "teacher"], checkpoints=[model[0]])
     assert text == "The source teacher stands twice: name each once."
     assert "No feature file at absent.h5" in refused(root, tmp_path, listener, sources=["absent.h5"])

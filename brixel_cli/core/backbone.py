@@ -268,7 +268,7 @@ def _create_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
     stored = timm.get_pretrained_cfg(name)
     try:
         if stored is not None and stored.hf_hub_id and not stored.file:
-            check_hub(stored.hf_hub_id, [stored.hf_hub_filename] if stored.hf_hub_filename else FILES_OF_TIMM)
+            _check_hub(name, stored, options)
         vit: nn.Module = timm.create_model(name, pretrained=True, **options)
         return vit
     except TypeError:
@@ -279,6 +279,16 @@ def _create_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
             "Check the network, or download them elsewhere and give the file, .safetensors or .pth: "
             "--backbone-weights PATH, or backbone.weights in a recipe."
         ) from error
+
+
+def _check_hub(name: str, stored: Any, options: dict[str, Any]) -> None:
+    """Raise an OSError where the weights cannot be had, or a TypeError where the model does not take these options."""
+    try:
+        check_hub(stored.hf_hub_id, [stored.hf_hub_filename] if stored.hf_hub_filename else FILES_OF_TIMM)
+    except OSError:
+        with torch.device("meta"):
+            timm.create_model(name, **options)
+        raise
 
 
 def _load_file(vit: nn.Module, name: str, path: Path) -> None:
