@@ -17,7 +17,7 @@ import pytest
 from hostile.__main__ import KINDS, faults_of
 from hostile.sandbox import TRACEBACK, Ended
 
-FEW, SOME = 2, 10
+FEW, SOME = 4, 14
 """Cases of a kind: of those that compute features for seconds, and of the others."""
 LONG = ("feature files, continued", "run folders", "probe folders", "images", "labelled sets", "text lists", "file names",
         "small disks", "tars, parquet files")  # fmt: skip

@@ -67,6 +67,10 @@ def test_missing_sections_are_named(tmp_path: Path) -> None:
         ("run=3", "run: expected an object; found 3"),
         ("adapter.fusion.blocks=[1, 2, -1]", "adapter.fusion.blocks.2: expected greater than or equal to 0; found -1"),
         ("adapter.deformable.head_width=6", "adapter.deformable.head_width: expected a multiple of 4; found 6"),
+        (
+            "views.teacher_size=1000000000",
+            "views.teacher_size: expected less than or equal to 65536 or a list; found 1000000000",
+        ),
         ("optim.average=1", "optim.average: expected less than 1; found 1"),
     ],
 )

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import h5py
 import pytest
 from conftest import Listener, stopped_writing, with_changes
-from distilled_runs import assert_same_run, assert_stop_changes_nothing, recipe_of, tensors_of
+from distilled_runs import assert_stop_changes_nothing, recipe_of, tensors_of
 from printed_json import checked
 from typer.testing import CliRunner
 
@@ -40,27 +36,6 @@ def test_two_steps_a_stop_and_two_more_equal_four(
         pass
 
     assert_stop_changes_nothing(with_changes(tiny_recipe_file, *changes), tmp_path, listener, monkeypatch, Stop)
-
-
-def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(
-    tiny_recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_recipe_file.write_text(tiny_recipe_file.read_text().replace("steps: 4", "steps: 12"))
-    folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "brixel_cli", "distill", "--recipe", str(tiny_recipe_file), "--quiet", "--output"]
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    command.append(str(folder))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (folder / "state.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(0.03)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (folder / "state.safetensors").exists()
-    subprocess.run([*command, "--resume"], check=True, capture_output=True)
-    assert_same_run(tmp_path / "whole", folder)
 
 
 def test_resuming_a_finished_run_changes_nothing(tiny_recipe: Recipe, tmp_path: Path, listener: Listener) -> None:

@@ -6,12 +6,13 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from brixel_cli.config.base import device_name
 
 DeviceName = Annotated[str, AfterValidator(device_name)]
-Side = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+Pixels = Annotated[int, Field(gt=0, le=65536)]
+Side = Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)]
 """A size in pixels: one side, or [height, width]."""
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
