@@ -173,8 +173,9 @@ def test_what_is_missing_is_named_with_the_command_that_completes_it(parts, tmp_
     assert not (tmp_path / "photos.h5").exists()
 
 
-def test_a_part_whose_rows_were_damaged_is_named(parts, tmp_path: Path, listener: Listener) -> None:
-    Store(tmp_path / "out" / "photos.00001-of-00003.h5", writable=[STATUS]).mark(1, MISSING)
+@pytest.mark.parametrize("status", [MISSING, 255])
+def test_a_part_whose_rows_were_damaged_is_named(parts, status: int, tmp_path: Path, listener: Listener) -> None:
+    Store(tmp_path / "out" / "photos.00001-of-00003.h5", writable=[STATUS]).mark(1, status)
     with pytest.raises(
         BrixelError, match="1 of 3 parts are not complete:\nphotos.00001.*: 1 images are to be computed again"
     ):

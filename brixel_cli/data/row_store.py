@@ -40,6 +40,11 @@ MOST_UNPACKED = 1 << 31
 Array = npt.NDArray[Any]
 
 
+def num_open(status: Array) -> int:
+    """How many rows are still to be computed: neither done nor failed, also with a status that is none of the three."""
+    return int((~np.isin(status, (DONE, FAILED))).sum())
+
+
 def create_store(
     path: Path,
     num_rows: int,

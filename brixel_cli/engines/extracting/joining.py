@@ -22,7 +22,7 @@ from brixel_cli.data.columns import Column
 from brixel_cli.data.feature_file import FeatureFile
 from brixel_cli.data.feature_index import check_description, check_index
 from brixel_cli.data.grouping import positions_within_size
-from brixel_cli.data.row_store import FAILED, MISSING, REASON, STATUS, Array, Store, create_store
+from brixel_cli.data.row_store import FAILED, REASON, STATUS, Array, Store, create_store, num_open
 from brixel_cli.data.virtual_rows import PARTS, Run, VirtualColumn
 from brixel_cli.engines.extracting.parts import ASKED, ASKED_FILES, unfinished
 from brixel_cli.engines.reporting import Reporter
@@ -165,7 +165,7 @@ def _all_parts(pattern: str) -> list[Path]:
 def _state(path: Path) -> str:
     """How far a part has come."""
     status = Store(path).status
-    return f"{int((status == MISSING).sum()):,} of {len(status):,} images are left"
+    return f"{num_open(status):,} of {len(status):,} images are left"
 
 
 def _incomplete(states: Mapping[Path, str], count: int, known: Path | None) -> BrixelError:
@@ -242,7 +242,7 @@ def _check_whole(parts: Sequence[_Part]) -> None:
                 f"{part.path} does not belong with {first.path}; there is another:\n{listed}\n"
                 f"Compute it again with the command of the others and --shard {_shard_of(part.path)} --overwrite."
             )
-    states = {part.path: int((part.index[STATUS] == MISSING).sum()) for part in parts}
+    states = {part.path: num_open(part.index[STATUS]) for part in parts}
     if left := {path: f"{number:,} images are to be computed again" for path, number in states.items() if number}:
         raise _incomplete(left, count, next(iter(left)))
 

@@ -16,7 +16,7 @@ from brixel_cli.core.hub import HUB
 from brixel_cli.core.identity import files_sha256, json_digest, library_versions
 from brixel_cli.core.shipped import locate, shipped_students
 from brixel_cli.data.remote import is_url, without_secrets
-from brixel_cli.data.row_store import DONE, FAILED, MISSING, REASON, Store
+from brixel_cli.data.row_store import DONE, FAILED, REASON, Store, num_open
 from brixel_cli.errors import UNREACHED, BrixelError, UsageError
 
 ASKED = "asked"
@@ -120,7 +120,7 @@ def completed(options: ExtractOptions) -> Extracted | None:
     if (store.description.get("versions"), store.description.get(ASKED_FILES)) != (library_versions(), files):
         return None
     status = store.status
-    if store.description.get(ASKED) != asked_words(options) or store.damaged or (status == MISSING).any():
+    if store.description.get(ASKED) != asked_words(options) or store.damaged or num_open(status):
         return None
     reasons, paths = store.array(REASON), store.array("paths")
     unreached = np.char.startswith(reasons, UNREACHED.encode()) & (store.array("model_size")[:, 0] > 0)
