@@ -30,10 +30,11 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m brixel_cli.demo demo
 	$(BIN)/brixel distill --recipe recipes/demo.yaml --overwrite
 
-# Files are shared out over processes of one thread each: threads of several processes would wait for each other.
+# Files are shared out over processes of one thread each, as threads of several processes would wait for each other, and
+# by name: by their number of tests, the few long ones would come last.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Weights and images of `brixel demo`, without a training.
 demo/dinov2_vits14.safetensors: | $(VENV)/.ready
