@@ -29,8 +29,8 @@ def invoke(*arguments: str) -> tuple[int, str, str]:
 
 
 def test_help_comes_at_once() -> None:
-    times = []
-    for _ in range(3):
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < 12 and min(times) >= 0.6):
         began = os.times()
         done = subprocess.run(
             [sys.executable, "-m", "brixel_cli", "--help"], capture_output=True, text=True, check=True
@@ -39,8 +39,8 @@ def test_help_comes_at_once() -> None:
         # Of the processor, not of the clock: what else the machine does counts little.
         times.append(sum(ended[2:4]) - sum(began[2:4]))
     assert "distill" in done.stdout
-    # 0.3 s is the aim on a quiet machine; a busy one gets some slack. With torch it would be seconds.
-    assert 0 < min(times) < 0.9
+    # 0.3 s is the aim on a quiet machine; a busy one gets some slack, and more attempts.
+    assert 0 < min(times) < 0.6
 
 
 def test_the_version() -> None:

@@ -13,8 +13,7 @@ import pytest
 def test_a_table_with_card_and_command(
     tiny_recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick_benchmark: None
 ) -> None:
-    arguments = ["--models", str(tiny_recipe_file), "--device", "cpu", "--precision", "float32", "--seconds", "0.2",
-                 "--batch-size", "8"]  # fmt: skip
+    arguments = ["--models", str(tiny_recipe_file), "--device", "cpu", "--precision", "float32", "--seconds", "0.2"]
     monkeypatch.setattr(sys, "argv", ["gpu_figures.py", *arguments])
     gpu_figures.main()
     where, empty, header, _, line = capsys.readouterr().out.splitlines()

@@ -25,7 +25,7 @@ import psutil
 from PIL import Image
 
 from brixel_cli.core.formatting import human_bytes
-from brixel_cli.errors import BrixelError
+from brixel_cli.errors import BrixelError, UsageError
 
 fcntl: ModuleType | None
 try:
@@ -316,6 +316,24 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BrixelError(f"The folder {path} cannot be made: {error.strerror}. Choose another one.") from error
+
+
+def refuse_others(folder: Path, theirs: Sequence[Path], mark: str) -> None:
+    """Refuse a folder with files that brixel may not replace, as what it would have written beside them is not there.
+
+    Args:
+        folder: in which they lie.
+        theirs: the files; none: the folder is taken.
+        mark: what is missing, such as `results.json of a probe`.
+
+    Raises:
+        UsageError: there are such files.
+    """
+    if theirs:
+        raise UsageError(
+            f"{folder} holds {theirs[0].relative_to(folder)}, but no {mark}: brixel does not replace files of others. "
+            "Name another folder with --output, or delete them."
+        )
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -234,8 +234,9 @@ class FeatureFile:
         if status == MISSING:
             return "" if self._grid_row[row] >= 0 else "it is neither failed nor has a map"
         if not thorough and self._single is None and self._grid_row[row] >= 0:
-            places = (self._place(part, row) for part in self.parts) if self._arrays else ()
-            return next((damage for place in places if self._arrays and (damage := self._arrays.damage(*place))), "")
+            if (arrays := self._arrays) is None:
+                return ""
+            return next(filter(None, (arrays.damage(*self._place(part, row)) for part in self.parts)), "")
         try:
             values = self.stored(row, mapped=not thorough)
         except BrixelError as error:

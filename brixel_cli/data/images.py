@@ -266,11 +266,14 @@ def file_names_below(folder: Path, extensions: Collection[str], unreadable: list
     found = []
     for parent, folders, names in os.walk(folder, onerror=refused):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        chosen = [
-            name for name in names if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions
-        ]
+        chosen = [name for name in names if not name.startswith(".") and extension_of(name) in extensions]
         found += [path for name in chosen if _may_be_file(path := os.path.join(parent, name))]
     return sorted(found, key=lambda path: path.split(os.sep))
+
+
+def extension_of(name: str) -> str:
+    """What a file's name, or its path as text, ends with: `.jpg`, in lower case; empty where there is none."""
+    return os.path.splitext(name)[1].lower()
 
 
 def _may_be_file(path: str | Path) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from brixel_cli.data.images import EXTENSIONS, file_names_below, file_stat, is_folder, name_below
+from brixel_cli.data.images import EXTENSIONS, extension_of, file_names_below, file_stat, is_folder, name_below
 from brixel_cli.data.members import safe_name
 from brixel_cli.data.parquet import PARQUET_EXTENSION
 from brixel_cli.data.remote import (
@@ -216,8 +216,8 @@ def _expand(reference: str, named: Named, allow_urls: bool, several: bool) -> No
 def _expand_folder(path: Path, named: Named) -> None:
     hidden: list[Path] = []
     files = file_names_below(path, (*EXTENSIONS, *VIDEO_EXTENSIONS, *ARCHIVE_EXTENSIONS), hidden)
-    found = [file for file in files if _extension(file) in EXTENSIONS]
-    others = [Path(file) for file in files if _extension(file) not in EXTENSIONS]
+    found = [file for file in files if extension_of(file) in EXTENSIONS]
+    others = [Path(file) for file in files if extension_of(file) not in EXTENSIONS]
     named.unreadable += hidden
     named.passed_over += others
     if not found:
@@ -227,10 +227,6 @@ def _expand_folder(path: Path, named: Named) -> None:
         raise UsageError(f"No images in the folder {path}{besides} Files are taken by extension: {taken}.")
     start, base = len(str(path)), str(absolute(path))
     named.places += [os.path.join(base, file[start:].lstrip(os.sep)) for file in found]
-
-
-def _extension(file: str) -> str:
-    return os.path.splitext(file)[1].lower()
 
 
 def _expand_url(url: Url, named: Named, allow_urls: bool) -> None:

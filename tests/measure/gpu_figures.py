@@ -44,14 +44,14 @@ def distil_speed(name: str, device: str, precision: str, reporter: Reporter) -> 
     return recipe.optim.batch_size / seconds if seconds else None
 
 
-def extract_speed(recipe: Recipe, runtime: Runtime, batch_size: int | None, reporter: Reporter) -> float:
+def extract_speed(recipe: Recipe, runtime: Runtime, reporter: Reporter) -> float:
     """Images a second of the student, from uint8 pixels on the CPU to maps on the device."""
     spec = model_spec(
         "student", backbone=recipe.backbone.name, weights="random", adapter=recipe.adapter, factor=recipe.views.factor
     )
     extractor = FeatureExtractor(spec, runtime, reporter)
     size = recipe.student_hw
-    batch = extractor.batch_sizes({size: 1}, batch_size)[size]
+    batch = extractor.batch_sizes({size: 1}, None)[size]
     pixels = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
     extractor.maps(pixels)
     return batch / min(call_seconds(lambda: extractor.maps(pixels), runtime.device) for _ in range(CALLS))
@@ -63,9 +63,7 @@ def milliseconds(rows: list[Row], label: str) -> float | None:
     return latency.median * 1000 if latency else None
 
 
-def figures(
-    models: str, device: str, precision: str, seconds: float, batch_size: int | None, reporter: Reporter
-) -> list[list[str]]:
+def figures(models: str, device: str, precision: str, seconds: float, reporter: Reporter) -> list[list[str]]:
     """A line of the table for each recipe."""
     runtime = Runtime(device, precision)
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +78,7 @@ def figures(
         student, teacher = milliseconds(rows, "student"), milliseconds(rows, "teacher")
         values = [
             distil_speed(name, device, precision, reporter),
-            extract_speed(recipe, runtime, batch_size, reporter),
+            extract_speed(recipe, runtime, reporter),
             student,
             teacher,
             teacher / student if teacher and student else None,
@@ -99,9 +97,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing for each model")
-    parser.add_argument("--batch-size", type=int, help="images at once in extract; default: as many as memory takes")
     options = parser.parse_args()
-    lines = figures(options.models, options.device, options.precision, options.seconds, options.batch_size, Progress())
+    lines = figures(options.models, options.device, options.precision, options.seconds, Progress())
     environment = describe_environment(Runtime(options.device, options.precision))
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     command = shlex.join(["python", "tests/measure/gpu_figures.py", *sys.argv[1:]])

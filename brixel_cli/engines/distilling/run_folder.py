@@ -24,7 +24,7 @@ from torch import Tensor
 from brixel_cli.config.distill import Recipe
 from brixel_cli.config.files import dump_recipe, load_recipe, missing_keys
 from brixel_cli.config.section import difference_lines, differences
-from brixel_cli.core.files import check_files, check_picture, write_text, writing
+from brixel_cli.core.files import check_files, check_picture, refuse_others, write_text, writing
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.shipped import FILE_NAME, shipped_students
 from brixel_cli.core.student import read_adapter
@@ -90,11 +90,7 @@ class RunFolder:
         """
         if not resume:
             theirs = [] if self.recipe.exists() else [file for file in self._own() if file.exists()]
-            if theirs:
-                raise UsageError(
-                    f"{self.path} holds {theirs[0].relative_to(self.path)}, but no {self.recipe.name} of a run: brixel "
-                    "does not replace files of others. Name another folder with --output, or delete them."
-                )
+            refuse_others(self.path, theirs, f"{self.recipe.name} of a run")
             if self.recipe.exists() and not overwrite:
                 raise UsageError(
                     f"{self.path} holds a run already. Continue it with --resume, "

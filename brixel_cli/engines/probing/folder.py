@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 
 from brixel_cli.config.section import difference_lines, differences
-from brixel_cli.core.files import check_files, check_picture, make_folder, write_text
+from brixel_cli.core.files import check_files, check_picture, make_folder, refuse_others, write_text
 from brixel_cli.core.formatting import csv_text, to_json
 from brixel_cli.core.heads import load_head
 from brixel_cli.core.weights import load_tensors
@@ -252,11 +252,7 @@ class ProbeFolder:
             theirs = [] if isinstance(content, dict) and content.get("format") == FORMAT else [self.results]
         else:
             theirs = [file for file in (self.table, self.curves, self.page, *self._own()) if file.exists()]
-        if theirs:
-            raise UsageError(
-                f"{self.path} holds {min(theirs).relative_to(self.path)}, but no results.json of a probe: brixel does "
-                "not replace files of others. Name another folder with --output, or delete them."
-            )
+        refuse_others(self.path, sorted(theirs), "results.json of a probe")
 
     def _own(self) -> list[Path]:
         """Files below the folder that have a name as those of a probe."""
